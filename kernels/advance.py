@@ -1,0 +1,26 @@
+"""``spectral::advance_``: a step's new columns enter the books that all layers of a cache share."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels import reference
+
+
+@torch.library.custom_op("spectral::advance_", mutates_args=("ledger", "positions"))
+def advance_(
+    ledger: torch.Tensor,
+    positions: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    chunk: torch.Tensor,
+    layout: str,
+) -> None:
+    """See ``reference.advance``; ``layout`` is ``Layout.spec()``."""
+    reference.advance(ledger, positions, position_ids, valid, chunk, Layout.parse(layout))
+
+
+@advance_.register_fake
+def _(ledger, positions, position_ids, valid, chunk, layout) -> None:
+    return None

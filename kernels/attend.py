@@ -1,0 +1,54 @@
+"""``spectral::attend_``: a chunk attends to one layer's compressed past and to itself, then enters the store."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels import reference
+from spectral_compile.kernels.buffers import Buffers
+
+
+@torch.library.custom_op("spectral::attend_", mutates_args=Buffers._fields)
+def attend_(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    ledger: torch.Tensor,
+    positions: torch.Tensor,
+    valid: torch.Tensor | None,
+    o_weight: torch.Tensor | None,
+    k_codes: torch.Tensor,
+    v_codes: torch.Tensor,
+    v_norms: torch.Tensor,
+    k_basis: torch.Tensor,
+    v_basis: torch.Tensor,
+    k_affine: torch.Tensor,
+    v_affine: torch.Tensor,
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    starts: torch.Tensor,
+    moment: torch.Tensor,
+    layout: str,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """See ``reference.attend`` and ``reference.append``; ``layout`` is ``Layout.spec()``. One call a layer keeps the host's
+    share of a decode step small."""
+    buffers = Buffers(
+        k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment
+    )
+    parsed = Layout.parse(layout)
+    out = reference.attend(
+        query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window
+    )
+    reference.append(query, key, value, ledger, valid, o_weight, buffers, parsed)
+    return out
+
+
+@attend_.register_fake
+def _(query, *rest) -> torch.Tensor:
+    batch, heads, count, dim = query.shape
+    return query.new_empty(batch, count, heads, dim).transpose(1, 2)

@@ -1,0 +1,76 @@
+"""The tensors that one layer's store is made of, and the order in which operations take them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from spectral_compile.codec.layout import Layout
+
+UNUSED = torch.iinfo(torch.int32).max  # start of a segment that does not exist
+
+
+class Capacity(NamedTuple):
+    """Sizes that may grow: coded tokens, slots of the exact window, segments."""
+
+    coded: int
+    window: int
+    segments: int
+
+
+class Buffers(NamedTuple):
+    """One layer's cache. B rows, H KV heads, G groups of W channels, C coded slots, E = sinks + window, S segments, R rank.
+
+    Token i of a row (counted from its first valid one) stands in ``exact[i]`` if it is a sink; else it has the slot
+    j = i - sinks, and stands in ``codes[j]`` once coded and in ``exact[sinks + j % window]`` before.
+    """
+
+    k_codes: torch.Tensor  # uint8 [B, G, C, key row bytes]; in a lossless store the keys, [B, G, C, W]
+    v_codes: torch.Tensor  # uint8 [B, G, C, value row bytes]; in a lossless store the values
+    v_norms: torch.Tensor  # uint8 [B, G, C], log scale of each token's values
+    k_basis: torch.Tensor  # int8 [B, G, S, W, R]
+    v_basis: torch.Tensor  # int8 [B, G, S, W, R]
+    k_affine: torch.Tensor  # float32 [B, G, S, 2 R + W]: steps, scales of the basis, channel weights
+    v_affine: torch.Tensor  # float32 [B, G, S, 2 R + W]
+    k_exact: torch.Tensor  # model dtype [B, H, E, D], keys before RoPE where the layout has a rotary
+    v_exact: torch.Tensor  # model dtype [B, H, E, D]
+    starts: torch.Tensor  # int32 [B, S], first slot of each segment
+    moment: torch.Tensor  # float32 [B, H, D], summed squares of the queries that saw this KV head
+
+
+PART = Buffers(  # the line of a memory report in which each buffer is counted
+    k_codes="codes", v_codes="codes", v_norms="scales", k_basis="bases", v_basis="bases", k_affine="scales",
+    v_affine="scales", k_exact="exact windows", v_exact="exact windows", starts="other", moment="other",
+)  # fmt: skip
+
+
+def allocate(
+    layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype, device: torch.device | str
+) -> Buffers:
+    """Empty buffers for ``batch`` rows; ``dtype`` is the model's."""
+    g, h, w, d = layout.groups, layout.kv_heads, layout.width, layout.head_dim
+    c, s, e = capacity.coded, capacity.segments, layout.sinks + capacity.window
+    rk, rv = layout.key.rank, layout.value.rank
+    if layout.lossless:
+        codes, row_k, row_v, s_basis, norms = dtype, w, w, 0, 0
+    else:
+        codes, row_k, row_v, s_basis = torch.uint8, layout.key.row_bytes, layout.value.row_bytes, s
+        norms = c if layout.normalised else 0
+
+    def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return Buffers(
+        k_codes=zeros(batch, g, c, row_k, dtype=codes),
+        v_codes=zeros(batch, g, c, row_v, dtype=codes),
+        v_norms=zeros(batch, g, norms, dtype=torch.uint8),
+        k_basis=zeros(batch, g, s_basis, w, rk, dtype=torch.int8),
+        v_basis=zeros(batch, g, s_basis, w, rv, dtype=torch.int8),
+        k_affine=zeros(batch, g, s_basis, 2 * rk + w, dtype=torch.float32),
+        v_affine=zeros(batch, g, s_basis, 2 * rv + w, dtype=torch.float32),
+        k_exact=zeros(batch, h, e, d, dtype=dtype),
+        v_exact=zeros(batch, h, e, d, dtype=dtype),
+        starts=torch.full((batch, s_basis), UNUSED, dtype=torch.int32, device=device),
+        moment=zeros(batch, h, d, dtype=torch.float32),
+    )

@@ -1,0 +1,323 @@
+"""What the operations compute, in plain PyTorch: the truth that every kernel is held against.
+
+Rows are independent: each has its own count of tokens, so that padding and neighbours never reach a row's codes.
+The ledger [B, 5] int64 says for each row: tokens and coded tokens before this step, the same after it, and whether the row
+still waits for enough tokens to compute a basis from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from spectral_compile import codec
+from spectral_compile.codec.layout import Layout, Rotary
+from spectral_compile.kernels.buffers import UNUSED, Buffers
+
+REFRESH = 1.5  # a new segment starts when the old basis loses this many times what a fresh one would
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    """``x`` [..., n, D] rotated to int ``positions`` [n] (RoPE; Su et al., arXiv 2104.09864), in the dtype of ``x``."""
+    if rotary is None:
+        return x
+    frequencies = torch.tensor(rotary.frequencies, dtype=torch.float32, device=x.device)
+    angle = positions.to(torch.float32)[:, None] * frequencies
+    cos, sin = (angle.cos() * rotary.scaling).to(x.dtype), (angle.sin() * rotary.scaling).to(x.dtype)
+    turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]
+    if rotary.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((out, rest), -1)
+
+
+def unrotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    """The ``x`` whose ``rotate(x, positions, rotary)`` is given, in its dtype."""
+    if rotary is None:
+        return x
+    back = replace(rotary, scaling=1 / rotary.scaling)
+    return rotate(x.float(), -positions, back).to(x.dtype)
+
+
+def group(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[H, n, D] as joint channels [G, n, W]."""
+    heads = x.unflatten(0, (layout.groups, layout.head_group))
+    return heads.transpose(1, 2).flatten(-2)
+
+
+def ungroup(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[G, n, W] as heads [H, n, D]."""
+    return x.unflatten(-1, (layout.head_group, layout.head_dim)).transpose(1, 2).flatten(0, 1)
+
+
+def advance(
+    ledger: torch.Tensor,
+    positions: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    chunk: torch.Tensor,
+    layout: Layout,
+) -> None:
+    """Enter the columns of ``chunk`` [B, H, count, D] in the books that all layers share.
+
+    ``ledger`` int64 [B, 5] and ``positions`` int32 [B, N] are updated; ``position_ids`` is int [1 or B, count] (tokens are
+    numbered on where it is None), ``valid`` bool [B, count] leaves padding out. The last slot of ``positions`` is scratch.
+    """
+    batch, count = ledger.shape[0], chunk.shape[2]
+    if valid is None:
+        valid = torch.ones(batch, count, dtype=torch.bool, device=ledger.device)
+    before, coded, waiting = ledger[:, 2].clone(), ledger[:, 3].clone(), ledger[:, 4].clone()
+    slot = before[:, None] + valid.cumsum(1) - 1
+    new = slot if position_ids is None else position_ids.expand(batch, count)
+    positions.scatter_(1, torch.where(valid, slot, positions.shape[1] - 1), new.to(torch.int32))
+    after = before + valid.sum(1)
+    ready = (after - layout.sinks - layout.recent - coded).clamp(min=0)
+    waiting = waiting * (ready < layout.warmup)
+    step = torch.where(waiting > 0, 0, ready // layout.block * layout.block)
+    ledger.copy_(torch.stack((before, coded, after, coded + step, waiting), 1))
+
+
+def append(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ledger: torch.Tensor,
+    valid: torch.Tensor | None,
+    o_weight: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+) -> None:
+    """Store one chunk: sinks, then the exact window, and code what falls out of it.
+
+    ``query`` [B, Hq, n, D] (as attention sees it), ``key`` [B, H, n, D] (as stored, before RoPE where the layout has a
+    rotary), ``value`` [B, H, n, D]; ``o_weight`` [hidden, Hq * D] weights the values. ``ledger`` has been advanced.
+    """
+    sinks, window = layout.sinks, buffers.k_exact.shape[2] - layout.sinks
+    for row, (before, coded, after, coded_after, _) in enumerate(ledger.tolist()):
+        k, v, q = key[row], value[row], query[row]
+        if valid is not None:
+            k, v, q = k[:, valid[row]], v[:, valid[row]], q[:, valid[row]]
+        buffers.moment[row] += q.float().square().sum(1).unflatten(0, (layout.kv_heads, -1)).sum(1)
+        k_exact, v_exact = buffers.k_exact[row], buffers.v_exact[row]
+        in_sinks = min(max(sinks - before, 0), after - before)
+        k_exact[:, before : before + in_sinks] = k[:, :in_sinks]
+        v_exact[:, before : before + in_sinks] = v[:, :in_sinks]
+        first = max(before - sinks, 0)  # slot of the first new token that is no sink
+        if coded_after > coded:
+            held = sinks + torch.arange(coded, max(first, coded), device=k.device) % window
+            count = coded_after - coded
+            k_tail = torch.cat((k_exact[:, held], k[:, in_sinks:]), 1)[:, :count]
+            v_tail = torch.cat((v_exact[:, held], v[:, in_sinks:]), 1)[:, :count]
+            _code(row, coded, k_tail, v_tail, o_weight, buffers, layout)
+        slots = torch.arange(max(first, coded_after), max(after - sinks, 0), device=k.device)
+        k_exact[:, sinks + slots % window] = k[:, slots - first + in_sinks]
+        v_exact[:, sinks + slots % window] = v[:, slots - first + in_sinks]
+
+
+def _code(
+    row: int,
+    start: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    o_weight: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+) -> None:
+    """Code tokens [H, n, D] of one row into the slots from ``start`` on."""
+    key, value = group(key, layout), group(value, layout)
+    span = slice(start, start + key.shape[1])
+    if layout.lossless:
+        buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = key, value
+        return
+    key, value = key.float(), value.float()
+    if layout.normalised:
+        norms = codec.norm_code(value)
+        buffers.v_norms[row, :, span] = norms
+        value = value / codec.norm_value(norms)[..., None]
+    for piece in torch.arange(key.shape[1], device="cpu").split(layout.segment or key.shape[1]):
+        at, part = start + int(piece[0]), slice(int(piece[0]), int(piece[-1]) + 1)
+        segment = _segment(row, at, key[:, part], value[:, part], o_weight, buffers, layout)
+        slots = slice(at, at + len(piece))
+        for x, codes, basis, affine, tiers in (
+            (key, buffers.k_codes, buffers.k_basis, buffers.k_affine, layout.key),
+            (value, buffers.v_codes, buffers.v_basis, buffers.v_affine, layout.value),
+        ):
+            codes[row, :, slots] = codec.encode(x[:, part], basis[row, :, segment], affine[row, :, segment], tiers)
+
+
+def _segment(
+    row: int,
+    start: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    o_weight: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+) -> int:
+    """The segment whose basis codes these tokens [G, n, W]: the current one, or a new one where that is due."""
+    starts = buffers.starts[row].tolist()
+    current = sum(first <= start for first in starts) - 1
+    fresh = current < 0 or layout.segment > 0
+    candidate = key.shape[1] >= layout.warmup and current + 1 < len(starts)
+    if not fresh and not candidate:
+        return current
+    k_weight = v_weight = key.new_ones(layout.groups, layout.width)
+    if layout.weighted:
+        k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
+        if o_weight is not None:
+            v_weight = codec.value_weight(o_weight, layout.kv_heads).reshape(layout.groups, layout.width)
+    fits = codec.fit(key, k_weight, layout.key), codec.fit(value, v_weight, layout.value)
+    sides = (key, buffers.k_basis, buffers.k_affine), (value, buffers.v_basis, buffers.v_affine)
+    if not fresh:
+        lost = sum(codec.residual(x, basis[row, :, current], affine[row, :, current]) for x, basis, affine in sides)
+        least = sum(codec.residual(x, *fit) for (x, _, _), fit in zip(sides, fits, strict=True))
+        if bool((lost <= REFRESH * least).all()):
+            return current
+    segment = current + 1
+    for (_, basis, affine), (new_basis, new_affine) in zip(sides, fits, strict=True):
+        basis[row, :, segment], affine[row, :, segment] = new_basis, new_affine
+    buffers.starts[row, segment] = start
+    return segment
+
+
+def _spans(row: int, coded: int, buffers: Buffers, layout: Layout) -> list[tuple[int, slice]]:
+    """The coded slots of a row, as (segment, slots)."""
+    if coded == 0:
+        return []
+    if layout.lossless:
+        return [(0, slice(0, coded))]
+    starts = [s for s in buffers.starts[row].tolist() if s < coded]
+    return [(i, slice(a, b)) for i, (a, b) in enumerate(zip(starts, [*starts[1:], coded], strict=True))]
+
+
+def _exact(x: torch.Tensor, before: int, coded: int, layout: Layout) -> torch.Tensor:
+    """Sinks and window of one row, [H, E, D] -> [H, n, D], in the order of tokens."""
+    window = x.shape[1] - layout.sinks
+    slots = torch.arange(coded, max(before - layout.sinks, coded), device=x.device)
+    return torch.cat((x[:, : min(before, layout.sinks)], x[:, layout.sinks + slots % window]), 1)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    ledger: torch.Tensor,
+    positions: torch.Tensor,
+    valid: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """Attention of a chunk over the compressed past and over itself (causal), merged in one softmax.
+
+    ``query`` [B, Hq, n, D], ``key`` and ``value`` [B, H, n, D] as for ``append``; the past is what stood in the store before
+    this step. A bool ``mask`` [B or 1, Hq or 1, n, columns] replaces causality, ``columns`` bool [B, N] then says which
+    columns hold stored tokens. ``window`` > 0 hides keys that are that many tokens or more behind. Returns [B, Hq, n, D];
+    a query that may see nothing gives zeros.
+    """
+    batch, q_heads, count, dim = query.shape
+    out = query.new_zeros(batch, count, q_heads, dim).transpose(1, 2)
+    for row, (before, coded, after, _, _) in enumerate(ledger.tolist()):
+        keep = torch.ones(count, dtype=torch.bool, device=query.device) if valid is None else valid[row]
+        where = positions[row, :after]
+        chunk_k, chunk_v = rotate(key[row][:, keep], where[before:], layout.rotary), value[row][:, keep]
+        old = slice(layout.sinks, layout.sinks + coded)  # tokens that are coded, between sinks and window
+        exact_at = torch.cat((where[: min(before, layout.sinks)], where[old.stop : before]))
+        exact_k = rotate(_exact(buffers.k_exact[row], before, coded, layout), exact_at, layout.rotary)
+
+        q = query[row].float().reshape(layout.kv_heads, -1, dim) * scale  # queries of a KV head side by side
+        scores = q.new_empty(*q.shape[:2], after)
+        order = torch.cat((torch.arange(min(before, layout.sinks)), torch.arange(old.stop, max(before, old.stop))))
+        scores[..., order] = q @ exact_k.float().mT
+        scores[..., before:] = q @ chunk_k.float().mT
+        for segment, slots in _spans(row, coded, buffers, layout):
+            k = ungroup(_decode(row, segment, slots, "k", buffers, layout), layout)
+            k = rotate(k, where[layout.sinks + slots.start : layout.sinks + slots.stop], layout.rotary)
+            scores[..., layout.sinks + slots.start : layout.sinks + slots.stop] = q @ k.float().mT
+
+        allowed = _allowed(row, count, before, after, keep, mask, columns, window)
+        scores = scores.unflatten(1, (-1, count)).masked_fill(~allowed, float("-inf"))
+        p = torch.softmax(scores, -1).nan_to_num(0.0).flatten(1, 2)
+
+        mixed = p[..., before:] @ chunk_v.float()
+        mixed += p[..., order] @ _exact(buffers.v_exact[row], before, coded, layout).float()
+        for segment, slots in _spans(row, coded, buffers, layout):
+            part = p[..., layout.sinks + slots.start : layout.sinks + slots.stop]
+            mixed += _mix(part, row, segment, slots, buffers, layout)
+        out[row] = mixed.reshape(q_heads, count, dim).to(query.dtype)
+    return out
+
+
+def _allowed(
+    row: int,
+    count: int,
+    before: int,
+    after: int,
+    keep: torch.Tensor,
+    mask: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    window: int,
+) -> torch.Tensor:
+    """Which stored tokens each query of the chunk may see: bool, broadcastable to [Hq / H, n, after]."""
+    token = torch.arange(after, device=keep.device)
+    if mask is not None:
+        seen = mask[min(row, mask.shape[0] - 1)]
+        past = columns[row, : seen.shape[-1] - count].nonzero().flatten()
+        chosen = torch.cat((past, keep.nonzero().flatten() + seen.shape[-1] - count))
+        if seen.shape[0] > 1:
+            raise NotImplementedError("a mask that differs between heads cannot be attended to")
+        return seen[..., chosen]
+    own = before + keep.cumsum(0) - 1  # the token that each query is
+    allowed = token[None] <= own[:, None]
+    return allowed & (token[None] > own[:, None] - window) if window else allowed
+
+
+def _side(side: str, buffers: Buffers, layout: Layout):
+    if side == "k":
+        return buffers.k_codes, buffers.k_basis, buffers.k_affine, layout.key
+    return buffers.v_codes, buffers.v_basis, buffers.v_affine, layout.value
+
+
+def _decode(row: int, segment: int, slots: slice, side: str, buffers: Buffers, layout: Layout) -> torch.Tensor:
+    """Coded tokens of one segment, [G, n, W]: float32, or the model's dtype where the store is lossless."""
+    codes, basis, affine, tiers = _side(side, buffers, layout)
+    if layout.lossless:
+        return codes[row, :, slots]
+    x = codec.decode(codes[row, :, slots], basis[row, :, segment], affine[row, :, segment], tiers)
+    if side == "v" and layout.normalised:
+        x = x * codec.norm_value(buffers.v_norms[row, :, slots])[..., None]
+    return x
+
+
+def _mix(p: torch.Tensor, row: int, segment: int, slots: slice, buffers: Buffers, layout: Layout) -> torch.Tensor:
+    """``p`` [H, m, n] times coded values, without decoding them: summed in the latent, then one product with the basis."""
+    if layout.lossless:
+        return p @ ungroup(buffers.v_codes[row, :, slots], layout).float()
+    codes, basis, affine, tiers = _side("v", buffers, layout)
+    latent = codec.latent(codes[row, :, slots], affine[row, :, segment], tiers)  # [G, n, R]
+    synthesis = codec.synthesis(basis[row, :, segment], affine[row, :, segment])  # [G, R, W]
+    p = p.unflatten(0, (layout.groups, layout.head_group))
+    if layout.normalised:
+        p = p * codec.norm_value(buffers.v_norms[row, :, slots])[:, None, None]
+    own = synthesis.unflatten(-1, (layout.head_group, layout.head_dim)).transpose(1, 2)  # [G, heads, R, D]
+    return (p @ latent[:, None] @ own).flatten(0, 1)
+
+
+def materialise(
+    row: int, before: int, coded: int, positions: torch.Tensor, buffers: Buffers, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, in the model's dtype."""
+    dense = []
+    for side, exact in (("k", buffers.k_exact[row]), ("v", buffers.v_exact[row])):
+        parts = [ungroup(_decode(row, i, slots, side, buffers, layout), layout) for i, slots in _spans(row, coded, buffers, layout)]
+        kept = _exact(exact, before, coded, layout)
+        head = min(before, layout.sinks)
+        dense.append(torch.cat([kept[:, :head], *(x.to(kept.dtype) for x in parts), kept[:, head:]], 1))
+    return rotate(dense[0], positions[:before], layout.rotary), dense[1]

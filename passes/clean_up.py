@@ -1,0 +1,37 @@
+"""Clean up: drop what nothing uses any more, inputs included, and give what is left of the old cache a dense value."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch._guards import detect_fake_mode
+
+from spectral_compile.passes.trace import Trace, fake
+from spectral_compile.tensor import SpectralTensor
+
+
+def clean_up(trace: Trace) -> None:
+    """Leave a graph that lints, without lengths, handles or cache outputs."""
+    if trace.plan is None:
+        return
+    graph = trace.gm.graph
+    graph.eliminate_dead_code()
+    inputs = {}
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        inputs[node] = trace.plan.inputs[node]
+        if isinstance(fake(node), SpectralTensor):
+            inputs[node] = ("dense", inputs[node][1])
+            trace.examples[node] = node.meta["example_value"] = dense_example(fake(node))
+    trace.plan = replace(trace.plan, inputs=inputs)
+    graph.lint()
+    trace.gm.recompile()
+
+
+def dense_example(x: SpectralTensor) -> torch.Tensor:
+    """A fake dense tensor in the place of a fake compressed one."""
+    with detect_fake_mode([x.handle]):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)

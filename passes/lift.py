@@ -1,0 +1,127 @@
+"""Run a piece of a traced graph on real tensors, to learn what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_map
+
+from spectral_compile.passes.trace import fake
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Unliftable(Exception):
+    """The piece depends on something that has no value yet."""
+
+
+def real_value(node: Node) -> Any:
+    """The value that a leaf had when the graph was traced: a placeholder's tensor, or a size."""
+    if is_size(node):
+        return hint(fake(node))
+    argument = node.meta.get("grapharg")
+    if argument is None or not isinstance(argument.example, torch.Tensor):
+        raise Unliftable(f"{node.name} has no value while tracing")
+    return argument.example
+
+
+def is_size(node: Node) -> bool:
+    """Whether ``node`` is a size: an int of the graph, or what it reads off a tensor's shape."""
+    value = fake(node)
+    if not isinstance(value, (int, torch.SymInt, torch.Size)):
+        return False
+    return node.op == "placeholder" or any(isinstance(fake(parent), torch.Tensor) for parent in node.all_input_nodes)
+
+
+def hint(size: Any) -> Any:
+    """The size, or the shape, that a symbolic one was when the graph was traced."""
+    if isinstance(size, torch.Size):
+        return torch.Size(map(hint, size))
+    return size.node.hint if isinstance(size, torch.SymInt) else int(size)
+
+
+def free_symbols(size: Any) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def symbol_hints(gm: GraphModule) -> dict[Any, int]:
+    """The value of every symbol that stands alone as a size among the graph's inputs."""
+    hints = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            value = fake(node)
+            for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    hints[size.node.expr] = hint(size)
+    return hints
+
+
+def evaluate(size: Any, symbols: dict[Any, int]) -> Any:
+    """A symbolic size, or shape, under other values of its symbols."""
+    if isinstance(size, torch.Size):
+        return torch.Size(evaluate(n, symbols) for n in size)
+    return int(size.node.expr.xreplace(symbols)) if isinstance(size, torch.SymInt) else int(size)
+
+
+class _Run(Interpreter):
+    """Evaluates single nodes on demand, in float32 where the model computes in half precision."""
+
+    def __init__(self, gm: GraphModule, known: dict[Node, Any], values: Callable[[Node], Any]) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.env = dict(known)
+        self.values = values
+
+    def fetch(self, node: Node) -> Any:
+        order, stack = [], [node]
+        seen = set(self.env)
+        while stack:
+            at = stack.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            order.append(at)
+            stack.extend(() if is_size(at) else at.all_input_nodes)
+        for at in sorted(order):
+            self.env[at] = self.values(at) if at.op == "placeholder" or is_size(at) else self.run_node(at)
+        return self.env[node]
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tree_map(_float, args), tree_map(_float, kwargs)
+
+
+def _float(x: Any) -> Any:
+    return torch.float32 if isinstance(x, torch.dtype) and x in _HALF else x
+
+
+def lift(
+    gm: GraphModule, inputs: list[Node], output: Node, values: Callable[[Node], Any] = real_value
+) -> Callable[..., torch.Tensor]:
+    """The function from ``inputs`` to ``output`` that the graph computes.
+
+    Placeholders that are no input take what ``values`` gives for them: by default what they had while tracing. The function
+    raises ``Unliftable``, or whatever the operations raise.
+    """
+
+    def run(*given: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return _Run(gm, dict(zip(inputs, given, strict=True)), values).fetch(output)
+
+    return run
+
+
+def placeholders_of(node: Node) -> set[Node]:
+    """The placeholders whose values, not only sizes, ``node`` is computed from."""
+    found, seen, stack = set(), set(), [node]
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if at.op in ("placeholder", "get_attr"):
+            found.add(at)
+        stack.extend(() if is_size(at) else at.all_input_nodes)
+    return found

@@ -1,0 +1,127 @@
+"""Classify masks by what they are, not by how they were built: run the part of the graph that makes one, and compare.
+
+A mask that turns out to be causal, perhaps within a window and with columns of padding left out, need not be read at all: the store
+knows which tokens it holds. Any other bool mask is handed to attention as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from spectral_compile.passes.lift import (
+    Unliftable,
+    evaluate,
+    free_symbols,
+    hint,
+    is_size,
+    lift,
+    placeholders_of,
+    real_value,
+    symbol_hints,
+)
+from spectral_compile.passes.trace import Site, Trace, fake
+
+_WIDEST = 1 << 19  # a window is looked for up to this many columns
+_CELLS = 1 << 26  # and a mask is computed up to this many cells
+
+
+def classify_masks(trace: Trace) -> None:
+    """Set ``mask_kind``, ``padding`` and ``window`` of every site, or a refusal."""
+    known: dict[tuple[Any, ...], tuple[str, Node | None, int]] = {}
+    for site in trace.matched:
+        several = not (isinstance(count := fake(site.query).shape[2], int) and count == 1)
+        if site.mask is None:
+            if site.edge.past is not None and several:
+                site.refusal = "a chunk attends to a cached past without a mask, so not causally"
+            continue
+        key = (site.mask, site.edge.past is None)
+        if key not in known:
+            known[key] = _classify(site)
+        site.mask_kind, site.padding, site.window = known[key]
+        if site.mask_kind == "tensor" and site.edge.past is not None:
+            mask = fake(site.mask)
+            if mask.dtype != torch.bool:
+                site.refusal = "its mask adds numbers to the scores"
+            elif mask.ndim != 4 or mask.shape[1] != 1:
+                site.refusal = "its mask is not [batch, 1, queries, keys]"
+    paddings = {site.padding for site in trace.matched if site.padding is not None}
+    for site in trace.matched:
+        if len(paddings) > 1:
+            site.refusal = "attention sites disagree about which tokens are padding"
+
+
+def _classify(site: Site) -> tuple[str, Node | None, int]:
+    """(kind, padding placeholder, window) of one mask."""
+    tensors = [n for n in placeholders_of(site.mask) if isinstance(fake(n), torch.Tensor)]
+    paddings = [n for n in tensors if fake(n).ndim == 2 and not fake(n).is_floating_point()]
+    others = [n for n in tensors if n not in paddings and n not in (site.edge.past or ())]
+    if len(paddings) > 1 or others or fake(site.mask).dtype != torch.bool:
+        return "tensor", None, 0
+    padding = paddings[0] if paddings else None
+    try:
+        windows = {_window_at(site, padding, extra) for extra in _extras(site)}
+    except (Unliftable, RuntimeError, IndexError, TypeError, ValueError):
+        return "tensor", None, 0
+    found = {w for w in windows if w}
+    if None in windows or len(found) > 1:
+        return "tensor", None, 0
+    return "causal", padding, found.pop() if found else 0
+
+
+def _extras(site: Site) -> list[int]:
+    """By how many columns the past is made longer than it was while tracing, where it may grow."""
+    if site.edge.past is None or isinstance(fake(site.edge.past[0]).shape[2], int):
+        return [0]
+    past, count = hint(fake(site.edge.past[0]).shape[2]), hint(fake(site.query).shape[2])
+    return [0, max(min(_WIDEST, _CELLS // count) - past - count, 7)]
+
+
+def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
+    """The window of the mask with a past that is ``extra`` columns longer, 0 where it hides nothing; None if it is not causal."""
+    count = hint(fake(site.query).shape[2])
+    past = hint(fake(site.edge.past[0]).shape[2]) if site.edge.past else 0
+    if count * (past + extra + count) > 4 * _CELLS:
+        raise Unliftable("the mask is too large to be probed")
+    graph = site.sdpa.graph.owning_module
+    fixed, sizes = free_symbols(fake(site.query).shape[2]), symbol_hints(graph)
+    for symbol, size in sizes.items():
+        if size in (past, past + count) and symbol not in fixed:
+            sizes[symbol] = size + extra
+
+    def value(node: Node) -> Any:
+        if is_size(node):
+            return evaluate(fake(node), sizes)
+        if extra:
+            raise Unliftable("the mask depends on a tensor that may grow")
+        return real_value(node)
+
+    total = past + extra + count
+    q, k = torch.arange(past + extra, total)[:, None], torch.arange(total)[None]
+    run = lift(graph, [padding] if padding else [], site.mask, value)
+    rows = hint(fake(padding).shape[0]) if padding else 1
+    columns = hint(fake(padding).shape[1]) + extra if padding else total
+    if columns != total:
+        return None
+    window = 0
+    for trial in range(3 if padding else 1):
+        valid = torch.ones(rows, total, dtype=torch.bool)
+        if trial:
+            generator = torch.Generator().manual_seed(trial)
+            valid = torch.rand(rows, total, generator=generator) < 0.7
+            valid[:, -1] = True
+        given = [valid.to(fake(padding).dtype).to(fake(padding).device)] if padding else []
+        mask = run(*given).cpu()
+        if mask.shape[-2:] != (count, total) or mask.shape[1] != 1:
+            return None
+        seen = mask[:, 0]
+        if not trial:
+            nearest = int(seen[0, -1].int().argmax())  # the first key that the last query sees
+            window = total - nearest if nearest else 0
+        expected = (k <= q) & (k > q - window if window else True) & valid[:, None]
+        real = valid[:, past + extra :, None]  # what padding attends to is of no consequence
+        if not torch.equal((seen & real).expand_as(expected), expected & real):
+            return None
+    return window

@@ -1,0 +1,153 @@
+"""Rewrite: matched sites run on the store's buffers, and the graph is told nothing of how long the cache is.
+
+prefill keeps its attention, and stores keys and values in the same layer, so that one layer's dense ones die before the next's are
+born; extend and decode attend to the compressed past. What runs outside of the graph is left in ``trace.plan``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Node
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels.advance import advance_
+from spectral_compile.kernels.append import append_
+from spectral_compile.kernels.attend import attend_
+from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
+from spectral_compile.passes.trace import Site, Trace, fake
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A matched site for the runtime: its store, and which arguments of the graph as it came hold its past."""
+
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device
+    past: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the runtime feeds a rewritten graph and what it makes of the results.
+
+    ``inputs`` names each input of the new graph: ("argument", i), ("ledger",), ("positions",), ("valid",), ("columns",), ("buffer",
+    site, field), and after clean-up ("dense", i). ``outputs`` names each output of the old one: ("result", i) or ("key" | "value",
+    site). ``padding`` is the argument that holds the 2-D mask; ``masked`` says that some mask is none that the store could
+    know by itself. ``batch`` and ``count`` are ints or symbolic sizes.
+    """
+
+    kind: str
+    sites: tuple[SitePlan, ...]
+    inputs: dict[Node, tuple[Any, ...]]
+    outputs: tuple[tuple[Any, ...], ...]
+    padding: int | None
+    masked: bool
+    batch: Any
+    count: Any
+
+
+def rewrite(trace: Trace) -> None:
+    """Substitute the operations and take the cache out of the graph's inputs and outputs."""
+    if not trace.matched:
+        return
+    graph, sites = trace.gm.graph, trace.matched
+    arguments = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    inputs: dict[Node, tuple[Any, ...]] = {node: ("argument", i) for node, i in arguments.items()}
+    fake_mode = detect_fake_mode([fake(site.query) for site in sites])
+    first = sites[0]
+    batch, count = fake(first.edge.new[0]).shape[0], fake(first.edge.new[0]).shape[2]
+    device = fake(first.query).device
+    padding = next((site.padding for site in sites if site.padding is not None), None)
+    last = [next(reversed(arguments))]
+
+    def placeholder(name: str, source: tuple[Any, ...], value: torch.Tensor) -> Node:
+        with graph.inserting_after(last[0]):
+            node = graph.placeholder(name)
+        last[0] = node
+        node._dynamo_source = None
+        # an address that never changes, which is what CUDA graphs ask of a buffer that is mutated
+        node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+        inputs[node], trace.examples[node] = source, value
+        return node
+
+    def empty(*shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        with fake_mode:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+    ledger = placeholder("spectral_ledger", ("ledger",), empty(batch, 5, dtype=torch.int64))
+    positions = placeholder("spectral_positions", ("positions",), empty(batch, 1, dtype=torch.int32))
+    valid = columns = None
+    if padding is not None:
+        valid = placeholder("spectral_valid", ("valid",), empty(batch, count, dtype=torch.bool))
+    if any(site.mask_kind == "tensor" and site.edge.past for site in sites):
+        columns = placeholder("spectral_columns", ("columns",), empty(batch, 1, dtype=torch.bool))
+
+    ids = next((site.positions for site in sites if site.positions is not None), None)
+    with graph.inserting_before(first.sdpa):
+        graph.call_function(
+            advance_._opoverload, (ledger, positions, ids, valid, first.edge.new[0], first.layout.spec())
+        )
+    for i, site in enumerate(sites):
+        layout = site.layout
+        capacity = Capacity(layout.block, layout.recent + layout.block, 1)  # any: no compiled code depends on it
+        with fake_mode:
+            values = allocate(layout, batch, capacity, fake(site.query).dtype, device)
+        buffers = [placeholder(f"spectral_{i}_{name}", ("buffer", i, name), value) for name, value in values._asdict().items()]
+        _substitute(trace, site, ledger, positions, valid, columns, buffers)
+
+    outputs, kept = [], []
+    leaving = {node: (role, i) for i, site in enumerate(sites) for role, node in zip(("key", "value"), site.edge.grown, strict=True)}
+    for node in trace.output.args[0]:
+        if node in leaving:
+            outputs.append(leaving[node])
+        else:
+            outputs.append(("result", len(kept)))
+            kept.append(node)
+    trace.output.args = (tuple(kept),)
+    trace.plan = Plan(
+        kind=trace.kind,
+        sites=tuple(
+            SitePlan(
+                layout=site.layout,
+                dtype=fake(site.query).dtype,
+                device=fake(site.query).device,
+                past=tuple(arguments[n] for n in site.edge.past) if site.edge.past else None,
+            )
+            for site in sites
+        ),
+        inputs=inputs,
+        outputs=tuple(outputs),
+        masked=any(site.mask_kind == "tensor" for site in sites),
+        padding=arguments[padding] if padding is not None else None,
+        batch=batch,
+        count=count,
+    )
+
+
+def _substitute(
+    trace: Trace, site: Site, ledger: Node, positions: Node, valid: Node | None, columns: Node | None, buffers: list[Node]
+) -> None:
+    graph, spec, value = trace.gm.graph, site.layout.spec(), site.edge.new[1]
+    assert len(buffers) == len(Buffers._fields)
+    if site.edge.past is None:
+        with graph.inserting_after(site.sdpa):
+            graph.call_function(
+                append_._opoverload, (site.query, site.stored_key, value, ledger, valid, site.o_weight, *buffers, spec)
+            )
+        for grown, new in zip(site.edge.grown, site.edge.new, strict=True):
+            grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
+        return
+    mask = site.mask if site.mask_kind == "tensor" else None
+    head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid, site.o_weight)
+    with graph.inserting_before(site.sdpa):
+        attended = graph.call_function(
+            attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window)
+        )
+    attended.meta = {"example_value": fake(site.sdpa), "nn_module_stack": site.sdpa.meta.get("nn_module_stack")}
+    site.sdpa.replace_all_uses_with(attended)
+    graph.erase_node(site.sdpa)

@@ -1,0 +1,126 @@
+"""What the passes hand on to each other: one ``Trace`` a graph, one ``Site`` an attention in it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from spectral_compile.codec.layout import Layout, Rotary
+from spectral_compile.config import SpectralConfig
+from spectral_compile.report import Refusal
+
+
+@dataclass(frozen=True)
+class Edge:
+    """How a site's keys and values meet the cache.
+
+    ``kind`` is prefill, extend or decode; ``past`` are the placeholders of keys and values (none in a prefill), ``new`` the
+    chunk's own keys (as attended to) and values, ``grown`` the two nodes that leave the graph as the new cache.
+    """
+
+    kind: str
+    past: tuple[Node, Node] | None
+    new: tuple[Node, Node]
+    grown: tuple[Node, Node]
+
+
+@dataclass
+class Site:
+    """One attention: ``sdpa(query, key, value)`` with keys and values per KV head, and what later passes learn of it."""
+
+    sdpa: Node
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    causal: bool
+    scale: float
+    where: str
+    o_weight: Node | None = None
+    edge: Edge | None = None
+    layout: Layout | None = None
+    stored_key: Node | None = None
+    positions: Node | None = None
+    rotary: Rotary | None = None
+    mask_kind: str = "causal"  # or "tensor": whatever the mask says
+    padding: Node | None = None
+    window: int = 0
+    refusal: str | None = None
+    note: str | None = None
+
+
+@dataclass
+class Trace:
+    """A graph on its way through the passes, with what they found and what the runtime must know."""
+
+    gm: GraphModule
+    examples: dict[Node, Any]
+    config: SpectralConfig
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    plan: Any = None
+
+    @property
+    def matched(self) -> list[Site]:
+        """The sites that no pass has refused."""
+        return [site for site in self.sites if site.refusal is None]
+
+    @functools.cached_property
+    def order(self) -> dict[Node, int]:
+        """The place of every node in the graph as it came."""
+        return {node: i for i, node in enumerate(self.gm.graph.nodes)}
+
+    @functools.cached_property
+    def _data(self) -> set[Node]:
+        data: set[Node] = set()
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                if isinstance(self.examples.get(node), torch.nn.Parameter):
+                    data.add(node)
+            elif isinstance(fake(node), (int, torch.SymInt, torch.Size)):
+                continue  # a size says nothing of values
+            elif any(parent in data for parent in node.all_input_nodes):
+                data.add(node)
+        return data
+
+    def is_data(self, node: Node) -> bool:
+        """Whether ``node`` depends on the model's parameters; masks and angles do not."""
+        return node in self._data
+
+    @property
+    def output(self) -> Node:
+        return next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+
+    @property
+    def kind(self) -> str:
+        return self.matched[0].edge.kind if self.matched else "other"
+
+
+def fake(node: Any) -> Any:
+    """The fake value that Dynamo traced for ``node``; constants are their own."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def is_call(node: Any, *names: str) -> bool:
+    """Whether ``node`` calls a function or method of one of these names, in whichever spelling."""
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return False
+    return call_name(node) in names
+
+
+def call_name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def is_float(node: Any) -> bool:
+    value = fake(node)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

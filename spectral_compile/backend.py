@@ -1,0 +1,165 @@
+"""The backend, as the story of one compile: options, passes, inner compiler, runtime, report."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import Graph, GraphModule
+
+from spectral_compile import report
+from spectral_compile.config import SpectralConfig
+from spectral_compile.passes.attention import canonicalise_attention
+from spectral_compile.passes.clean_up import clean_up, dense_example
+from spectral_compile.passes.edges import classify_edges
+from spectral_compile.passes.masks import classify_masks
+from spectral_compile.passes.rewrite import rewrite
+from spectral_compile.passes.rope import match_rope
+from spectral_compile.passes.trace import Trace, fake
+from spectral_compile.report import GraphReport, Refusal, SpectralWarning
+from spectral_compile.runtime import BoundGraph, DenseGraph
+from spectral_compile.tensor import SpectralTensor
+
+PASSES: tuple[Callable[[Trace], None], ...] = (
+    canonicalise_attention,
+    classify_edges,
+    match_rope,
+    classify_masks,
+    rewrite,
+    clean_up,
+)
+
+
+def spectral(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | SpectralConfig | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph so that its KV cache is kept, and attended to, in compressed form.
+
+    ``options`` are the fields of ``SpectralConfig``, and options of Inductor; ``mode`` is Inductor's. A graph with gradients,
+    without a cache, or in which nothing matches goes to the inner compiler as it came. Bad options raise ValueError.
+    """
+    config = SpectralConfig.parse(options, mode)
+    started = time.perf_counter()
+    refusal = refuse_graph(gm)
+    trace = Trace(own_copy(gm), {}, config)
+    if refusal is None:
+        trace.examples = dict(zip(_placeholders(trace.gm), example_inputs, strict=True))
+        for run_pass in PASSES:
+            run_pass(trace)
+    passed = time.perf_counter()
+
+    if trace.plan is None:
+        compiled = compile_densely(gm, example_inputs, config)
+    else:
+        examples = [trace.examples[node] for node in trace.plan.inputs]
+        inner = compile_inner(trace.gm, examples, config, with_store=True)
+        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)])
+    done = time.perf_counter()
+
+    seconds = {"passes": passed - started, "inner": done - passed}
+    report.record(make_report(trace, refusal, seconds))
+    return compiled
+
+
+def refuse_graph(gm: GraphModule) -> Refusal | None:
+    """Why a graph as a whole is left alone, if it is."""
+    if torch.is_grad_enabled() and any(getattr(fake(node), "requires_grad", False) for node in gm.graph.nodes):
+        return Refusal("graph", "it computes gradients: call the model under torch.no_grad() to compress its cache")
+    return None
+
+
+def own_copy(gm: GraphModule) -> GraphModule:
+    """A copy to edit: Dynamo still reads the placeholders of its own graph after the backend has returned."""
+    graph, copies = Graph(), {}
+    result = graph.graph_copy(gm.graph, copies)
+    old = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    graph.output(result).meta.update(old.meta)
+    for node, copied in copies.items():
+        if node.op == "placeholder":
+            copied._dynamo_source = getattr(node, "_dynamo_source", None)
+    new = GraphModule(gm, graph)
+    new.meta.update(gm.meta)
+    new._param_name_to_source = getattr(gm, "_param_name_to_source", {})
+    return new
+
+
+def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, with_store: bool = False) -> Callable[..., Any]:
+    """Hand a graph to the inner compiler that the options name."""
+    if config.inner == "eager":
+        return gm.forward
+    if config.inner == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
+    patches = dict(config.inductor)
+    if with_store:
+        # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
+        patches["size_asserts"] = False
+    return compile_fx(gm, examples, config_patches=patches or None)
+
+
+def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:
+    """The graph as it came; compressed tensors among its arguments are decoded at each call."""
+    pasts = [isinstance(fake(node), SpectralTensor) for node in _placeholders(gm)]
+    if not any(pasts):
+        return compile_inner(gm, example_inputs, config)
+    copy, examples = own_copy(gm), list(example_inputs)
+    for i, node in enumerate(_placeholders(copy)):
+        if pasts[i]:
+            examples[i] = node.meta["example_value"] = dense_example(fake(node))
+    return DenseGraph(compile_inner(copy, examples, config))
+
+
+def make_report(trace: Trace, refusal: Refusal | None, seconds: dict[str, float]) -> GraphReport:
+    """What happened to a graph; a warning where sites of a cached model stay dense."""
+    refusals = ([refusal] if refusal else []) + trace.refusals
+    refusals += [Refusal(site.where, site.refusal) for site in trace.sites if site.refusal]
+    notes = tuple(Refusal(site.where, site.note) for site in trace.matched if site.note)
+    made = GraphReport(trace.kind, len(trace.sites), len(trace.matched), tuple(refusals), notes, seconds)
+    if refusals and not trace.matched:
+        message = f"nothing in this graph was compressed; {refusals[0]}"
+        if trace.config.strict and any(isinstance(fake(n), SpectralTensor) for n in _placeholders(trace.gm)):
+            raise RuntimeError(f"strict: {message}")
+        warnings.warn(message, SpectralWarning, stacklevel=2)
+    return made
+
+
+def _placeholders(gm: GraphModule) -> list[Any]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def reset() -> None:
+    """Forget all reports, counts and compiled graphs of this process."""
+    report.clear()
+    torch._dynamo.reset()
+
+
+def explain(model: torch.nn.Module, **inputs: Any) -> str:
+    """What the backend would do with ``model(**inputs)`` and one decode step after it, as text.
+
+    The model is run without gradients by plain PyTorch, so nothing waits for a compiler.
+    """
+    torch._dynamo.reset()
+    before = len(report.reports())
+    compiled = torch.compile(model, backend=spectral, options={"inner": "eager"})
+    inputs = {"use_cache": True, **inputs}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpectralWarning)
+        out = compiled(**inputs)
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None:
+            step = {k: v for k, v in inputs.items() if k not in ("input_ids", "position_ids", "inputs_embeds")}
+            if (mask := step.get("attention_mask")) is not None:
+                step["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
+            compiled(input_ids=out.logits[:, -1:].argmax(-1), **{**step, "past_key_values": cache})
+    torch._dynamo.reset()
+    made = report.reports()[before:]
+    if not made:
+        return "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
+    return "\n".join(str(graph) for graph in made)

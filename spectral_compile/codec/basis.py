@@ -1,0 +1,104 @@
+"""The transform: a weighted eigenbasis for one side (K or V) of a group of heads, and coding against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Rotary, Tiers
+from .quantise import dequantise, quantise, search_step
+
+_LEAST_WEIGHT = 1e-3
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _matrix(basis: Tensor, scale: Tensor) -> Tensor:
+    return basis * scale[..., None, :]
+
+
+def _split(affine: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    return affine.split((rank, rank, affine.shape[-1] - 2 * rank), dim=-1)
+
+
+def _analyse(y: Tensor, matrix: Tensor) -> Tensor:
+    """The c of least ``|y - c @ matrix.mT|``, with products alone, so that it can be captured in a CUDA graph."""
+    coefficients = y @ matrix
+    # Rounding to int8 leaves the columns not quite orthonormal; one correction leaves the square of that error.
+    return coefficients + (y - coefficients @ matrix.mT) @ matrix
+
+
+def fit(x: Tensor, weight: Tensor, tiers: Tiers) -> tuple[Tensor, Tensor]:
+    """Choose the basis and the steps for a segment of tokens.
+
+    The basis holds the leading eigenvectors of ``y.mT @ y`` with ``y = x * weight`` (uncentred Karhunen-Loeve transform),
+    rounded to int8 with a scale a column. ``weight`` counts up to a factor: its mean becomes 1. Rows of zeros do not count.
+
+    x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative
+    -> basis int8 ``[..., W, R]``, affine float32 ``[..., 2 * R + W]`` = step ``[R]``, column scale ``[R]``, weight ``[W]``.
+    """
+    weight = (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
+    y = x * weight[..., None, :]
+    vectors = torch.linalg.eigh(y.mT @ y).eigenvectors.flip(-1)[..., : tiers.rank]
+    scale = vectors.abs().amax(-2) / 127
+    basis = (vectors / scale[..., None, :]).round().to(torch.int8)
+    step = search_step(_analyse(y, _matrix(basis, scale)), tiers)
+    return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
+
+
+def encode(x: Tensor, basis: Tensor, affine: Tensor, tiers: Tiers) -> Tensor:
+    """Code tokens against a basis that ``fit`` made, of these tokens or of earlier ones.
+
+    x: float32 ``[..., n, W]``; basis: int8 ``[..., W, R]``; affine: float32 ``[..., 2 * R + W]``
+    -> uint8 ``[..., n, row_bytes]``.
+    """
+    step, scale, weight = _split(affine, tiers.rank)
+    return quantise(_analyse(x * weight[..., None, :], _matrix(basis, scale)), step, tiers)
+
+
+def latent(packed: Tensor, affine: Tensor, tiers: Tiers) -> Tensor:
+    """The quantised coefficients: uint8 ``[..., n, row_bytes]``, float32 ``[..., 2 * R + W]`` -> float32 ``[..., n, R]``."""
+    return dequantise(packed, affine[..., : tiers.rank], tiers)
+
+
+def synthesis(basis: Tensor, affine: Tensor) -> Tensor:
+    """The matrix from coefficients to channels, unweighted: int8 ``[..., W, R]`` -> float32 ``[..., R, W]``."""
+    _, scale, weight = _split(affine, basis.shape[-1])
+    return (_matrix(basis, scale) / weight[..., None]).mT
+
+
+def decode(packed: Tensor, basis: Tensor, affine: Tensor, tiers: Tiers) -> Tensor:
+    """Undo ``encode`` up to what was dropped and rounded: uint8 ``[..., n, row_bytes]`` -> float32 ``[..., n, W]``."""
+    return latent(packed, affine, tiers) @ synthesis(basis, affine)
+
+
+def residual(x: Tensor, basis: Tensor, affine: Tensor) -> Tensor:
+    """The share of the tokens' weighted energy that the basis misses: float32 ``[..., n, W]`` -> float32 ``[...]``."""
+    _, scale, weight = _split(affine, basis.shape[-1])
+    y, matrix = x * weight[..., None, :], _matrix(basis, scale)
+    missed = y - _analyse(y, matrix) @ matrix.mT
+    return missed.square().sum((-2, -1)) / y.square().sum((-2, -1)).clamp_min(_TINY)
+
+
+def key_weight(moment: Tensor, rotary: Rotary | None) -> Tensor:
+    """How much each key channel counts: the root mean square of the queries there, equal within a RoPE pair.
+
+    RoPE mixes the two channels of a pair by position, so before rotation neither can count for more than the other.
+
+    moment: float32 ``[..., H, D]``, squared queries summed over tokens and over the KV head's query heads
+    -> float32 ``[..., H, D]``; ones if nothing was summed.
+    """
+    if rotary is not None:
+        rotated, rest = moment.split((rotary.dim, moment.shape[-1] - rotary.dim), dim=-1)
+        half = rotary.dim // 2
+        shape, axis = ((half, 2), -1) if rotary.interleaved else ((2, half), -2)
+        pairs = rotated.unflatten(-1, shape)
+        moment = torch.cat([pairs.mean(axis, keepdim=True).expand_as(pairs).flatten(-2), rest], dim=-1)
+    return torch.where(moment.sum((-2, -1), keepdim=True) > 0, moment.sqrt(), 1.0)
+
+
+def value_weight(o_weight: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+    """How much each value channel counts: the norm of its columns in the output projection, over the KV head's query heads.
+
+    o_weight: ``[hidden, Hq * D]`` as in ``torch.nn.Linear`` -> float32 ``[kv_heads, D]``.
+    """
+    return o_weight.float().unflatten(-1, (kv_heads, -1, head_dim)).square().sum((0, 2)).sqrt()

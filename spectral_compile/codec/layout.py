@@ -1,0 +1,90 @@
+"""What is fixed about one layer's compressed cache: shapes, tiers, windows and RoPE, in one hashable value."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """How many channels, from the largest eigenvalue down, are coded at 8, 4 and 2 bits; the others are dropped."""
+
+    bits8: int
+    bits4: int
+    bits2: int
+
+    @property
+    def rank(self) -> int:
+        return self.bits8 + self.bits4 + self.bits2
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's packed codes; each tier starts on a byte."""
+        return self.bits8 + -(-self.bits4 // 2) + -(-self.bits2 // 4)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotation that stands between a stored key and the key that is attended to.
+
+    ``frequencies`` are radians per position, one a pair; channels past ``2 * len(frequencies)`` are not rotated.
+    Pairs are (i, i + len(frequencies)), or (2i, 2i + 1) when ``interleaved``. ``scaling`` multiplies rotated channels.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool = False
+    scaling: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        return 2 * len(self.frequencies)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static geometry of one layer's store.
+
+    A group is ``head_group`` KV heads coded jointly: ``width = head_group * head_dim`` channels. Tokens are held as
+    ``sinks`` exact ones, then coded ones, then an exact recent window of ``recent`` to ``recent + block - 1``. Coding moves
+    ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With ``segment`` > 0 every
+    ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures new tokens.
+    """
+
+    kv_heads: int
+    head_dim: int
+    head_group: int
+    key: Tiers
+    value: Tiers
+    lossless: bool = False
+    weighted: bool = True
+    normalised: bool = True
+    sinks: int = 4
+    recent: int = 64
+    block: int = 32
+    warmup: int = 512
+    segment: int = 0
+    rotary: Rotary | None = None
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads // self.head_group
+
+    @property
+    def width(self) -> int:
+        return self.head_group * self.head_dim
+
+    def spec(self) -> str:
+        """This layout as a string: the form in which it is an argument of an operation, and a key of compile caches."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(spec: str) -> Layout:
+        """The layout that ``spec()`` wrote down."""
+        fields = json.loads(spec)
+        fields["key"], fields["value"] = Tiers(**fields["key"]), Tiers(**fields["value"])
+        if (rotary := fields["rotary"]) is not None:
+            fields["rotary"] = Rotary(**{**rotary, "frequencies": tuple(rotary["frequencies"])})
+        return Layout(**fields)

@@ -1,0 +1,56 @@
+"""Named points on the curve of size against fidelity, and how one becomes the layout of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .layout import Layout, Rotary, Tiers
+
+_JOINT_WIDTH = 256
+
+
+def _tiers(parts: tuple[int, int, int], width: int) -> Tiers:
+    # Rounding the running sums down, not the parts, keeps the total within the width.
+    ends = [width * sum(parts[:count]) // 32 for count in range(4)]
+    return Tiers(*(end - start for start, end in pairwise(ends)))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A codec without a model: tiers are channels at (8, 4, 2) bits in 32ths of the width; the rest is as in ``Layout``.
+
+    ``head_group`` None takes as many heads together as fit 256 channels and divide the KV heads evenly.
+    """
+
+    key: tuple[int, int, int]
+    value: tuple[int, int, int]
+    head_group: int | None = None
+    lossless: bool = False
+    weighted: bool = True
+    normalised: bool = True
+    sinks: int = 4
+    recent: int = 64
+    block: int = 32
+    warmup: int = 512
+    segment: int = 0
+
+    def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None = None) -> Layout:
+        """The layout of a layer with ``kv_heads`` heads of ``head_dim`` channels."""
+        fitting = (size for size in range(kv_heads, 0, -1) if kv_heads % size == 0 and size * head_dim <= _JOINT_WIDTH)
+        head_group = self.head_group or next(fitting, 1)
+        if kv_heads % head_group:
+            raise ValueError(f"head_group={head_group} does not divide the {kv_heads} KV heads")
+        width = head_group * head_dim
+        tiers = {"key": _tiers(self.key, width), "value": _tiers(self.value, width)}
+        geometry = {"kv_heads": kv_heads, "head_dim": head_dim, "head_group": head_group, "rotary": rotary}
+        return Layout(**vars(self) | tiers | geometry)
+
+
+PRESETS: dict[str, Preset] = {
+    "exact": Preset(key=(0, 0, 0), value=(0, 0, 0), lossless=True, weighted=False, normalised=False),
+    "quality": Preset(key=(2, 8, 12), value=(0, 6, 22)),
+    "balanced": Preset(key=(1, 5, 12), value=(0, 2, 20)),
+    "compact": Preset(key=(1, 3, 7), value=(0, 1, 12)),
+    "seed": Preset(key=(8, 0, 0), value=(16, 0, 0), head_group=1, weighted=False, normalised=False, block=512, segment=512),
+}

@@ -1,0 +1,108 @@
+"""Options of the backend: parsed once into a frozen value, checked at the earliest moment."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
+
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class SpectralConfig:
+    """What ``torch.compile(..., backend="spectral", options=...)`` understands.
+
+    ``preset`` names a codec: ``quality`` (about 6x), ``balanced`` (about 8.5x), ``compact`` (about 14x), ``seed`` (the rank-16/32
+    int8 codec that everything is compared with) or ``exact`` (lossless). ``strict`` turns every silent loss of compression into
+    an error. ``head_group`` KV heads are coded jointly (the preset's choice where None). ``key_ranks`` and ``value_ranks`` are
+    channels per head at 8, 4 and 2 bits. ``sinks`` first and ``recent`` last tokens stay exact, ``block`` tokens are coded at a
+    time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's. ``inner`` compiles the rewritten graph.
+    ``inductor`` holds options that are Inductor's own.
+    """
+
+    preset: str = "balanced"
+    strict: bool = False
+    head_group: int | None = None
+    key_ranks: tuple[int, int, int] | None = None
+    value_ranks: tuple[int, int, int] | None = None
+    sinks: int | None = None
+    recent: int | None = None
+    block: int | None = None
+    warmup: int | None = None
+    inner: str = "inductor"
+    inductor: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}{_nearest(self.preset, PRESETS)}")
+        if self.inner not in INNER:
+            raise ValueError(f"unknown inner compiler {self.inner!r}{_nearest(self.inner, INNER)}")
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict must be True or False, not {self.strict!r}")
+        for name, least in (("head_group", 1), ("sinks", 0), ("recent", 0), ("block", 1), ("warmup", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        for name in ("key_ranks", "value_ranks"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(value) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in value) or not sum(value):
+                raise ValueError(f"{name} must be three counts, of channels at 8, 4 and 2 bits per head, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+
+    def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None) -> Layout:
+        """The layout of a layer with ``kv_heads`` KV heads of ``head_dim`` channels under these options."""
+        preset = PRESETS[self.preset]
+        chosen = {
+            name: getattr(self, name)
+            for name in ("head_group", "sinks", "recent", "block", "warmup")
+            if getattr(self, name) is not None
+        }
+        if preset.segment and "block" in chosen:
+            chosen["segment"] = chosen["block"]  # a preset with a basis a block keeps one a block
+        layout = replace(preset, **chosen).layout(kv_heads, head_dim, rotary)
+        for name, ranks in (("key", self.key_ranks), ("value", self.value_ranks)):
+            if ranks is None:
+                continue
+            if sum(ranks) > head_dim:
+                raise ValueError(f"{name}_ranks {ranks} sum to more than head_dim {head_dim}: lower them")
+            layout = replace(layout, **{name: Tiers(*(n * layout.head_group for n in ranks))})
+        return Layout.parse(layout.spec())  # interned, so that guards compare it by identity
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | SpectralConfig | None, mode: str | None = None) -> SpectralConfig:
+        """The config that ``options`` and ``mode`` of ``torch.compile`` mean.
+
+        Keys that are options of Inductor are handed on to it, and so is ``mode``. An unknown key is a ValueError that
+        names the nearest known one.
+        """
+        if isinstance(options, SpectralConfig):
+            return options
+        own = {f.name for f in fields(cls)} - {"inductor"}
+        inductor = set(torch._inductor.list_options())
+        given, passed = {}, {}
+        for key, value in (options or {}).items():
+            name = key.replace("-", "_")
+            if name in own:
+                given[name] = value
+            elif name in inductor:
+                passed[name] = value
+            elif name == "inductor":
+                passed.update(value)
+            else:
+                raise ValueError(f"unknown option {key!r}{_nearest(key, sorted(own | inductor))}")
+        if mode not in (None, "default"):
+            passed = {**torch._inductor.list_mode_options(mode), **passed}
+        return cls(**given, inductor=tuple(sorted(passed.items())))
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,101 @@
+"""What the backend did: one report a graph, a warning when it was never asked, and counted losses of compression."""
+
+from __future__ import annotations
+
+import atexit
+import warnings
+from dataclasses import dataclass, field
+
+
+class SpectralWarning(UserWarning):
+    """Something runs densely that could have been compressed."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An attention site, or a whole graph, that stays as it is, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph that Dynamo handed over.
+
+    ``kind`` is prefill, extend, decode or other; of ``sites`` attentions ``matched`` run on the compressed cache and the others
+    are in ``refusals``; ``notes`` say what matched in a lesser form. ``seconds`` holds the time spent in ``passes`` and in the ``inner`` compiler.
+    """
+
+    kind: str
+    sites: int
+    matched: int
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[Refusal, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kind}: {self.matched} of {self.sites} attention sites compressed"
+            f" (passes {self.seconds.get('passes', 0.0):.1f} s, compiler {self.seconds.get('inner', 0.0):.1f} s)"
+        ]
+        return "\n  ".join(lines + [str(refusal) for refusal in (*self.refusals, *self.notes)])
+
+
+_reports: list[GraphReport] = []
+_decodes = 0
+_ever = False
+
+
+def reports() -> list[GraphReport]:
+    """The reports of all graphs compiled since the last ``reset()``, oldest first."""
+    return list(_reports)
+
+
+def record(report: GraphReport) -> None:
+    global _ever
+    _ever = True
+    _reports.append(report)
+
+
+def decodes() -> int:
+    """How often a compressed layer was decoded to a dense tensor since the last ``reset()``."""
+    return _decodes
+
+
+def count_decode(what: str, strict: bool) -> None:
+    """Note that ``what`` needs a dense tensor; an error where ``strict``, else a warning the first time."""
+    global _decodes
+    if strict:
+        raise RuntimeError(f"strict: {what} would decode the compressed cache to a dense tensor")
+    if _decodes == 0:
+        warnings.warn(
+            f"{what} decodes the compressed cache to a dense tensor; reports() and explain() say which graphs did not match",
+            SpectralWarning,
+            stacklevel=3,
+        )
+    _decodes += 1
+
+
+def clear() -> None:
+    global _decodes
+    _reports.clear()
+    _decodes = 0
+
+
+def expect_a_graph() -> None:
+    """Warn at exit if the backend was looked up and no graph ever came."""
+    atexit.register(_warn_if_unused)
+
+
+def _warn_if_unused() -> None:
+    if not _ever:
+        warnings.warn(
+            'the backend "spectral" was asked for but never given a graph, so nothing was compressed: torch.compile(model).generate()'
+            ' runs the uncompiled model; call model.compile(backend="spectral") and then model.generate()',
+            SpectralWarning,
+            stacklevel=1,
+        )

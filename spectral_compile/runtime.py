@@ -1,0 +1,159 @@
+"""Binds stores to a compiled graph: takes them off the arguments, feeds their buffers in, and wraps what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spectral_compile.config import SpectralConfig
+from spectral_compile.passes.rewrite import Plan
+from spectral_compile.report import count_decode
+from spectral_compile.store import SpectralStore, Timeline
+from spectral_compile.tensor import SpectralTensor
+
+
+class SizeReader:
+    """Reads a size that was symbolic while tracing off the arguments of a call."""
+
+    def __init__(self, size: Any, examples: list[Any]) -> None:
+        self.fixed = size if isinstance(size, int) else None
+        if self.fixed is not None:
+            return
+        wanted = size.node.expr
+        for i, example in enumerate(examples):
+            if isinstance(example, torch.SymInt) and example.node.expr == wanted:
+                self.place = (i, None)
+                return
+            for dim, n in enumerate(example.shape if isinstance(example, torch.Tensor) else ()):
+                if isinstance(n, torch.SymInt) and n.node.expr == wanted:
+                    self.place = (i, dim)
+                    return
+        raise ValueError(f"the size {wanted} stands in no argument of the graph")
+
+    def __call__(self, arguments: tuple[Any, ...]) -> int:
+        if self.fixed is not None:
+            return self.fixed
+        i, dim = self.place
+        return int(arguments[i] if dim is None else arguments[i].shape[dim])
+
+
+class BoundGraph:
+    """A compiled graph that takes and returns compressed caches where Dynamo believes that there are dense ones."""
+
+    def __init__(self, plan: Plan, compiled: Callable[..., Any], config: SpectralConfig, examples: list[Any]) -> None:
+        self.plan, self.compiled, self.config = plan, compiled, config
+        self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
+        self.sources = list(plan.inputs.values())
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        count = self.count(arguments)
+        if self.plan.kind == "prefill":
+            stores, valid = self._begin(arguments, count)
+        else:
+            stores, valid = self._resume(arguments, count)
+        timeline = stores[0].timeline
+        results = self.compiled(*(self._feed(source, arguments, stores, valid) for source in self.sources))
+        timeline.enter(count, valid)
+        if timeline.waiting and timeline.settle():
+            for store in stores:
+                store.resize()
+        return tuple(
+            results[i] if what == "result" else self._wrap(stores[i], what, timeline.length) for what, i in self.plan.outputs
+        )
+
+    def _begin(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
+        """Empty stores for a prompt, and which of its columns are tokens."""
+        sites = self.plan.sites
+        valid = self._valid(arguments, 0, count)
+        tokens = count
+        if valid is not None:
+            tokens = int(valid.sum(1).min())
+        timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device)
+        timeline.padded, timeline.unread = tokens < count, self.plan.masked
+        return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
+
+    def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
+        """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
+        pasts = [(arguments[k], arguments[v]) for k, v in (site.past for site in self.plan.sites)]
+        length = pasts[0][0].shape[2]
+        stores = [key.store for key, _ in pasts]
+        if any(key.store is not value.store or key.shape[2] != length or value.shape[2] != length for key, value in pasts):
+            raise RuntimeError("keys and values of the compressed cache belong to different caches or have different lengths")
+        timeline = stores[0].timeline
+        for store in stores[1:]:
+            if store.timeline is not timeline:
+                if not timeline.same_as(store.timeline):
+                    raise RuntimeError("the layers of the compressed cache hold different tokens")
+                store.timeline = timeline
+        if length != timeline.length or any(store.pending for store in stores):
+            stores = self._fork(stores, length)
+            timeline = stores[0].timeline
+        if timeline.reserve(count):
+            for store in stores:
+                store.resize()
+        if not self.plan.masked and (timeline.unread or (timeline.padded and self.plan.padding is None)):
+            raise RuntimeError("earlier calls on this cache masked tokens and this one does not: pass the mask of all tokens so far")
+        return stores, self._valid(arguments, length, count)
+
+    @staticmethod
+    def _fork(stores: list[SpectralStore], length: int) -> list[SpectralStore]:
+        """Stores with ``length`` columns: these ones, if nobody can read what comes after, else copies."""
+        timeline = stores[0].timeline
+        if length < timeline.length and all(store.longest_view() <= length for store in stores):
+            timeline.truncate(length)
+            for store in stores:
+                store.pending = {}
+                store.drop_segments()
+            return stores
+        cropped = timeline.crop(length)
+        return [store.fork(length, cropped) for store in stores]
+
+    def _valid(self, arguments: tuple[Any, ...], length: int, count: int) -> torch.Tensor | None:
+        if self.plan.padding is None:
+            return None
+        return arguments[self.plan.padding][:, length : length + count].bool()
+
+    def _feed(
+        self, source: tuple[Any, ...], arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None
+    ) -> Any:
+        match source:
+            case ("argument", i):
+                return arguments[i]
+            case ("buffer", i, name):
+                return getattr(stores[i].buffers, name)
+            case ("ledger",):
+                return stores[0].timeline.ledger
+            case ("positions",):
+                return stores[0].timeline.positions
+            case ("columns",):
+                return stores[0].timeline.columns
+            case ("valid",):
+                return valid
+            case ("dense", i):
+                return densely(arguments[i])
+        raise AssertionError(source)
+
+    def _wrap(self, store: SpectralStore, role: str, length: int) -> SpectralTensor:
+        tensor = SpectralTensor.of(store, role, length, self.config.strict)
+        if self.plan.kind == "prefill":
+            # the next call then traces a graph for every length at once
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        return tensor
+
+
+class DenseGraph:
+    """A compiled graph that was not rewritten but is given compressed tensors: it gets them decoded."""
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self.compiled = compiled
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.compiled(*(densely(a) if isinstance(a, SpectralTensor) else a for a in arguments))
+
+
+def densely(tensor: SpectralTensor) -> torch.Tensor:
+    """``tensor`` decoded, which is counted."""
+    count_decode("a graph in which not every attention site matched", tensor.strict)
+    return tensor.dense()

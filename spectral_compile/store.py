@@ -1,0 +1,306 @@
+"""The compressed cache as a log: a timeline that all layers share, and one store of codes a layer.
+
+Appending mutates buffers. A reader that remembers fewer columns than the log has (a crop, a shared prefix, an old reference) forks
+it before it appends, so that two generations never see each other's tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels import reference
+from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
+
+HEADROOM = 64  # coded slots that a new log has to spare; what is spare doubles whenever it is used up
+
+
+class Shared:
+    """Results that several users of one object ask for one by one, each of them once, and must share.
+
+    transformers reorders or crops a cache layer by layer, keys and then values: what the first call builds, the others find here.
+    A user that asks again begins a new cache, and gets a result of its own.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[weakref.ref[Any], set[int], Any]] = {}
+
+    def get(self, key: Any, user: Any, build: Callable[[], Any], holder: Any = None) -> Any:
+        """``build()``, or what another user's call with this ``key`` gave; ``holder`` is kept alive, so that an id in ``key`` is."""
+        reference, users, _ = self._known.get(key, (None, set(), None))
+        result = reference() if reference is not None else None
+        if result is None or id(user) in users:
+            result, users = build(), set()
+            self._known[key] = (weakref.ref(result), users, holder)
+        users.add(id(user))
+        return result
+
+    def clear(self) -> None:
+        self._known.clear()
+
+
+class Timeline:
+    """What is the same in every layer of a cache: columns, positions, and how many tokens are coded.
+
+    ``length`` counts columns as transformers does, padding included; it lives on the host. ``ledger`` int64 [B, 5], ``positions``
+    int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device.
+    """
+
+    def __init__(self, layout: Layout, batch: int, count: int, tokens: int, device: torch.device) -> None:
+        """Books for ``batch`` rows of which the first step brings ``count`` columns, the shortest row having ``tokens`` tokens."""
+        self.layout = layout
+        self.length = 0
+        self.spare = HEADROOM
+        waiting = tokens - layout.sinks - layout.recent < layout.warmup
+        window = layout.recent + (max(layout.warmup, layout.block) if waiting else layout.block)
+        self.capacity = Capacity(coded=0, window=window, segments=0)
+        self.ledger = torch.tensor([[0, 0, 0, 0, 1]], device=device).repeat(batch, 1)
+        self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
+        self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        self.padded = False  # columns of padding were left out
+        self.unread = False  # a mask that could not be classified hid some of what is stored
+        self.derived = Shared()
+        self.reserve(count)
+
+    @property
+    def batch(self) -> int:
+        return self.ledger.shape[0]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the window still has room for the tokens that a first basis is computed from."""
+        return self.capacity.window > self.layout.recent + self.layout.block
+
+    def reserve(self, count: int) -> bool:
+        """Make room for ``count`` more columns; whether capacities changed, and stores must follow."""
+        layout, old = self.layout, self.capacity
+        end = self.length + count
+        need = -(-max(0, end - layout.sinks - layout.recent) // layout.block) * layout.block
+        if need <= old.coded and end <= self.columns.shape[1]:
+            return False
+        if old.coded:
+            self.spare *= 2
+        coded = max(old.coded, need + self.spare)
+        if layout.segment:
+            segments = old.segments + -(-(coded - old.coded) // layout.segment) + 1
+        else:
+            # a chunk long enough for a basis of its own may ask for one
+            segments = old.segments + (old.segments == 0 or count >= layout.warmup + layout.block)
+        self.widen(Capacity(coded, old.window, segments))
+        return True
+
+    def widen(self, capacity: Capacity) -> None:
+        """Take on larger capacities."""
+        self.capacity = capacity
+        columns = self.layout.sinks + capacity.coded + capacity.window + self.layout.block
+        self.positions = _widen(self.positions, columns + 1)
+        self.columns = _widen(self.columns, columns)
+
+    def settle(self) -> bool:
+        """Drop the wide window of a young log once every row has a basis; whether capacities changed."""
+        if not self.waiting or bool(self.ledger[:, 4].any()):
+            return False
+        self.capacity = self.capacity._replace(window=self.layout.recent + self.layout.block)
+        return True
+
+    def enter(self, count: int, valid: torch.Tensor | None) -> None:
+        """Note ``count`` columns that the graph has appended; ``valid`` bool [B, count] are the tokens among them."""
+        self.columns[:, self.length : self.length + count] = True if valid is None else valid
+        self.length += count
+        self.derived.clear()
+
+    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Timeline:
+        """A timeline of its own with ``move`` applied to every tensor."""
+        new = copy.copy(self)
+        new.ledger, new.positions, new.columns = move(self.ledger), move(self.positions), move(self.columns)
+        new.derived = Shared()
+        return new
+
+    def crop(self, length: int) -> Timeline:
+        """A timeline of its own with the first ``length`` columns."""
+        new = self.map(torch.clone)
+        new.truncate(length)
+        return new
+
+    def truncate(self, length: int) -> None:
+        """Forget all columns from ``length`` on, in place."""
+        self.length = length
+        tokens = self.columns[:, :length].sum(1)
+        coded = self.ledger[:, 3].minimum((tokens - self.layout.sinks).clamp(min=0))
+        self.ledger[:, 2], self.ledger[:, 3] = tokens, coded
+        self.derived.clear()
+
+    def same_as(self, other: Timeline) -> bool:
+        """Whether the two hold the same books, so that one may stand for both."""
+        return self is other or (
+            self.length == other.length
+            and self.layout.recent == other.layout.recent
+            and self.capacity == other.capacity
+            and self.ledger.shape == other.ledger.shape
+            and self.ledger.device == other.ledger.device
+            and bool((self.ledger[:, 2:] == other.ledger[:, 2:]).all())
+            and torch.equal(self.columns[:, : self.length], other.columns[:, : self.length])
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.ledger, self.positions, self.columns]
+
+
+class SpectralStore:
+    """One layer's keys and values, compressed. Both are one log: keys and values are always appended together."""
+
+    def __init__(self, layout: Layout, timeline: Timeline, dtype: torch.dtype, buffers: Buffers | None = None) -> None:
+        self.layout = layout
+        self.timeline = timeline
+        self.dtype = dtype
+        self.buffers = buffers or allocate(layout, timeline.batch, timeline.capacity, dtype, timeline.ledger.device)
+        self.views: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the tensors that read this store
+        self.pending: dict[str, torch.Tensor] = {}
+        self.derived = Shared()
+        self.handle = torch.empty(0, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffers.k_exact.device
+
+    def resize(self) -> None:
+        """Follow the timeline's capacities, keeping every token."""
+        layout, capacity = self.layout, self.timeline.capacity
+        old = self.buffers
+        window = old.k_exact.shape[2] - layout.sinks
+        if (old.k_codes.shape[2], window, old.starts.shape[1]) == (
+            capacity.coded,
+            capacity.window,
+            0 if layout.lossless else capacity.segments,
+        ):
+            return
+        new = allocate(layout, self.timeline.batch, capacity, self.dtype, self.device)
+        for name in Buffers._fields:
+            a, b = getattr(old, name), getattr(new, name)
+            if name not in ("k_exact", "v_exact"):
+                b[tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))] = a[
+                    tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
+                ]
+        for a, b in ((old.k_exact, new.k_exact), (old.v_exact, new.v_exact)):
+            b[:, :, : layout.sinks] = a[:, :, : layout.sinks]
+            if window == capacity.window:
+                b[:, :, layout.sinks :] = a[:, :, layout.sinks :]
+                continue
+            for row, (_, _, tokens, coded, _) in enumerate(self.timeline.ledger.tolist()):
+                slots = torch.arange(coded, max(coded, tokens - layout.sinks), device=self.device)
+                b[row, :, layout.sinks + slots % capacity.window] = a[row, :, layout.sinks + slots % window]
+        self.buffers = new
+
+    def longest_view(self) -> int:
+        """The number of columns that some live tensor still reads."""
+        return max((view.shape[2] for view in self.views.keys()), default=0)
+
+    def map(self, timeline: Timeline, move: Callable[[torch.Tensor], torch.Tensor]) -> SpectralStore:
+        """A store of its own on ``timeline``, with ``move`` applied to every buffer."""
+        buffers = Buffers(*(move(b) for b in self.buffers))
+        new = SpectralStore(self.layout, timeline, buffers.k_exact.dtype, buffers)
+        new.pending = {role: move(x) for role, x in self.pending.items()}
+        return new
+
+    @staticmethod
+    def stack(stores: list[SpectralStore]) -> SpectralStore:
+        """One store with the rows of all; they have the same layout, dtype and number of columns."""
+        first = stores[0]
+
+        def joined() -> Timeline:
+            parts = [store.timeline.map(torch.clone) for store in stores]
+            most = Capacity(*map(max, zip(*(part.capacity for part in parts), strict=True)))
+            for part in parts:
+                part.widen(most)
+            new = parts[0].map(torch.clone)
+            new.ledger, new.positions, new.columns = (torch.cat(x) for x in zip(*(p.tensors() for p in parts), strict=True))
+            return new
+
+        key = ("stack", *(id(store.timeline) for store in stores))
+        timeline = first.timeline.derived.get(key, first, joined, [store.timeline for store in stores])
+        parts = []
+        for store in stores:
+            own = store.timeline.map(torch.clone)
+            own.widen(timeline.capacity)
+            part = store.map(own, torch.clone)
+            part.resize()
+            parts.append(part.buffers)
+        return SpectralStore(first.layout, timeline, first.dtype, Buffers(*map(torch.cat, zip(*parts, strict=True))))
+
+    def fork(self, length: int, timeline: Timeline | None = None) -> SpectralStore:
+        """A store of its own with the first ``length`` columns, on ``timeline`` if that has been cropped already."""
+        if timeline is None:
+            timeline = self.timeline.derived.get(("crop", length), self, lambda: self.timeline.crop(length))
+        new = self.map(timeline, torch.clone)
+        new.pending = {}
+        new.drop_segments()
+        return new
+
+    def drop_segments(self) -> None:
+        """Forget the segments that began after what the timeline still has."""
+        starts = self.buffers.starts
+        starts.masked_fill_(starts > self.timeline.ledger[:, 3:4], UNUSED)
+
+    def dense(self, role: str, length: int) -> torch.Tensor:
+        """Keys as attention would see them, or values: [B, H, length, D] in the model's dtype, zeros where there is padding."""
+        timeline = self.timeline
+        b, (h, d) = timeline.batch, (self.layout.kv_heads, self.layout.head_dim)
+        out = torch.zeros(b, h, length, d, dtype=self.dtype, device=self.device)
+        known = min(length, timeline.length)
+        for row, (_, _, tokens, coded, _) in enumerate(timeline.ledger.tolist()):
+            both = reference.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
+            places = timeline.columns[row, :known].nonzero().flatten()
+            out[row, :, places] = both[role == "value"][:, : len(places)]
+        if length > known:
+            out[:, :, known:] = self.pending[role][:, :, : length - known]
+        return out
+
+    def append_eagerly(self, role: str, x: torch.Tensor) -> SpectralStore:
+        """Append one role's chunk [B, H, n, D] (keys rotated), outside of any graph; codes once the other role's is there too.
+
+        Positions run on from the last one, which is what the keys are turned back by.
+        """
+        store = self.fork(self.timeline.length) if role in self.pending else self
+        store.pending[role] = x
+        if len(store.pending) < 2:
+            return store
+        key, value = store.pending["key"], store.pending["value"]
+        store.pending = {}
+        layout, count = store.layout, key.shape[2]
+        old = store.timeline
+        last = old.positions.gather(1, (old.ledger[:, 2:3] - 1).clamp(min=0))
+        ids = last.where(old.ledger[:, 2:3] > 0, -1) + torch.arange(1, count + 1, device=key.device)
+
+        def advanced() -> Timeline:
+            new = old.map(torch.clone)
+            new.reserve(count)
+            reference.advance(new.ledger, new.positions, ids, None, key, layout)
+            new.enter(count, None)
+            return new
+
+        store.timeline = old.derived.get(("append", count), store, advanced)
+        store.resize()
+        key = torch.stack([reference.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
+        no_query = key.new_zeros(key.shape)
+        reference.append(no_query, key, value, store.timeline.ledger, None, None, store.buffers, layout)
+        return store
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralStore:
+        key = id(self.timeline)
+        if key not in memo:
+            memo[key] = self.timeline.map(torch.clone)
+        new = self.map(memo[key], torch.clone)
+        memo[id(self)] = new
+        return new
+
+
+def _widen(x: torch.Tensor, columns: int) -> torch.Tensor:
+    new = x.new_zeros(x.shape[0], columns)
+    new[:, : min(columns, x.shape[1])] = x[:, :columns]
+    return new

@@ -1,0 +1,241 @@
+"""``SpectralTensor``: keys or values with the shape, dtype and device of a dense tensor, whose bytes are a store's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.report import count_decode
+from spectral_compile.store import SpectralStore, Timeline
+
+aten = torch.ops.aten
+
+
+class SpectralTensor(torch.Tensor):
+    """A length on a ``SpectralStore``: logically [B, KV heads, T, head_dim] of the model's dtype.
+
+    Concatenating, cropping, reordering, selecting and repeating rows, cloning, copying and moving act on the compressed form.
+    Any other operation decodes to a dense tensor, which is counted and warned of, or an error where ``strict``. To Dynamo
+    only ``handle``, an empty tensor, and the hashable ``(role, layout, strict)`` are visible.
+    """
+
+    handle: torch.Tensor
+    store: SpectralStore | None
+    role: str
+    store_layout: Layout
+    strict: bool
+
+    @staticmethod
+    def __new__(cls, handle, shape, dtype, role, layout, strict, store=None):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=handle.device)
+
+    def __init__(
+        self,
+        handle: torch.Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        role: str,
+        layout: Layout,
+        strict: bool,
+        store: SpectralStore | None = None,
+    ) -> None:
+        self.handle, self.role, self.store_layout, self.strict, self.store = handle, role, layout, strict, store
+        if store is not None:
+            store.views[self] = True
+
+    @classmethod
+    def of(cls, store: SpectralStore, role: str, length: int, strict: bool) -> SpectralTensor:
+        """The first ``length`` columns of ``store``; ``role`` is "key" or "value"."""
+        shape = torch.Size((store.timeline.batch, store.layout.kv_heads, length, store.layout.head_dim))
+        return cls(store.handle, shape, store.dtype, role, store.layout, strict, store)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return ["handle"], (self.dtype, self.role, self.store_layout, self.strict)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> SpectralTensor:
+        dtype, role, layout, strict = context
+        return SpectralTensor(inner["handle"], size, dtype, role, layout, strict)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"SpectralTensor({self.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    def dense(self) -> torch.Tensor:
+        """The tensor that this stands for, decoded: keys rotated as attention sees them, padding as zeros."""
+        if self.store is None:  # traced: only the shape matters
+            return self.handle.new_empty(self.shape, dtype=self.dtype)
+        dense = self.store.dense(self.role, self.shape[-2])
+        return dense.unsqueeze(1).expand(self.shape) if self.ndim == 5 else dense
+
+    def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
+        return SpectralTensor.of(store, self.role, self.shape[2] if length is None else length, self.strict)
+
+    def _moved(self, key: Any, move: Callable[[torch.Tensor], torch.Tensor], holder: Any = None) -> SpectralTensor:
+        """This tensor on a store of its own with ``move`` applied to every buffer.
+
+        ``key`` names the operation: the layer's other role shares the new store, and other layers its timeline.
+        """
+        store, length = self.store, self.shape[2]
+
+        def timeline() -> Timeline:
+            return store.timeline.crop(min(length, store.timeline.length)).map(move)
+
+        def build() -> SpectralStore:
+            new = store.map(store.timeline.derived.get((key, length), store, timeline, holder), move)
+            new.drop_segments()
+            return new
+
+        return self._on(store.derived.get((key, length), self.role, build, holder), length)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralTensor:
+        store = memo.get(id(self.store))
+        if store is None:
+            store = self.store.__deepcopy__(memo)
+        memo[id(self)] = new = self._on(store)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a compressed cache cannot be pickled; copy.deepcopy(cache) copies it")
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        first = args[0] if args else None
+        if rule is not None and isinstance(first, (SpectralTensor, list)) and not _traced(args):
+            result = rule(first, *args[1:], **kwargs)
+            if result is not NotImplemented:
+                return result
+
+        def plain(x: Any) -> Any:
+            if not isinstance(x, SpectralTensor):
+                return x
+            if x.store is not None:
+                count_decode(str(func), x.strict)
+            return x.dense()
+
+        if func in (aten.detach.default, aten.alias.default):
+            return SpectralTensor(first.handle, first.shape, first.dtype, first.role, first.store_layout, first.strict, first.store)
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+
+def _traced(args: Any) -> bool:
+    """Whether a tensor among ``args`` is only a shape that Dynamo traces with."""
+    flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return any(isinstance(x, SpectralTensor) and x.store is None for x in flat)
+
+
+def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Any:
+    first = tensors[0]
+    if not isinstance(first, SpectralTensor):
+        return NotImplemented
+    if dim % 4 == 2 and len(tensors) == 2 and not isinstance(tensors[1], SpectralTensor):
+        length, new = first.shape[2], tensors[1]
+        if new.shape[2] == 0:
+            return first._on(first.store)
+        store = first.store
+        if length != store.timeline.length:
+            store = store.derived.get(("append", length), first.role, lambda: store.fork(length))
+        return first._on(store.append_eagerly(first.role, new), length + new.shape[2])
+    stores = [t.store for t in tensors if isinstance(t, SpectralTensor)]
+    alike = {(s.layout, s.dtype, s.timeline.length, bool(s.pending)) for s in stores}
+    if dim % 4 != 0 or len(stores) < len(tensors) or len(alike) > 1 or first.shape[2] != first.store.timeline.length:
+        return NotImplemented
+    key = ("stack", *(id(store) for store in stores))
+    return first._on(first.store.derived.get(key, first.role, lambda: SpectralStore.stack(stores), stores))
+
+
+def _slice(x: SpectralTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    first, last, _ = slice(start, end).indices(x.shape[dim])
+    if step != 1 or (dim % 4 != 0 and first != 0):
+        return NotImplemented
+    if last - first == x.shape[dim]:
+        return x._on(x.store)
+    if dim % 4 == 2:
+        return x._on(x.store, last)
+    if dim % 4 == 0:
+        return x._moved(("rows", first, last), lambda t: t[first:last].clone())
+    return NotImplemented
+
+
+def _index_select(x: SpectralTensor, dim: int, index: torch.Tensor) -> Any:
+    if dim % 4 != 0:
+        return NotImplemented
+    return x._moved(("select", id(index)), lambda t: t.index_select(0, index.to(t.device)), index)
+
+
+def _index(x: SpectralTensor, indices: list[torch.Tensor | None]) -> Any:
+    index, *rest = indices
+    if index is None or index.ndim != 1 or any(i is not None for i in rest):
+        return NotImplemented
+    return x._moved(("index", id(index)), lambda t: t[index.to(t.device)], index)
+
+
+def _rows_repeated(x: SpectralTensor, shape: tuple[int, ...]) -> SpectralTensor:
+    """The view [B, n, H, T, D] through which ``repeat_interleave`` passes."""
+    return SpectralTensor(x.handle, torch.Size(shape), x.dtype, x.role, x.store_layout, x.strict, x.store)
+
+
+def _unsqueeze(x: SpectralTensor, dim: int) -> Any:
+    return _rows_repeated(x, (x.shape[0], 1, *x.shape[1:])) if dim == 1 and x.ndim == 4 else NotImplemented
+
+
+def _expand(x: SpectralTensor, shape: list[int], implicit: bool = False) -> Any:
+    wanted = [b if a == -1 else a for a, b in zip(shape, x.shape, strict=True)]
+    same = x.ndim == 5 and x.shape[1] == 1 and all(a == b for i, (a, b) in enumerate(zip(wanted, x.shape, strict=True)) if i != 1)
+    return _rows_repeated(x, tuple(wanted)) if same else NotImplemented
+
+
+def _view(x: SpectralTensor, shape: list[int]) -> Any:
+    if x.ndim != 5 or list(shape) != [x.shape[0] * x.shape[1], *x.shape[2:]]:
+        return NotImplemented
+    times = x.shape[1]
+    rows = _rows_repeated(x, (x.shape[0], *x.shape[2:]))
+    return rows._moved(("interleave", times), lambda t: t.repeat_interleave(times, dim=0))
+
+
+def _split(x: SpectralTensor, size: int, dim: int = 0) -> Any:
+    if dim % 4 != 0:
+        return NotImplemented
+    return [_slice(x, 0, at, at + size) for at in range(0, x.shape[0], size)]
+
+
+def _repeat(x: SpectralTensor, repeats: list[int]) -> Any:
+    if len(repeats) != 4 or any(r != 1 for r in repeats[1:]):
+        return NotImplemented
+    return x._moved(("repeat", repeats[0]), lambda t: t.repeat(repeats[0], *[1] * (t.ndim - 1)))
+
+
+def _clone(x: SpectralTensor, memory_format: Any = None) -> Any:
+    return x if x.ndim == 5 else x._moved("clone", torch.clone)
+
+
+def _to_copy(x: SpectralTensor, dtype: torch.dtype | None = None, device: Any = None, **rest: Any) -> Any:
+    dtype = dtype or x.dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return NotImplemented
+
+    def move(t: torch.Tensor) -> torch.Tensor:
+        return t.to(device=device, dtype=dtype if t.dtype == x.dtype else t.dtype, copy=True)
+
+    return x._moved(("to", dtype, str(device)), move)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _slice,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.repeat.default: _repeat,
+    aten.split.Tensor: _split,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.expand.default: _expand,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+}
