@@ -15,7 +15,7 @@ from spectral_compile import codec
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.kernels.buffers import UNUSED, Buffers
 
-REFRESH = 1.5  # a new segment starts when the old basis loses this many times what a fresh one would
+REFRESH = 2.0  # a new segment starts when the old basis loses this many times what a fresh one would, in keys or values
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
@@ -169,13 +169,15 @@ def _segment(
     if layout.weighted:
         k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
         if o_weight is not None:
-            v_weight = codec.value_weight(o_weight, layout.kv_heads).reshape(layout.groups, layout.width)
+            v_weight = codec.value_weight(o_weight, layout.kv_heads, layout.head_dim).reshape(layout.groups, layout.width)
     fits = codec.fit(key, k_weight, layout.key), codec.fit(value, v_weight, layout.value)
     sides = (key, buffers.k_basis, buffers.k_affine), (value, buffers.v_basis, buffers.v_affine)
     if not fresh:
-        lost = sum(codec.residual(x, basis[row, :, current], affine[row, :, current]) for x, basis, affine in sides)
-        least = sum(codec.residual(x, *fit) for (x, _, _), fit in zip(sides, fits, strict=True))
-        if bool((lost <= REFRESH * least).all()):
+        serves = True
+        for (x, basis, affine), fit in zip(sides, fits, strict=True):
+            lost, least = codec.residual(x, basis[row, :, current], affine[row, :, current]), codec.residual(x, *fit)
+            serves &= bool((lost <= REFRESH * least).all())
+        if serves:
             return current
     segment = current + 1
     for (_, basis, affine), (new_basis, new_affine) in zip(sides, fits, strict=True):

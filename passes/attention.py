@@ -7,6 +7,7 @@ import math
 from torch.fx import Node
 
 from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call, is_float
+from spectral_compile.report import Refusal
 
 _SHAPING = ("reshape", "view", "contiguous", "transpose", "flatten", "permute", "dropout", "to", "clone")
 
@@ -16,6 +17,9 @@ def canonicalise_attention(trace: Trace) -> None:
     for node in trace.gm.graph.nodes:
         if is_call(node, "scaled_dot_product_attention"):
             trace.sites.append(_site(node))
+    if not trace.sites and any(is_call(node, "softmax") for node in trace.gm.graph.nodes):
+        reason = "attention is computed by matmul and softmax: load the model with attn_implementation='sdpa'"
+        trace.refusals.append(Refusal("graph", reason))
 
 
 def _site(sdpa: Node) -> Site:
@@ -32,8 +36,8 @@ def _site(sdpa: Node) -> Site:
         causal=bool(argument(sdpa, 5, "is_causal", False)),
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         where=_module(sdpa),
-        o_weight=_output_projection(sdpa),
     )
+    site.o_weight, site.o_transposed = _output_projection(sdpa)
     if argument(sdpa, 4, "dropout_p", 0.0):
         site.refusal = "attention dropout is on: call model.eval()"
     elif not q.ndim == k.ndim == v.ndim == 4:
@@ -77,23 +81,24 @@ def _module(node: Node) -> str:
     return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else node.name
 
 
-def _output_projection(sdpa: Node) -> Node | None:
-    """The weight [hidden, heads * head_dim] that the attended values are multiplied with, where the graph shows one."""
+def _output_projection(sdpa: Node) -> tuple[Node | None, bool]:
+    """The weight that the attended values are multiplied with, where the graph shows one, and whether it is transposed.
+
+    Not transposed it is [hidden, heads * head_dim], as ``linear`` takes it.
+    """
     node, width = sdpa, fake(sdpa).shape[1] * fake(sdpa).shape[3]
     for _ in range(12):
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        node, before = users[0], node
-        if is_call(node, "linear"):
-            weight = argument(node, 1, "weight")
-            return weight if _plain(weight) and argument(node, 0, "input") is before and fake(weight).shape[1] == width else None
-        if is_call(node, "addmm"):  # x @ weight: the transpose of what linear takes
-            weight = argument(node, 2, "mat2")
-            return weight if _plain(weight) and argument(node, 1, "mat1") is before and fake(weight).shape[0] == width else None
+        if len(node.users) != 1:
+            break
+        node, before = next(iter(node.users)), node
+        for name, index, transposed in (("linear", 1, False), ("addmm", 2, True)):
+            if is_call(node, name):
+                weight = node.args[index] if len(node.args) > index else None
+                fits = _plain(weight) and node.args[index - 1] is before and fake(weight).shape[0 if transposed else 1] == width
+                return (weight, transposed) if fits else (None, False)
         if not is_call(node, *_SHAPING):
-            return None
-    return None
+            break
+    return None, False
 
 
 def _plain(weight: object) -> bool:

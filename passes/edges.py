@@ -43,6 +43,8 @@ def _edge(site: Site, leaving: set[Node]) -> Edge | str:
             return side
     (k_past, k_new), (v_past, v_new) = sides
     if site.key not in leaving or site.value not in leaving:
+        if any(is_call(user, "getitem") and user in leaving for user in site.key.users):
+            return "the cache keeps only a window of its tokens"
         return "the cache does not leave this graph"
     count = fake(site.query).shape[2]
     if (k_past is None) != (v_past is None):

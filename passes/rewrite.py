@@ -134,16 +134,20 @@ def _substitute(
 ) -> None:
     graph, spec, value = trace.gm.graph, site.layout.spec(), site.edge.new[1]
     assert len(buffers) == len(Buffers._fields)
+    o_weight = site.o_weight
+    if site.o_transposed:
+        with graph.inserting_before(site.sdpa):
+            o_weight = graph.call_method("t", (o_weight,))
     if site.edge.past is None:
         with graph.inserting_after(site.sdpa):
             graph.call_function(
-                append_._opoverload, (site.query, site.stored_key, value, ledger, valid, site.o_weight, *buffers, spec)
+                append_._opoverload, (site.query, site.stored_key, value, ledger, valid, o_weight, *buffers, spec)
             )
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True):
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
         return
     mask = site.mask if site.mask_kind == "tensor" else None
-    head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid, site.o_weight)
+    head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid, o_weight)
     with graph.inserting_before(site.sdpa):
         attended = graph.call_function(
             attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window)

@@ -41,6 +41,7 @@ class Site:
     scale: float
     where: str
     o_weight: Node | None = None
+    o_transposed: bool = False
     edge: Edge | None = None
     layout: Layout | None = None
     stored_key: Node | None = None

@@ -46,6 +46,7 @@ class BoundGraph:
         self.plan, self.compiled, self.config = plan, compiled, config
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         self.sources = list(plan.inputs.values())
+        self._on_gpu = plan.sites[0].device.type != "cpu"
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         count = self.count(arguments)
@@ -56,9 +57,7 @@ class BoundGraph:
         timeline = stores[0].timeline
         results = self.compiled(*(self._feed(source, arguments, stores, valid) for source in self.sources))
         timeline.enter(count, valid)
-        if timeline.waiting and timeline.settle():
-            for store in stores:
-                store.resize()
+        self._settle(timeline, stores)
         return tuple(
             results[i] if what == "result" else self._wrap(stores[i], what, timeline.length) for what, i in self.plan.outputs
         )
@@ -93,9 +92,26 @@ class BoundGraph:
         if timeline.reserve(count):
             for store in stores:
                 store.resize()
+        if self.plan.padding is not None and (self.plan.kind == "extend" or self.config.strict or not self._on_gpu):
+            # the comparison waits for the GPU, so a lenient decode goes without it
+            if not torch.equal(arguments[self.plan.padding][:, :length].bool(), timeline.columns[:, :length]):
+                raise RuntimeError("attention_mask differs from that of earlier calls on this cache: start with a new cache")
         if not self.plan.masked and (timeline.unread or (timeline.padded and self.plan.padding is None)):
             raise RuntimeError("earlier calls on this cache masked tokens and this one does not: pass the mask of all tokens so far")
         return stores, self._valid(arguments, length, count)
+
+    @staticmethod
+    def _settle(timeline: Timeline, stores: list[SpectralStore]) -> None:
+        """Give back what was reserved and is not needed."""
+        settled = timeline.settle()
+        if timeline.offered:
+            used = max(store.segments_used() for store in stores)
+            settled |= used < timeline.capacity.segments
+            timeline.capacity = timeline.capacity._replace(segments=used)
+            timeline.offered = False
+        if settled:
+            for store in stores:
+                store.resize()
 
     @staticmethod
     def _fork(stores: list[SpectralStore], length: int) -> list[SpectralStore]:

@@ -57,14 +57,14 @@ class Timeline:
         self.layout = layout
         self.length = 0
         self.spare = HEADROOM
-        waiting = tokens - layout.sinks - layout.recent < layout.warmup
-        window = layout.recent + (max(layout.warmup, layout.block) if waiting else layout.block)
-        self.capacity = Capacity(coded=0, window=window, segments=0)
+        self.waiting = tokens - layout.sinks - layout.recent < layout.warmup  # some row has no basis yet
+        self.offered = False  # a chunk was long enough for a basis of its own
+        self.padded = False  # columns of padding were left out
+        self.unread = False  # a mask that could not be classified hid some of what is stored
+        self.capacity = Capacity(coded=0, window=0 if self.waiting else layout.recent + layout.block, segments=0)
         self.ledger = torch.tensor([[0, 0, 0, 0, 1]], device=device).repeat(batch, 1)
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        self.padded = False  # columns of padding were left out
-        self.unread = False  # a mask that could not be classified hid some of what is stored
         self.derived = Shared()
         self.reserve(count)
 
@@ -72,27 +72,28 @@ class Timeline:
     def batch(self) -> int:
         return self.ledger.shape[0]
 
-    @property
-    def waiting(self) -> bool:
-        """Whether the window still has room for the tokens that a first basis is computed from."""
-        return self.capacity.window > self.layout.recent + self.layout.block
-
     def reserve(self, count: int) -> bool:
         """Make room for ``count`` more columns; whether capacities changed, and stores must follow."""
         layout, old = self.layout, self.capacity
         end = self.length + count
-        need = -(-max(0, end - layout.sinks - layout.recent) // layout.block) * layout.block
-        if need <= old.coded and end <= self.columns.shape[1]:
+        ready = end - layout.sinks - layout.recent
+        coded = -(-max(0, ready) // layout.block) * layout.block
+        window = old.window
+        if self.waiting:
+            coded = coded if ready >= layout.warmup else 0
+            window = min(end - layout.sinks, layout.recent + max(layout.warmup, layout.block))
+        self.offered = old.segments > 0 and not layout.segment and count >= layout.warmup + layout.block
+        if coded <= old.coded and window <= old.window and end <= self.columns.shape[1] and not self.offered:
             return False
-        if old.coded:
+        if 0 < old.coded < coded:
             self.spare *= 2
-        coded = max(old.coded, need + self.spare)
+        segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
+        coded = coded + self.spare if coded > old.coded else old.coded
+        if self.waiting:
+            window = min(max(window + self.spare, 2 * old.window), layout.recent + max(layout.warmup, layout.block))
         if layout.segment:
             segments = old.segments + -(-(coded - old.coded) // layout.segment) + 1
-        else:
-            # a chunk long enough for a basis of its own may ask for one
-            segments = old.segments + (old.segments == 0 or count >= layout.warmup + layout.block)
-        self.widen(Capacity(coded, old.window, segments))
+        self.widen(Capacity(coded, max(window, old.window), segments))
         return True
 
     def widen(self, capacity: Capacity) -> None:
@@ -104,8 +105,10 @@ class Timeline:
 
     def settle(self) -> bool:
         """Drop the wide window of a young log once every row has a basis; whether capacities changed."""
-        if not self.waiting or bool(self.ledger[:, 4].any()):
+        ready = self.length - self.layout.sinks - self.layout.recent
+        if not self.waiting or ready < self.layout.warmup or bool(self.ledger[:, 4].any()):
             return False
+        self.waiting = False
         self.capacity = self.capacity._replace(window=self.layout.recent + self.layout.block)
         return True
 
@@ -241,6 +244,10 @@ class SpectralStore:
         new.pending = {}
         new.drop_segments()
         return new
+
+    def segments_used(self) -> int:
+        """The most segments that a row has."""
+        return int((self.buffers.starts != UNUSED).sum(1).max()) if self.buffers.starts.numel() else 0
 
     def drop_segments(self) -> None:
         """Forget the segments that began after what the timeline still has."""

@@ -72,7 +72,10 @@ class SpectralTensor(torch.Tensor):
         return dense.unsqueeze(1).expand(self.shape) if self.ndim == 5 else dense
 
     def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
-        return SpectralTensor.of(store, self.role, self.shape[2] if length is None else length, self.strict)
+        new = SpectralTensor.of(store, self.role, self.shape[2] if length is None else length, self.strict)
+        if hasattr(self, "_dynamo_weak_dynamic_indices"):
+            torch._dynamo.maybe_mark_dynamic(new, 2)  # what a prefill returned keeps its mark
+        return new
 
     def _moved(self, key: Any, move: Callable[[torch.Tensor], torch.Tensor], holder: Any = None) -> SpectralTensor:
         """This tensor on a store of its own with ``move`` applied to every buffer.

@@ -87,7 +87,8 @@ def test_step_search_ignores_rows_of_zeros() -> None:
 
 @pytest.mark.parametrize("width", [32, 64, 192, 512])
 def test_eight_bits_on_all_channels_are_nearly_exact(width: int) -> None:
-    assert relative_error(correlated(1, 600, width), Tiers(width, 0, 0)) < 0.01
+    # Gaussian channels get a step of 1.25 * 0.031 RMS, whose error is that over sqrt(12): 1.1 %.
+    assert relative_error(correlated(1, 600, width), Tiers(width, 0, 0)) < 0.013
 
 
 def test_more_bits_mean_less_error() -> None:

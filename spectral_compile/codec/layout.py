@@ -63,7 +63,7 @@ class Layout:
     sinks: int = 4
     recent: int = 64
     block: int = 32
-    warmup: int = 512
+    warmup: int = 1024
     segment: int = 0
     rotary: Rotary | None = None
 

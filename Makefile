@@ -1,0 +1,33 @@
+PYTHON ?= python3
+PYTEST ?=
+OLDEST := transformers==5.17.0
+# without an NVIDIA GPU the plain name may fetch gigabytes of CUDA; this version has a CPU build in the local index
+TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+PIP := -m pip install -qq --disable-pip-version-check
+
+.PHONY: setup demo test test-5.17 lint clean
+.DELETE_ON_ERROR:
+
+setup: .venv/.stamp
+
+.venv-5.17/.stamp: PINS := $(OLDEST)
+.venv/.stamp .venv-5.17/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) $(TORCH)
+	$(@D)/bin/python $(PIP) -e '.[demo,test]' $(PINS)
+	touch $@
+
+demo: .venv/.stamp
+	.venv/bin/spectral-compile generate $(ARGS)
+
+test: .venv/.stamp
+	.venv/bin/python -m pytest $(PYTEST)
+
+test-5.17: .venv-5.17/.stamp
+	.venv-5.17/bin/python -m pytest $(PYTEST)
+
+lint: .venv/.stamp
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf .venv .venv-5.17 .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,21 @@
+"""``spectral-compile``: the verbs of the command line, one a file."""
+
+from __future__ import annotations
+
+import typer
+
+from spectral_compile.evaluate import evaluate
+from spectral_compile.generate import generate
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(generate)
+app.command("eval")(evaluate)
+
+
+@app.callback()
+def main() -> None:
+    """Keep the KV cache of a transformers model compressed, and see what that does."""
+
+
+if __name__ == "__main__":
+    app()

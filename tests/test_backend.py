@@ -1,0 +1,258 @@
+"""Options, reports, errors, and graphs that must be left as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
+from torch._dynamo.exc import BackendCompilerFailed
+
+import spectral_compile as sc
+from spectral_compile import report
+from spectral_compile.config import SpectralConfig
+from spectral_compile.report import SpectralWarning
+
+EAGER = {"preset": "exact", "inner": "eager", **WINDOWS}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    sc.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"preset": "ballanced"}, "unknown preset 'ballanced'; did you mean 'balanced'?"),
+        ({"presett": "exact"}, "unknown option 'presett'; did you mean 'preset'?"),
+        ({"inner": "inductr"}, "unknown inner compiler 'inductr'; did you mean 'inductor'?"),
+        ({"recent": -1}, "recent must be an integer of at least 0, not -1"),
+        ({"block": 0}, "block must be an integer of at least 1, not 0"),
+        ({"head_group": 2.0}, "head_group must be an integer of at least 1, not 2.0"),
+        ({"key_ranks": (1, 2)}, "key_ranks must be three counts"),
+        ({"value_ranks": (0, 0, 0)}, "value_ranks must be three counts"),
+    ],
+)
+def test_bad_options_give_one_sentence(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        SpectralConfig.parse(options)
+    assert sentence in str(raised.value)
+
+
+def test_strict_must_be_a_bool() -> None:
+    with pytest.raises(TypeError, match="strict must be True or False"):
+        SpectralConfig.parse({"strict": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"key_ranks": (10, 10, 10)}, "key_ranks .* sum to more than head_dim 16: lower them"),
+        ({"head_group": 3}, "head_group=3 does not divide the 2 KV heads"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_say_so(options: dict[str, object], sentence: str) -> None:
+    model = build("llama")
+    model.compile(backend=sc.spectral, options={**EAGER, "preset": "balanced", **options})
+    with pytest.raises(BackendCompilerFailed, match=sentence):
+        model.generate(tokens(1, 20), max_new_tokens=2, **GREEDY)
+
+
+def test_options_of_inductor_and_modes_are_handed_on() -> None:
+    config = SpectralConfig.parse({"preset": "seed", "max_autotune": True}, mode=None)
+    assert dict(config.inductor) == {"max_autotune": True}
+    assert dict(SpectralConfig.parse({}, mode="max-autotune-no-cudagraphs").inductor)["max_autotune"] is True
+
+
+def test_config_is_frozen_and_hashable() -> None:
+    assert hash(SpectralConfig.parse({"preset": "seed"})) == hash(SpectralConfig(preset="seed"))
+    with pytest.raises(AttributeError):
+        SpectralConfig().preset = "seed"  # type: ignore[misc]
+
+
+def test_float64_runs_densely_and_is_reported() -> None:
+    model, prompt = build("llama").double(), tokens(1, 20)
+    expected = model.generate(prompt, max_new_tokens=5, **GREEDY)
+    model.compile(backend=sc.spectral, options=EAGER)
+    with pytest.warns(SpectralWarning, match="keys are float64: load the model in float16, bfloat16 or float32"):
+        out = model.generate(prompt, max_new_tokens=5, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(out.sequences, expected)
+    assert all(graph.matched == 0 and graph.kind == "other" for graph in sc.reports())
+
+
+def test_eager_attention_runs_densely_and_is_reported() -> None:
+    prompt = tokens(1, 20)
+    expected = build("llama").generate(prompt, max_new_tokens=5, **GREEDY)
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    model.compile(backend=sc.spectral, options=EAGER)
+    with pytest.warns(SpectralWarning, match="attn_implementation='sdpa'"):
+        assert torch.equal(model.generate(prompt, max_new_tokens=5, **GREEDY), expected)
+    assert all(graph.matched == 0 for graph in sc.reports())
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer with quantised weights, as loaders of quantised models put in place."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.codes.to(x.dtype) * self.scale)
+
+
+def test_quantised_weights_compress_and_are_right() -> None:
+    model, prompt = build("llama"), tokens(1, 40)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name)))
+    expected = model.generate(prompt, max_new_tokens=20, **GREEDY)
+    model.compile(backend=sc.spectral, options={**EAGER, "strict": True})
+    assert torch.equal(model.generate(prompt, max_new_tokens=20, **GREEDY), expected)
+    assert [(g.kind, g.sites, g.matched, g.notes) for g in sc.reports()] == [("prefill", 2, 2, ()), ("decode", 2, 2, ())]
+
+
+def test_a_static_cache_is_left_alone_with_a_reason() -> None:
+    prompt = tokens(1, 20)
+    expected = build("llama").generate(prompt, max_new_tokens=5, **GREEDY)
+    model = build("llama")
+    model.compile(backend=sc.spectral, options=EAGER)
+    with pytest.warns(SpectralWarning, match="the cache is static"):
+        out = model.generate(prompt, max_new_tokens=5, cache_implementation="static", **GREEDY)
+    assert torch.equal(out, expected)
+
+
+def test_a_dense_cache_is_left_alone_with_a_reason() -> None:
+    model, prompt = build("llama"), tokens(1, 20)
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        whole = model(torch.cat((prompt, torch.tensor([[5]])), 1)).logits[:, -1]
+        model.compile(backend=sc.spectral, options=EAGER)
+        with pytest.warns(SpectralWarning, match="the cache holds dense tensors"):
+            step = model(torch.tensor([[5]]), past_key_values=cache, position_ids=torch.tensor([[20]])).logits[:, -1]
+    torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sliding_window_cache_is_left_alone_with_a_reason() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    model = MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=16)).eval()
+    prompt = tokens(1, 30)
+    expected = model.generate(prompt, max_new_tokens=5, **GREEDY)
+    model.compile(backend=sc.spectral, options=EAGER)
+    with pytest.warns(SpectralWarning, match="keeps only a window of its tokens"):
+        assert torch.equal(model.generate(prompt, max_new_tokens=5, **GREEDY), expected)
+
+
+def test_training_graphs_go_to_the_inner_compiler_as_they_came() -> None:
+    model, prompt = build("llama"), tokens(1, 20)
+    model(prompt, labels=prompt).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.compile(backend=sc.spectral, options={**EAGER, "inner": "aot_eager"})
+    with pytest.warns(SpectralWarning, match="gradients"):
+        model(prompt, labels=prompt).loss.backward()
+    for got, want in zip((p.grad for p in model.parameters()), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_graph_without_attention_is_handed_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectral_compile import backend
+
+    seen = []
+    monkeypatch.setattr(backend, "compile_inner", lambda gm, *_, **__: (seen.append(gm), gm.forward)[1])
+    given = []
+
+    def spy(gm, examples):
+        given.append((gm, gm.code))
+        return sc.spectral(gm, examples, options=EAGER)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(torch.nn.Linear(4, 4), backend=spy)(torch.ones(2, 4))
+    assert seen == [given[0][0]] and seen[0].code == given[0][1]
+
+
+def test_reports_carry_kind_sites_and_seconds() -> None:
+    model = build("llama")
+    model.compile(backend=sc.spectral, options=EAGER)
+    model.generate(tokens(1, 20), max_new_tokens=3, **GREEDY)
+    prefill, decode = sc.reports()
+    assert (prefill.kind, decode.kind) == ("prefill", "decode")
+    assert prefill.seconds["passes"] > 0 and prefill.seconds["inner"] >= 0
+    assert "2 of 2 attention sites compressed" in str(prefill)
+    sc.reset()
+    assert sc.reports() == []
+
+
+def test_explain_tells_of_both_graphs_and_leaves_the_model_alone() -> None:
+    model = build("llama")
+    text = sc.explain(model, input_ids=tokens(1, 20))
+    assert text.count("2 of 2 attention sites compressed") == 2
+    assert model._compiled_call_impl is None
+
+
+def test_memory_stats_of_a_dense_cache() -> None:
+    with torch.no_grad():
+        cache = build("llama")(tokens(1, 20), use_cache=True).past_key_values
+    stats = sc.memory_stats(cache)
+    assert stats.logical_bytes == 2 * 2 * 2 * 20 * 16 * 4
+    assert stats.parts["dense"] == stats.stored_bytes >= stats.logical_bytes
+
+
+def test_strict_refuses_to_decode_silently() -> None:
+    model = build("llama")
+    model.compile(backend=sc.spectral, options={**EAGER, "strict": True})
+    with torch.no_grad():
+        keys = model(tokens(1, 30), use_cache=True).past_key_values.layers[0].keys
+    with pytest.raises(RuntimeError, match="strict: .* would decode"):
+        keys + 1
+
+
+def test_a_decode_is_counted_and_warned_of_once() -> None:
+    model = build("llama")
+    model.compile(backend=sc.spectral, options=EAGER)
+    with torch.no_grad():
+        keys = model(tokens(1, 30), use_cache=True).past_key_values.layers[0].keys
+    with pytest.warns(SpectralWarning, match="decodes the compressed cache"):
+        total = keys.sum()
+    torch.testing.assert_close(total, keys.dense().sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keys.sum()
+    assert report.decodes() == 2
+
+
+ASSIGNMENTS = """
+import torch, transformers
+from transformers import LlamaForCausalLM, cache_utils
+from transformers.integrations import sdpa_attention
+from tests.tiny import GREEDY, WINDOWS, build, tokens
+
+owners = [torch.Tensor, torch.nn.Module, torch.nn.functional, cache_utils.DynamicCache, cache_utils.DynamicLayer,
+          LlamaForCausalLM, sdpa_attention]
+
+def run(**compile):
+    model = build("llama")
+    model.compile(**compile)
+    model.generate(tokens(1, 60), max_new_tokens=5, **GREEDY)
+    return [{name: id(value) for name, value in vars(owner).items()} for owner in owners]
+
+before = run(backend="eager")  # Dynamo and transformers set a few attributes of their own
+import spectral_compile as sc
+after = run(backend=sc.spectral, options={"inner": "eager", **WINDOWS})
+assert [report.matched for report in sc.reports()] == [2, 2]
+assert before == after
+"""
+
+
+def test_nothing_of_torch_or_transformers_is_assigned_to() -> None:
+    subprocess.run([sys.executable, "-c", ASSIGNMENTS], check=True, cwd=Path(__file__).parent.parent)

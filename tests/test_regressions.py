@@ -1,0 +1,158 @@
+"""One test for each way in which the older system of this idea failed, and for every bug seen since."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tiny import GREEDY, WINDOWS, build, tokens
+
+import spectral_compile as sc
+from spectral_compile import report
+from spectral_compile.tensor import SpectralTensor
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    sc.reset()
+
+
+def compiled(preset: str = "exact", **options: object):
+    model = build("llama")
+    model.compile(backend=sc.spectral, options={"preset": preset, "strict": True, "inner": "eager", **WINDOWS, **options})
+    return model
+
+
+def generated(model, prompt: torch.Tensor, count: int = 30, **options: object):
+    return model.generate(prompt, max_new_tokens=count, return_dict_in_generate=True, **GREEDY, **options)
+
+
+def test_positions_do_not_run_on_across_generations() -> None:
+    model, prompt = compiled(), tokens(1, 30)
+    first, second = generated(model, prompt), generated(model, prompt)
+    assert torch.equal(first.sequences, second.sequences)
+    timeline = second.past_key_values.layers[0].keys.store.timeline
+    assert timeline.positions[0, :59].tolist() == list(range(59))
+
+
+def test_no_key_is_rotated_to_a_negative_position() -> None:
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :29] = 0
+    cache = generated(compiled(), tokens(2, 30), attention_mask=mask).past_key_values
+    timeline = cache.layers[0].keys.store.timeline
+    for row, count in enumerate(timeline.ledger[:, 2].tolist()):
+        assert timeline.positions[row, :count].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 11])
+def test_a_prompt_shorter_than_every_window_rotates_its_keys(length: int) -> None:
+    prompt = tokens(1, length)
+    expected = generated(build("llama"), prompt, output_logits=True)
+    out = generated(compiled(sinks=4, recent=64, block=32, warmup=1024), prompt, output_logits=True)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
+    assert out.past_key_values.layers[0].keys.store.timeline.ledger[0, 3] == 0
+
+
+def test_decode_reads_and_leaves_the_compressed_cache() -> None:
+    cache = generated(compiled(), tokens(1, 60)).past_key_values
+    kinds = {graph.kind: (graph.sites, graph.matched) for graph in sc.reports()}
+    assert kinds == {"prefill": (2, 2), "decode": (2, 2)}
+    assert all(isinstance(x, SpectralTensor) for layer in cache.layers for x in (layer.keys, layer.values))
+    assert report.decodes() == 0
+
+
+def test_decode_sees_what_the_codes_say() -> None:
+    model, prompt = compiled(), tokens(1, 60)
+    with torch.no_grad():
+        before = model(prompt, use_cache=True).past_key_values
+        step = torch.tensor([[7]])
+        clean = model(step, past_key_values=before, position_ids=torch.tensor([[60]])).logits
+        again = model(prompt, use_cache=True).past_key_values
+        for layer in again.layers:
+            layer.keys.store.buffers.v_codes.zero_()
+        poisoned = model(step, past_key_values=again, position_ids=torch.tensor([[60]])).logits
+    assert not torch.allclose(clean, poisoned, atol=1e-3)
+
+
+def test_the_recent_window_and_the_sinks_are_used_and_exact() -> None:
+    prompt = tokens(1, 120)
+    with torch.no_grad():
+        expected = build("llama")(prompt, use_cache=True).past_key_values.layers[1]
+        layer = compiled("compact")(prompt, use_cache=True).past_key_values.layers[1]
+    for held, dense in ((layer.keys.dense(), expected.keys), (layer.values.dense(), expected.values)):
+        exact = torch.cat((held[:, :, :2], held[:, :, -8:]), 2)
+        torch.testing.assert_close(exact, torch.cat((dense[:, :, :2], dense[:, :, -8:]), 2), atol=1e-5, rtol=1e-5)
+        coded = slice(2, 120 - 8 - 4)
+        assert not torch.allclose(held[:, :, coded], dense[:, :, coded], atol=1e-3)
+
+
+def test_codes_are_packed_integers_that_are_really_held() -> None:
+    cache = generated(compiled("balanced"), tokens(1, 200)).past_key_values
+    for layer in cache.layers:
+        store = layer.keys.store
+        layout, buffers = store.layout, store.buffers
+        assert buffers.k_codes.dtype == buffers.v_codes.dtype == torch.uint8
+        assert buffers.k_codes.shape[-1] == layout.key.row_bytes < layout.width * 3 // 10
+        assert buffers.v_codes.shape[-1] == layout.value.row_bytes < layout.width * 3 // 10
+        floats = [b for b in buffers if b.is_floating_point() and b.shape[-2] >= 200]
+        assert floats == []
+
+
+def test_a_graph_with_a_dynamic_batch_still_sees_its_padding() -> None:
+    """The mask then depends on the embeddings, though only on their shape."""
+    model, dense = compiled(), build("llama")
+    generated(model, tokens(1, 40))
+    mask = torch.ones(3, 40, dtype=torch.int64)
+    mask[0, :7], mask[2, :25] = 0, 0
+    expected = generated(dense, tokens(3, 40), attention_mask=mask).sequences
+    assert torch.equal(generated(model, tokens(3, 40), attention_mask=mask).sequences, expected)
+
+
+def test_a_padded_cache_refuses_to_go_on_without_its_mask() -> None:
+    model = compiled()
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        cache = model(tokens(2, 30), attention_mask=mask, use_cache=True).past_key_values
+        generated(model, tokens(2, 30))
+        with pytest.raises(RuntimeError, match="pass the mask of all tokens"):
+            model(tokens(2, 1), past_key_values=cache, position_ids=torch.tensor([[21], [30]]))
+
+
+def test_two_continuations_of_one_cache_never_see_each_other() -> None:
+    model, dense = compiled(), build("llama")
+    prompt = tokens(1, 40)
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        old = [(layer.keys, layer.values) for layer in cache.layers]
+        branches = []
+        for first in (5, 6, 7):
+            for layer, (k, v) in zip(cache.layers, old, strict=True):
+                layer.keys, layer.values = k, v
+            for i, token in enumerate((first, 9, 11)):
+                model(torch.tensor([[token]]), past_key_values=cache, position_ids=torch.tensor([[40 + i]]))
+            branches.append((first, [(layer.keys, layer.values) for layer in cache.layers]))
+        for first, held in branches:
+            for layer, (k, v) in zip(cache.layers, held, strict=True):
+                layer.keys, layer.values = k, v
+            out = model(torch.tensor([[13]]), past_key_values=cache, position_ids=torch.tensor([[43]])).logits
+            whole = torch.cat((prompt, torch.tensor([[first, 9, 11, 13]])), 1)
+            torch.testing.assert_close(out[:, -1], dense(whole).logits[:, -1], atol=1e-4, rtol=1e-4)
+    assert len({id(key.store.timeline) for _, held in branches for key, _ in held}) == 3
+
+
+def test_a_reordered_cache_is_decoded_by_the_same_graph() -> None:
+    """The mark that makes the length dynamic used to be lost with the first beam reorder."""
+    compiled().generate(tokens(2, 30), num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert [graph.kind for graph in sc.reports()] == ["prefill", "decode"]
+
+
+def test_a_mask_that_hides_what_is_stored_is_refused() -> None:
+    model = compiled()
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        cache = model(tokens(2, 30), attention_mask=mask, use_cache=True).past_key_values
+        longer = torch.ones(2, 40, dtype=torch.int64)
+        longer[0, :3], longer[1, 20] = 0, 0
+        with pytest.raises(RuntimeError, match="attention_mask differs from that of earlier calls"):
+            model(tokens(2, 10), attention_mask=longer, past_key_values=cache, position_ids=torch.arange(30, 40)[None])
