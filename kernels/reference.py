@@ -8,14 +8,17 @@ still waits for enough tokens to compute a basis from.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from spectral_compile import codec
-from spectral_compile.codec.layout import Layout, Rotary
-from spectral_compile.kernels.buffers import UNUSED, Buffers
+from spectral_compile.codec.layout import Layout, Rotary, Tiers
+from spectral_compile.kernels.buffers import Buffers
 
 REFRESH = 2.0  # a new segment starts when the old basis loses this many times what a fresh one would, in keys or values
+
+_PIECE = 1024  # tokens that are coded at a time, which bounds what the prefill needs beside its own activations
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
@@ -101,18 +104,21 @@ def append(
         k, v, q = key[row], value[row], query[row]
         if valid is not None:
             k, v, q = k[:, valid[row]], v[:, valid[row]], q[:, valid[row]]
-        buffers.moment[row] += q.float().square().sum(1).unflatten(0, (layout.kv_heads, -1)).sum(1)
+        squares = torch.stack([head.float().square().sum(0) for head in q])  # head by head: queries are large
+        buffers.moment[row] += squares.unflatten(0, (layout.kv_heads, -1)).sum(1)
         k_exact, v_exact = buffers.k_exact[row], buffers.v_exact[row]
         in_sinks = min(max(sinks - before, 0), after - before)
         k_exact[:, before : before + in_sinks] = k[:, :in_sinks]
         v_exact[:, before : before + in_sinks] = v[:, :in_sinks]
         first = max(before - sinks, 0)  # slot of the first new token that is no sink
         if coded_after > coded:
-            held = sinks + torch.arange(coded, max(first, coded), device=k.device) % window
-            count = coded_after - coded
-            k_tail = torch.cat((k_exact[:, held], k[:, in_sinks:]), 1)[:, :count]
-            v_tail = torch.cat((v_exact[:, held], v[:, in_sinks:]), 1)[:, :count]
-            _code(row, coded, k_tail, v_tail, o_weight, buffers, layout)
+            held = sinks + torch.arange(coded, min(max(first, coded), coded_after), device=k.device) % window
+            fresh = slice(in_sinks, in_sinks + coded_after - coded - len(held))
+            tails = [
+                torch.cat((exact[:, held], new[:, fresh]), 1) if len(held) else new[:, fresh]
+                for exact, new in ((k_exact, k), (v_exact, v))
+            ]
+            _code(row, coded, *tails, o_weight, buffers, layout)
         slots = torch.arange(max(first, coded_after), max(after - sinks, 0), device=k.device)
         k_exact[:, sinks + slots % window] = k[:, slots - first + in_sinks]
         v_exact[:, sinks + slots % window] = v[:, slots - first + in_sinks]
@@ -128,62 +134,79 @@ def _code(
     layout: Layout,
 ) -> None:
     """Code tokens [H, n, D] of one row into the slots from ``start`` on."""
-    key, value = group(key, layout), group(value, layout)
-    span = slice(start, start + key.shape[1])
     if layout.lossless:
-        buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = key, value
+        span = slice(start, start + key.shape[1])
+        buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = group(key, layout), group(value, layout)
         return
-    key, value = key.float(), value.float()
-    if layout.normalised:
-        norms = codec.norm_code(value)
-        buffers.v_norms[row, :, span] = norms
-        value = value / codec.norm_value(norms)[..., None]
-    for piece in torch.arange(key.shape[1], device="cpu").split(layout.segment or key.shape[1]):
-        at, part = start + int(piece[0]), slice(int(piece[0]), int(piece[-1]) + 1)
-        segment = _segment(row, at, key[:, part], value[:, part], o_weight, buffers, layout)
-        slots = slice(at, at + len(piece))
-        for x, codes, basis, affine, tiers in (
-            (key, buffers.k_codes, buffers.k_basis, buffers.k_affine, layout.key),
-            (value, buffers.v_codes, buffers.v_basis, buffers.v_affine, layout.value),
-        ):
-            codes[row, :, slots] = codec.encode(x[:, part], basis[row, :, segment], affine[row, :, segment], tiers)
-
-
-def _segment(
-    row: int,
-    start: int,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    o_weight: torch.Tensor | None,
-    buffers: Buffers,
-    layout: Layout,
-) -> int:
-    """The segment whose basis codes these tokens [G, n, W]: the current one, or a new one where that is due."""
-    starts = buffers.starts[row].tolist()
-    current = sum(first <= start for first in starts) - 1
-    fresh = current < 0 or layout.segment > 0
-    candidate = key.shape[1] >= layout.warmup and current + 1 < len(starts)
-    if not fresh and not candidate:
-        return current
-    k_weight = v_weight = key.new_ones(layout.groups, layout.width)
+    k_weight = v_weight = buffers.moment.new_ones(layout.groups, layout.width)
     if layout.weighted:
         k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
         if o_weight is not None:
             v_weight = codec.value_weight(o_weight, layout.kv_heads, layout.head_dim).reshape(layout.groups, layout.width)
-    fits = codec.fit(key, k_weight, layout.key), codec.fit(value, v_weight, layout.value)
-    sides = (key, buffers.k_basis, buffers.k_affine), (value, buffers.v_basis, buffers.v_affine)
-    if not fresh:
-        serves = True
-        for (x, basis, affine), fit in zip(sides, fits, strict=True):
-            lost, least = codec.residual(x, basis[row, :, current], affine[row, :, current]), codec.residual(x, *fit)
-            serves &= bool((lost <= REFRESH * least).all())
-        if serves:
-            return current
+    length = layout.segment or key.shape[1]
+    for at in range(0, key.shape[1], length):
+        part = slice(at, at + length)
+        slots = slice(start + at, start + at + length)
+        sides = (
+            _Side(group(key[:, part], layout).float(), k_weight, *_coded("k", row, buffers), layout.key),
+            _Side(_normalised(row, slots, group(value[:, part], layout).float(), buffers, layout), v_weight,
+                  *_coded("v", row, buffers), layout.value),
+        )  # fmt: skip
+        segment = _segment(row, start + at, sides, buffers, layout)
+        for side in sides:
+            for piece in torch.arange(side.x.shape[1]).split(_PIECE):
+                here = slice(int(piece[0]), int(piece[-1]) + 1)
+                codes = codec.encode(side.x[:, here], side.basis[:, segment], side.affine[:, segment], side.tiers)
+                side.codes[:, slots.start + here.start : slots.start + here.stop] = codes
+
+
+class _Side(NamedTuple):
+    """Keys or values [G, n, W] of one row that are to be coded, and where their codes go."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    codes: torch.Tensor
+    basis: torch.Tensor
+    affine: torch.Tensor
+    tiers: Tiers
+
+
+def _coded(side: str, row: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(getattr(buffers, f"{side}_{what}")[row] for what in ("codes", "basis", "affine"))
+
+
+def _normalised(row: int, slots: slice, value: torch.Tensor, buffers: Buffers, layout: Layout) -> torch.Tensor:
+    """Values over their tokens' norms, which are stored."""
+    if not layout.normalised:
+        return value
+    norms = codec.norm_code(value)
+    buffers.v_norms[row, :, slots] = norms
+    return value / codec.norm_value(norms)[..., None]
+
+
+def _segment(row: int, start: int, sides: tuple[_Side, _Side], buffers: Buffers, layout: Layout) -> int:
+    """The segment whose basis codes these tokens: the current one, or a new one where that is due."""
+    starts = buffers.starts[row].tolist()
+    current = sum(first <= start for first in starts) - 1
+    room = current + 1 < len(starts)  # a log that was cropped among its codes may have more segments than were reserved
+    fresh = current < 0 or (layout.segment > 0 and room)
+    candidate = sides[0].x.shape[1] >= layout.warmup and room
+    if not fresh and not candidate:
+        return current
+    fits = [codec.fit(side.x, side.weight, side.tiers) for side in sides]
+    if not fresh and all(_serves(side, current, fit) for side, fit in zip(sides, fits, strict=True)):
+        return current
     segment = current + 1
-    for (_, basis, affine), (new_basis, new_affine) in zip(sides, fits, strict=True):
-        basis[row, :, segment], affine[row, :, segment] = new_basis, new_affine
+    for side, (basis, affine) in zip(sides, fits, strict=True):
+        side.basis[:, segment], side.affine[:, segment] = basis, affine
     buffers.starts[row, segment] = start
     return segment
+
+
+def _serves(side: _Side, segment: int, fit: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether the basis of a segment captures these tokens nearly as well as one that was made for them."""
+    lost = codec.residual(side.x, side.basis[:, segment], side.affine[:, segment])
+    return bool((lost <= REFRESH * codec.residual(side.x, *fit)).all())
 
 
 def _spans(row: int, coded: int, buffers: Buffers, layout: Layout) -> list[tuple[int, slice]]:
@@ -318,7 +341,8 @@ def materialise(
     """Dense keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, in the model's dtype."""
     dense = []
     for side, exact in (("k", buffers.k_exact[row]), ("v", buffers.v_exact[row])):
-        parts = [ungroup(_decode(row, i, slots, side, buffers, layout), layout) for i, slots in _spans(row, coded, buffers, layout)]
+        spans = _spans(row, coded, buffers, layout)
+        parts = [ungroup(_decode(row, i, slots, side, buffers, layout), layout) for i, slots in spans]
         kept = _exact(exact, before, coded, layout)
         head = min(before, layout.sinks)
         dense.append(torch.cat([kept[:, :head], *(x.to(kept.dtype) for x in parts), kept[:, head:]], 1))

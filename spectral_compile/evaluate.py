@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import platform
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -108,7 +107,7 @@ def require_compressed(kinds: set[str], sizes: Iterable[Size]) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a cache. ``coded_ratio`` is dense bytes of the coded tokens over bytes of their codes, bases and scales alone."""
+    """Bytes of a cache; ``coded_ratio`` is dense bytes of the coded tokens over bytes of codes, bases and scales alone."""
 
     stored_bytes: int
     parts: dict[str, int]
@@ -257,9 +256,11 @@ def needles(tokenizer: PreTrainedTokenizerBase, tokens: int = NEEDLE_TOKENS, cas
         depth, key = (case + 0.5) / cases, f"{keys.randrange(10_000, 100_000)}"
         before, after = (tokenizer.decode(part) for part in hay.tensor_split([int(depth * tokens)]))
         asked = f"{before}\n\nThe pass key is {key}. Remember it.\n\n{after}\n\nWhat is the pass key?"
-        if tokenizer.chat_template:
-            asked = tokenizer.apply_chat_template([{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(f"{asked}The pass key is", add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids
+        chat = bool(tokenizer.chat_template)
+        if chat:
+            turn = {"role": "user", "content": asked}
+            asked = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(f"{asked}The pass key is", add_special_tokens=not chat, return_tensors="pt").input_ids
         made.append(Needle(ids, key, depth))
     return made
 
@@ -299,7 +300,7 @@ def take(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, name: str) 
     """The first ``tokens`` tokens of ``text``, int64 [1, tokens]."""
     ids = tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt").input_ids
     if ids.shape[1] < tokens:
-        raise ValueError(f"{name} has only {ids.shape[1]} of {tokens} tokens: ask for fewer tokens or texts, or pass a longer --text")
+        raise ValueError(f"{name} has only {ids.shape[1]} of {tokens} tokens: ask for fewer, or pass a longer --text")
     return ids
 
 
@@ -407,7 +408,7 @@ def evaluate(
     scored: Annotated[int, Option(min=1, help="Tokens that are then scored")] = 512,
     decode: Annotated[int, Option(min=0, help="How many of those to score token by token too")] = 0,
     texts_: Annotated[int, Option("--texts", min=1, help="Number of built-in texts")] = 6,
-    text: Annotated[list[Path] | None, Option(exists=True, dir_okay=False, help="A text of your own instead; repeatable")] = None,
+    text: Annotated[list[Path] | None, Option(exists=True, dir_okay=False, help="A text to use instead; repeatable")] = None,
     needle: Annotated[bool, Option(help="Ask for pass keys hidden in long prompts too")] = False,
     seed: Annotated[int, Option(help="Of the pass keys")] = 0,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and dense cache")] = "bfloat16",
@@ -442,8 +443,8 @@ def evaluate(
     Console().print(table(results, title))
     if json_:
         settings = {
-            "model": model or models.DEFAULT, "tokens": tokens, "scored": scored, "decode": decode, "dtype": dtype, "seed": seed,
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "model": model or models.DEFAULT, "tokens": tokens, "scored": scored, "decode": decode, "dtype": dtype,
+            "inner": inner, "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
         json_.write_text(json.dumps({"settings": settings, "caches": [result.summary() for result in results]}, indent=1))
 

@@ -25,20 +25,21 @@ class Shared:
     """Results that several users of one object ask for one by one, each of them once, and must share.
 
     transformers reorders or crops a cache layer by layer, keys and then values: what the first call builds, the others find here.
-    A user that asks again begins a new cache, and gets a result of its own.
+    A user that asks again begins a new cache, and gets a result of its own; each gets them in the order in which they were built.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[weakref.ref[Any], set[int], Any]] = {}
+        self._known: dict[Any, list[tuple[weakref.ref[Any], set[int], Any]]] = {}
 
     def get(self, key: Any, user: Any, build: Callable[[], Any], holder: Any = None) -> Any:
         """``build()``, or what another user's call with this ``key`` gave; ``holder`` is kept alive, so that an id in ``key`` is."""
-        reference, users, _ = self._known.get(key, (None, set(), None))
-        result = reference() if reference is not None else None
-        if result is None or id(user) in users:
-            result, users = build(), set()
-            self._known[key] = (weakref.ref(result), users, holder)
-        users.add(id(user))
+        known = self._known[key] = [entry for entry in self._known.get(key, []) if entry[0]() is not None]
+        for reference, users, _ in known:
+            if id(user) not in users and (result := reference()) is not None:
+                users.add(id(user))
+                return result
+        result = build()
+        known.append((weakref.ref(result), {id(user)}, holder))
         return result
 
     def clear(self) -> None:
@@ -66,6 +67,7 @@ class Timeline:
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self.derived = Shared()
+        self.source: Timeline | None = None  # kept while the layers of a cache are appended to one by one
         self.reserve(count)
 
     @property
@@ -116,13 +118,14 @@ class Timeline:
         """Note ``count`` columns that the graph has appended; ``valid`` bool [B, count] are the tokens among them."""
         self.columns[:, self.length : self.length + count] = True if valid is None else valid
         self.length += count
+        self.source = None
         self.derived.clear()
 
     def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Timeline:
         """A timeline of its own with ``move`` applied to every tensor."""
         new = copy.copy(self)
         new.ledger, new.positions, new.columns = move(self.ledger), move(self.positions), move(self.columns)
-        new.derived = Shared()
+        new.derived, new.source = Shared(), None
         return new
 
     def crop(self, length: int) -> Timeline:
@@ -172,9 +175,10 @@ class SpectralStore:
     def device(self) -> torch.device:
         return self.buffers.k_exact.device
 
-    def resize(self) -> None:
-        """Follow the timeline's capacities, keeping every token."""
+    def resize(self, ledger: torch.Tensor | None = None) -> None:
+        """Follow the timeline's capacities, keeping every token; ``ledger`` is the one that the buffers are still at, if older."""
         layout, capacity = self.layout, self.timeline.capacity
+        ledger = self.timeline.ledger if ledger is None else ledger
         old = self.buffers
         window = old.k_exact.shape[2] - layout.sinks
         if (old.k_codes.shape[2], window, old.starts.shape[1]) == (
@@ -195,7 +199,7 @@ class SpectralStore:
             if window == capacity.window:
                 b[:, :, layout.sinks :] = a[:, :, layout.sinks :]
                 continue
-            for row, (_, _, tokens, coded, _) in enumerate(self.timeline.ledger.tolist()):
+            for row, (_, _, tokens, coded, _) in enumerate(ledger.tolist()):
                 slots = torch.arange(coded, max(coded, tokens - layout.sinks), device=self.device)
                 b[row, :, layout.sinks + slots % capacity.window] = a[row, :, layout.sinks + slots % window]
         self.buffers = new
@@ -210,6 +214,13 @@ class SpectralStore:
         new = SpectralStore(self.layout, timeline, buffers.k_exact.dtype, buffers)
         new.pending = {role: move(x) for role, x in self.pending.items()}
         return new
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold what is in the model's dtype in another one."""
+        names = ("k_exact", "v_exact", *(("k_codes", "v_codes") if self.layout.lossless else ()))
+        self.buffers = self.buffers._replace(**{name: getattr(self.buffers, name).to(dtype) for name in names})
+        self.pending = {role: x.to(dtype) for role, x in self.pending.items()}
+        self.dtype = dtype
 
     @staticmethod
     def stack(stores: list[SpectralStore]) -> SpectralStore:
@@ -289,10 +300,11 @@ class SpectralStore:
             new.reserve(count)
             reference.advance(new.ledger, new.positions, ids, None, key, layout)
             new.enter(count, None)
+            new.source = old  # the next layer looks for what was made of it
             return new
 
         store.timeline = old.derived.get(("append", count), store, advanced)
-        store.resize()
+        store.resize(old.ledger)
         key = torch.stack([reference.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
         no_query = key.new_zeros(key.shape)
         reference.append(no_query, key, value, store.timeline.ledger, None, None, store.buffers, layout)

@@ -141,6 +141,8 @@ def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Any:
         if new.shape[2] == 0:
             return first._on(first.store)
         store = first.store
+        if length > store.timeline.length:
+            return NotImplemented  # the other role still lacks the chunk before this one
         if length != store.timeline.length:
             store = store.derived.get(("append", length), first.role, lambda: store.fork(length))
         return first._on(store.append_eagerly(first.role, new), length + new.shape[2])
@@ -222,10 +224,9 @@ def _to_copy(x: SpectralTensor, dtype: torch.dtype | None = None, device: Any = 
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return NotImplemented
 
-    def move(t: torch.Tensor) -> torch.Tensor:
-        return t.to(device=device, dtype=dtype if t.dtype == x.dtype else t.dtype, copy=True)
-
-    return x._moved(("to", dtype, str(device)), move)
+    moved = x._moved(("to", dtype, str(device)), lambda t: t.to(device=device, copy=True))
+    moved.store.cast(dtype)
+    return moved._on(moved.store)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {

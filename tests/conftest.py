@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from spectral_compile.models import load
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # machines differ in speed, runs should not
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from .layout import Rotary, Tiers
 from .quantise import dequantise, quantise, search_step
 
 _LEAST_WEIGHT = 1e-3
+_SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
 # Clipped outliers hurt attention more than their energy says, and later tokens spread wider than those of the fit.
 _STEP_MARGIN = 1.25
 _TINY = torch.finfo(torch.float32).tiny
@@ -33,8 +34,8 @@ def fit(x: Tensor, weight: Tensor, tiers: Tiers) -> tuple[Tensor, Tensor]:
     """Choose the basis and the steps for a segment of tokens.
 
     The basis holds the leading eigenvectors of ``y.mT @ y`` with ``y = x * weight`` (uncentred Karhunen-Loeve transform),
-    rounded to int8 with a scale a column; steps are a margin above those of least error. ``weight`` counts up to a factor:
-    its mean becomes 1. Rows of zeros do not count.
+    rounded to int8 with a scale a column; steps are a margin above those of least error on tokens at even distances.
+    ``weight`` counts up to a factor: its mean becomes 1. Rows of zeros do not count.
 
     x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative
     -> basis int8 ``[..., W, R]``, affine float32 ``[..., 2 * R + W]`` = step ``[R]``, column scale ``[R]``, weight ``[W]``.
@@ -44,7 +45,8 @@ def fit(x: Tensor, weight: Tensor, tiers: Tiers) -> tuple[Tensor, Tensor]:
     vectors = torch.linalg.eigh(y.mT @ y).eigenvectors.flip(-1)[..., : tiers.rank]
     scale = vectors.abs().amax(-2) / 127
     basis = (vectors / scale[..., None, :]).round().to(torch.int8)
-    step = _STEP_MARGIN * search_step(_analyse(y, _matrix(basis, scale)), tiers)
+    sample = y[..., :: max(1, y.shape[-2] // _SAMPLE), :]
+    step = _STEP_MARGIN * search_step(_analyse(sample, _matrix(basis, scale)), tiers)
     return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
 
 

@@ -52,5 +52,14 @@ PRESETS: dict[str, Preset] = {
     "quality": Preset(key=(2, 8, 12), value=(0, 6, 22)),
     "balanced": Preset(key=(1, 5, 12), value=(0, 2, 20)),
     "compact": Preset(key=(1, 3, 7), value=(0, 1, 12)),
-    "seed": Preset(key=(8, 0, 0), value=(16, 0, 0), head_group=1, weighted=False, normalised=False, block=512, warmup=512, segment=512),
+    "seed": Preset(
+        key=(8, 0, 0),
+        value=(16, 0, 0),
+        head_group=1,
+        weighted=False,
+        normalised=False,
+        block=512,
+        warmup=512,
+        segment=512,
+    ),
 }

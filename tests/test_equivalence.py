@@ -1,0 +1,412 @@
+"""A rewritten graph computes what the graph as it came computes: a small decoder of random geometry, compiled and not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import spectral_compile
+from spectral_compile import SpectralConfig, SpectralTensor, backend, reports
+from spectral_compile.report import SpectralWarning
+
+PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a decoder looks like, and how it writes down what others write down differently."""
+
+    kv_heads: int = 2
+    groups: int = 2
+    head_dim: int = 8
+    rope: str = "half"  # none, half, interleaved, partial
+    repeat: str = "enable_gqa"  # or repeat_kv
+    mask: str = "causal"  # causal: a bool mask with several queries over a past, none else; bool: always; padding: of a 2-D mask
+    variant: str = ""
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape, width = shape, shape.kv_heads * shape.groups * shape.head_dim
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, shape.kv_heads * shape.head_dim, bias=False)
+        self.v = nn.Linear(width, (1 if shape.variant == "v_heads" else shape.kv_heads) * shape.head_dim, bias=False)
+        self.o = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        shape, variant = self.shape, self.shape.variant
+        q, k, v = (p(x).view(*x.shape[:2], -1, shape.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if angles is not None:
+            q, k = self.rotated(q, *angles), self.rotated(k, *angles)
+        if past is None and variant != "no_cache":
+            past = (torch.tensor([], dtype=k.dtype, device=k.device), torch.tensor([], dtype=v.dtype, device=v.device))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=-2), torch.cat([past[1], v], dim=-2)
+        causal = mask is None and q.shape[2] > 1 and variant != "bidirectional"
+        keys, values, options = k, v, {"enable_gqa": True}
+        if shape.repeat == "repeat_kv":
+            keys, values, options = self.repeated(k), self.repeated(v), {}
+        if variant == "matmul":
+            scores = q @ keys.mT * shape.head_dim**-0.5
+            scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+            out = scores.softmax(-1) @ values
+        else:
+            if variant == "dropout":
+                options["dropout_p"] = 1e-9
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, **options)
+        return self.o(out.transpose(1, 2).reshape(x.shape)), (k, v)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        batch, heads, length, dim = x.shape
+        times = self.shape.kv_heads * self.shape.groups // heads
+        return x[:, :, None].expand(batch, heads, times, length, dim).reshape(batch, heads * times, length, dim)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rope = self.shape.rope
+        width = cos.shape[-1]
+        turned, rest = x[..., :width], x[..., width:]
+        if rope == "interleaved":
+            other = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+        else:
+            other = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), -1)
+        out = turned * cos + other * sin
+        return torch.cat((out, rest), -1) if rope == "partial" else out
+
+
+class Decoder(nn.Module):
+    """Two layers over a cache as transformers keeps it: a list of (keys, values), rotated, grown by concatenation."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shape = shape
+        self.layers = nn.ModuleList(Attention(shape) for _ in range(2))
+        width = shape.head_dim // 2 if shape.rope == "partial" else shape.head_dim
+        self.register_buffer("frequencies", 100.0 ** (-torch.arange(0, width, 2) / width))
+
+    def forward(self, x: Tensor, cache: Layers | None = None, padding: Tensor | None = None) -> tuple[Tensor, Layers]:
+        count = x.shape[1]
+        past = 0 if cache is None else cache[0][0].shape[2]
+        if padding is not None:
+            ids = (padding.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        else:
+            ids = torch.arange(past, past + count, device=x.device)[None]
+        angles, mask = self.angles(ids), self.mask(past, count, padding)
+        grown = []
+        for i, layer in enumerate(self.layers):
+            out, pair = layer(x, cache[i] if cache is not None else None, angles, mask)
+            x = x + torch.tanh(out)
+            grown.append(pair)
+        return x, ([] if self.shape.variant == "cache_stays" else grown)
+
+    def angles(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.shape.rope == "none":
+            return None
+        angle = ids[:, :, None].float() * self.frequencies
+        angle = angle.repeat_interleave(2, -1) if self.shape.rope == "interleaved" else torch.cat((angle, angle), -1)
+        return angle.cos()[:, None], angle.sin()[:, None]
+
+    def mask(self, past: int, count: int, padding: Tensor | None) -> Tensor | None:
+        if self.shape.variant == "bidirectional":
+            return None
+        if self.shape.mask == "causal" and self.shape.variant != "float_mask" and (count == 1 or past == 0):
+            return None
+        mask = torch.arange(past + count)[None] <= torch.arange(past, past + count)[:, None]
+        mask = mask[None, None]
+        if self.shape.mask == "padding":
+            mask = mask & padding[:, None, None, :].bool()
+        if self.shape.variant == "float_mask":
+            return torch.zeros(mask.shape).masked_fill(~mask, -1e9)
+        return mask
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    yield
+    spectral_compile.reset()
+
+
+def run_compiled(model: nn.Module, **options: Any) -> Any:
+    spectral_compile.reset()
+    options = {"preset": "exact", "strict": True, "inner": "eager", **options}
+    return torch.compile(model, backend=backend.spectral, options=options)
+
+
+shapes = st.builds(
+    Shape,
+    kv_heads=st.integers(1, 4),
+    groups=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8, 12, 16]),
+    rope=st.sampled_from(["none", "half", "interleaved", "partial"]),
+    repeat=st.sampled_from(["enable_gqa", "repeat_kv"]),
+    mask=st.sampled_from(["causal", "bool", "padding"]),
+)
+
+
+@st.composite
+def windows(draw: st.DrawFn, shape: Shape) -> dict[str, int]:
+    return {
+        "sinks": draw(st.integers(0, 3)),
+        "recent": draw(st.integers(0, 6)),
+        "block": draw(st.integers(1, 6)),
+        "warmup": draw(st.integers(1, 12)),
+        "head_group": draw(st.sampled_from([n for n in range(1, shape.kv_heads + 1) if shape.kv_heads % n == 0])),
+    }
+
+
+@dataclass
+class Case:
+    shape: Shape
+    options: dict[str, int]
+    batch: int
+    chunks: list[Tensor]
+    padding: Tensor | None
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    shape = draw(shapes)
+    batch = draw(st.integers(1, 3))
+    counts = [draw(st.integers(1, 24)), *draw(st.lists(st.sampled_from([1, 1, 2, 5, 9]), min_size=1, max_size=5))]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    width = shape.kv_heads * shape.groups * shape.head_dim
+    padding = None
+    if shape.mask == "padding":
+        total = sum(counts)
+        padding = torch.ones(batch, total, dtype=torch.int64)
+        kind = draw(st.sampled_from(["none", "left", "holes"]))
+        if kind == "left":
+            padding = (torch.arange(total) >= torch.randint(0, counts[0], (batch, 1), generator=generator)).long()
+        elif kind == "holes":
+            padding = (torch.rand(batch, total, generator=generator) < 0.7).long()
+            padding[:, 0] = padding[:, counts[0] - 1 :: 1] = 1
+    chunks = [torch.randn(batch, count, width, generator=generator) for count in counts]
+    return Case(shape, draw(windows(shape)), batch, chunks, padding)
+
+
+def steps(case: Case) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """(chunk, mask of all columns so far, which of the chunk's columns are tokens)."""
+    end = 0
+    for chunk in case.chunks:
+        start, end = end, end + chunk.shape[1]
+        mask = None if case.padding is None else case.padding[:, :end]
+        valid = torch.ones(chunk.shape[:2], dtype=torch.bool) if mask is None else mask[:, start:].bool()
+        yield chunk, mask, valid
+
+
+def kind_of(i: int, chunk: Tensor) -> str:
+    return "prefill" if i == 0 else "decode" if chunk.shape[1] == 1 else "extend"
+
+
+def assert_all_matched(case: Case) -> None:
+    made = reports()
+    assert [(r.sites, r.matched, r.refusals, r.notes) for r in made] == [(2, 2, (), ())] * len(made)
+    assert {r.kind for r in made} == {kind_of(i, chunk) for i, chunk in enumerate(case.chunks)}
+
+
+@settings(PROPERTY, max_examples=150)
+@given(cases())
+def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
+    model = Decoder(case.shape)
+    compiled = run_compiled(model, **case.options)
+    stored = dense = None
+    with torch.no_grad():
+        for chunk, mask, valid in steps(case):
+            expected, dense = model(chunk, dense, mask)
+            out, stored = compiled(chunk, stored, mask)
+            assert all(isinstance(x, SpectralTensor) for pair in stored for x in pair)
+            torch.testing.assert_close(out[valid], expected[valid], atol=1e-4, rtol=1e-4)
+    assert_all_matched(case)
+
+
+@settings(PROPERTY, max_examples=60)
+@given(cases(), st.sampled_from(["quality", "balanced", "compact", "seed"]))
+def test_lossy_graph_equals_decoding_and_then_attending(case: Case, preset: str) -> None:
+    case = replace(case, shape=replace(case.shape, head_dim=16))
+    case.chunks = [F.pad(x, (0, 0))[..., :1].expand(-1, -1, 0) for x in case.chunks]
+    width = case.shape.kv_heads * case.shape.groups * 16
+    generator = torch.Generator().manual_seed(0)
+    case.chunks = [torch.randn(*x.shape[:2], width, generator=generator) for x in case.chunks]
+    model = Decoder(case.shape)
+    compiled = run_compiled(model, **{**case.options, "preset": preset})
+    stored = None
+    with torch.no_grad():
+        for chunk, mask, valid in steps(case):
+            dense = None if stored is None else [(k.dense(), v.dense()) for k, v in stored]
+            expected, _ = model(chunk, dense, mask)
+            out, stored = compiled(chunk, stored, mask)
+            assert out[valid].isfinite().all()
+            torch.testing.assert_close(out[valid], expected[valid], atol=1e-4, rtol=1e-4)
+    assert_all_matched(case)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_every_inner_compiler_gives_the_same(inner: str) -> None:
+    model, generator = Decoder(Shape()), torch.Generator().manual_seed(0)
+    compiled = run_compiled(model, inner=inner, sinks=1, recent=4, block=2, warmup=4)
+    stored = dense = None
+    with torch.no_grad():
+        for count in (20, 1, 1, 5, 1):
+            chunk = torch.randn(2, count, 32, generator=generator)
+            expected, dense = model(chunk, dense)
+            out, stored = compiled(chunk, stored)
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert [(r.kind, r.matched) for r in reports()] == [("prefill", 2), ("decode", 2), ("extend", 2)]
+
+
+class Spy:
+    """The backend, with every graph that Dynamo gives to it and every graph that it gives to the inner compiler."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[tuple[GraphModule, str]] = []
+        self.handed: list[GraphModule] = []
+        inner = backend.compile_inner
+
+        def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, **rest: Any) -> Any:
+            self.handed.append(gm)
+            return inner(gm, examples, config, **rest)
+
+        monkeypatch.setattr(backend, "compile_inner", compile_inner)
+
+    def __call__(self, gm: GraphModule, examples: list[Any], **options: Any) -> Any:
+        self.given.append((gm, gm.code))
+        return backend.spectral(gm, examples, options={"inner": "eager", **options})
+
+    def assert_untouched(self) -> None:
+        assert self.given
+        for (gm, code), handed in zip(self.given, self.handed, strict=True):
+            assert handed is gm
+            assert handed.code == code
+        assert all(r.kind == "other" and r.matched == 0 for r in reports())
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    spectral_compile.reset()
+    return Spy(monkeypatch)
+
+
+COUNTER_EXAMPLES = {
+    "no_cache": "cache",
+    "cache_stays": "the cache does not leave this graph",
+    "dropout": "dropout",
+    "v_heads": "keys and values differ in heads",
+    "matmul": "attn_implementation='sdpa'",
+}
+
+
+@pytest.mark.parametrize("variant", COUNTER_EXAMPLES)
+def test_a_prefill_that_can_not_be_compressed_is_left_alone(variant: str, spy: Spy) -> None:
+    model = Decoder(Shape(repeat="repeat_kv", variant=variant))
+    x = torch.randn(1, 12, 32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpectralWarning)
+        out, _ = torch.compile(model, backend=spy)(x)
+        torch.testing.assert_close(out, model(x)[0])
+    spy.assert_untouched()
+    assert all(COUNTER_EXAMPLES[variant] in str(refusal) for r in reports() for refusal in r.refusals)
+    assert all(r.refusals for r in reports())
+
+
+def test_a_graph_with_gradients_is_left_alone(spy: Spy) -> None:
+    model = Decoder(Shape())
+    with pytest.warns(SpectralWarning, match="gradients"):
+        out, _ = torch.compile(model, backend=spy)(torch.randn(1, 12, 32))
+    out.sum().backward()
+    assert model.layers[0].k.weight.grad is not None
+    spy.assert_untouched()
+
+
+def test_a_cache_of_dense_tensors_is_left_alone(spy: Spy) -> None:
+    model, x = Decoder(Shape()), torch.randn(1, 12, 32)
+    with torch.no_grad(), pytest.warns(SpectralWarning, match="holds dense tensors"):
+        _, dense = model(x)
+        out, grown = torch.compile(model, backend=spy)(x[:, :1], dense)
+    assert not any(isinstance(x, SpectralTensor) for pair in grown for x in pair)
+    torch.testing.assert_close(out, model(x[:, :1], dense)[0])
+    spy.assert_untouched()
+
+
+SECOND_STEPS = {"bidirectional": "not causally", "float_mask": "adds numbers"}
+
+
+@pytest.mark.parametrize("variant", SECOND_STEPS)
+def test_a_chunk_that_can_not_attend_to_a_compressed_past_gets_it_decoded(variant: str, spy: Spy) -> None:
+    model = Decoder(Shape(variant=variant))
+    x, more = torch.randn(1, 12, 32), torch.randn(1, 3, 32)
+    compiled = torch.compile(model, backend=lambda gm, ex: spy(gm, ex, preset="exact"))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpectralWarning)
+        _, stored = compiled(x)
+        _, dense = model(x)
+        out, _ = compiled(more, stored)
+        torch.testing.assert_close(out, model(more, dense)[0], atol=1e-4, rtol=1e-4)
+    first, second = reports()
+    assert (first.kind, first.matched) == ("prefill", 2)
+    assert (second.kind, second.sites, second.matched) == ("other", 2, 0)
+    assert all(SECOND_STEPS[variant] in refusal.reason for refusal in second.refusals)
+    assert spy.handed[1].code == spy.given[1][1]
+
+
+@pytest.mark.parametrize("variant", SECOND_STEPS)
+def test_a_past_that_would_be_decoded_is_an_error_where_strict(variant: str) -> None:
+    compiled = run_compiled(Decoder(Shape(variant=variant)))
+    with torch.no_grad():
+        _, stored = compiled(torch.randn(1, 12, 32))
+        with pytest.raises(Exception, match=f"strict.*{SECOND_STEPS[variant]}"):
+            compiled(torch.randn(1, 3, 32), stored)
+
+
+def test_a_chunk_whose_mask_hides_more_than_the_future_equals_dense() -> None:
+    """A bool mask that is none of the known kinds is attended with as it is."""
+
+    class Blind(Decoder):
+        def mask(self, past: int, count: int, padding: Tensor | None) -> Tensor | None:
+            q, k = torch.arange(past, past + count)[:, None], torch.arange(past + count)[None]
+            return ((k <= q) & ((q - k) % 3 != 1))[None, None]
+
+    model, generator = Blind(Shape()), torch.Generator().manual_seed(0)
+    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
+    stored = dense = None
+    with torch.no_grad():
+        for count in (20, 5, 1, 1):
+            chunk = torch.randn(2, count, 32, generator=generator)
+            expected, dense = model(chunk, dense)
+            out, stored = compiled(chunk, stored)
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert all(r.matched == r.sites for r in reports())
+
+
+@settings(PROPERTY, max_examples=20)
+@given(window=st.integers(1, 12), counts=st.lists(st.sampled_from([1, 4]), min_size=1, max_size=4))
+def test_a_window_in_the_mask_equals_dense(window: int, counts: list[int]) -> None:
+    class Windowed(Decoder):
+        def mask(self, past: int, count: int, padding: Tensor | None) -> Tensor | None:
+            q, k = torch.arange(past, past + count)[:, None], torch.arange(past + count)[None]
+            return ((k <= q) & (k > q - window))[None, None]
+
+    model, generator = Windowed(Shape()), torch.Generator().manual_seed(0)
+    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
+    stored = dense = None
+    with torch.no_grad():
+        for count in (20, *counts):
+            chunk = torch.randn(2, count, 32, generator=generator)
+            expected, dense = model(chunk, dense)
+            out, stored = compiled(chunk, stored)
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert all(r.matched == r.sites for r in reports())

@@ -1,0 +1,182 @@
+"""The evaluation: its figures on a tiny random model, and that it refuses what it cannot vouch for."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import DynamicCache, PreTrainedModel
+from typer.testing import CliRunner
+
+from spectral_compile import evaluate, models
+from spectral_compile.cli import app
+from spectral_compile.evaluate import Agreement, Result, compare, contender, read, require_compressed, table, weigh
+from tests.tiny import build, tokens
+
+PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding
+PRESETS = ("exact", "quality", "balanced", "compact", "seed")
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    """A tiny Llama whose attention is sharp enough to depend on its cache."""
+    model = build("llama")
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
+            projection.weight.data *= 10
+    return model
+
+
+@pytest.fixture(scope="module")
+def results(llama: PreTrainedModel) -> dict[str, Result]:
+    texts = {name: tokens(1, PROMPT + SCORED + 1, seed) for seed, name in enumerate(("one", "two"))}
+    names = (*PRESETS, *(name for name in evaluate.installed_rivals(llama.config) if name == "fp8"))
+    return {result.name: result for result in compare(llama, None, names, texts, PROMPT, DECODED)}
+
+
+def test_the_dense_cache_agrees_with_itself(results: dict[str, Result]) -> None:
+    dense = results["dense"]
+    assert dense.ratio == 1 and dense.size.coded_ratio is None
+    for which in ("span", "extended", "decoded"):
+        mean = dense.mean(which)
+        assert (mean.change, mean.top1) == (0, 1) and abs(mean.kl) < 1e-9
+
+
+def test_the_exact_preset_loses_nothing(results: dict[str, Result]) -> None:
+    for which in ("span", "extended", "decoded"):
+        mean = results["exact"].mean(which)
+        assert abs(mean.kl) < 1e-6 and mean.top1 == 1 and abs(mean.change) < 1e-2
+
+
+def test_the_smaller_the_cache_the_larger_the_loss(results: dict[str, Result]) -> None:
+    by_loss = sorted(PRESETS, key=lambda name: results[name].mean().kl)
+    assert by_loss[:2] == ["exact", "quality"]
+    assert results["quality"].ratio < results["balanced"].ratio < results["compact"].ratio
+    assert results["seed"].mean().kl > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dense", *PRESETS])
+def test_decoding_predicts_what_extending_predicts(results: dict[str, Result], name: str) -> None:
+    for score in results[name].scores.values():
+        assert score.extended.tokens == score.decoded.tokens == DECODED
+        assert math.isclose(score.extended.kl, score.decoded.kl, rel_tol=1e-2, abs_tol=1e-6)
+        assert math.isclose(score.extended.nll, score.decoded.nll, rel_tol=1e-4)
+
+
+def test_bytes_are_those_that_are_held(results: dict[str, Result], llama: PreTrainedModel) -> None:
+    keys = llama.config.num_key_value_heads * llama.config.hidden_size // llama.config.num_attention_heads
+    assert results["dense"].size.stored_bytes == llama.config.num_hidden_layers * 2 * keys * PROMPT * 4
+    for name in PRESETS:
+        size = results[name].size
+        assert size.stored_bytes == sum(size.parts.values())
+        assert size.parts["codes"] > 0 and size.coded_ratio > 0
+    assert results["balanced"].size.coded_ratio > results["balanced"].ratio > 2
+
+
+def test_storages_are_counted_once_and_whole() -> None:
+    base = torch.zeros(10, dtype=torch.int16)
+    assert evaluate.storage_bytes({"a": (base[:2], [base[3:]]), "b": 7, "c": torch.zeros(3)}) == 20 + 12
+
+
+def dense_cache(llama: PreTrainedModel) -> DynamicCache:
+    cache = DynamicCache(config=llama.config)
+    contender(llama, "dense").feed(cache, tokens(1, 8))
+    return cache
+
+
+def test_a_dense_cache_weighs_what_its_tensors_do(llama: PreTrainedModel) -> None:
+    cache = dense_cache(llama)
+    assert weigh(cache).parts == {"dense": sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))}
+
+
+def test_a_rival_runs_through_its_own_code(results: dict[str, Result]) -> None:
+    if "fp8" not in results:
+        pytest.skip("this transformers has no fp8 cache")
+    fp8 = results["fp8"]
+    assert 3.9 < fp8.ratio <= 4  # of float32, with two scales a layer
+    assert fp8.size.coded_ratio is None and fp8.mean().kl > 0
+
+
+def test_kl_and_perplexity_of_a_known_distribution() -> None:
+    dense, ours = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    made = Agreement.of(ours, dense, torch.tensor([1]))
+    assert made.kl == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+    assert made.perplexity == pytest.approx(4) and made.change == pytest.approx(100)
+
+
+def test_the_mean_is_over_log_likelihoods() -> None:
+    mean = Agreement.mean([Agreement(4, 1.0, 1.0, 0.0, 1.0), Agreement(4, 2.0, 1.0, 0.2, 0.5)])
+    assert (mean.tokens, mean.nll, mean.kl, mean.top1) == (8, 1.5, 0.1, 0.75)
+
+
+def test_a_site_that_stays_dense_fails_loudly(llama: PreTrainedModel) -> None:
+    made = contender(llama, "exact")
+    reading = read(made, tokens(1, 30), 20)
+    require_compressed({"prefill", "extend"}, [reading.size])
+    with pytest.raises(RuntimeError, match="expected decode, extend, prefill graphs"):
+        require_compressed({"prefill", "extend", "decode"}, [reading.size])
+    with pytest.raises(RuntimeError, match="with every site compressed"):
+        require_compressed({"prefill", "extend"}, [weigh(dense_cache(llama))])
+
+
+def test_built_in_texts_do_not_overlap_and_are_prose_and_code(tiny_folder: Path) -> None:
+    _, tokenizer = models.load(str(tiny_folder))
+    assert list(evaluate.texts(tokenizer, 5, 100)) == ["topics 0", "topics 1", "topics 2", "argparse.py", "inspect.py"]
+    pieces = evaluate.prose(3)
+    assert len(set(pieces)) == 3 and all(len(piece) == len(pieces[0]) for piece in pieces)
+
+
+def test_a_text_that_is_too_short_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    _, tokenizer = models.load(str(tiny_folder))
+    file = tmp_path / "short.txt"
+    file.write_text("w2 w3")
+    with pytest.raises(ValueError, match=r"short\.txt has only 2 of 100 tokens"):
+        evaluate.texts(tokenizer, 1, 100, [file])
+
+
+def test_needles_stand_at_their_depth_and_repeat(tiny_folder: Path) -> None:
+    _, tokenizer = models.load(str(tiny_folder))
+    first, again = (evaluate.needles(tokenizer, 200, 4) for _ in range(2))
+    assert [needle.depth for needle in first] == [0.125, 0.375, 0.625, 0.875]
+    assert all(a.key == b.key and len(a.key) == 5 and torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
+    assert len({needle.key for needle in first}) == 4
+
+
+def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
+    console = Console(width=160, file=io.StringIO())
+    console.print(table(list(results.values()), "a title"))
+    shown = console.file.getvalue()
+    assert all(word in shown for word in ("a title", "ratio, coded part", f"KL, first {DECODED}", "KL, same decoded", *results))
+
+
+def test_the_verb_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
+    options = ("--tokens", 1124, "--scored", 16, "--text", text, "--presets", "balanced", "--rivals", "", "--json", out)
+    arguments = ("eval", "--model", tiny_folder, "--dtype", "float32", "--device", "cpu", *options)
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert all(word in result.stdout for word in ("ratio, all bytes", "ratio, coded part", "balanced"))
+    written = json.loads(out.read_text())
+    assert set(written) == {"settings", "caches"} and written["settings"]["tokens"] == 1124
+    assert [cache["cache"] for cache in written["caches"]] == ["dense", "balanced"]
+    fields = {"cache", "ratio", "dense_bytes", "stored_bytes", "parts", "coded_ratio", "span", "needle", "texts"}
+    assert all(set(cache) == fields for cache in written["caches"])
+    assert set(written["caches"][1]["texts"]) == {"text.txt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [(("--presets", "balance"), "unknown cache 'balance'"), (("--scored", "4", "--decode", "5"), "cannot exceed --scored")],
+)
+def test_bad_options_leave_before_a_model_is_loaded(
+    options: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
+    result = CliRunner().invoke(app, ["eval", *options], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    assert result.exit_code == 2 and sentence in result.stderr
