@@ -31,9 +31,7 @@ def append_(
     layout: str,
 ) -> None:
     """See ``reference.append``; ``layout`` is ``Layout.spec()``."""
-    buffers = Buffers(
-        k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment
-    )
+    buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
     reference.append(query, key, value, ledger, valid, o_weight, buffers, Layout.parse(layout))
 
 

@@ -37,13 +37,9 @@ def attend_(
 ) -> torch.Tensor:
     """See ``reference.attend`` and ``reference.append``; ``layout`` is ``Layout.spec()``. One call a layer keeps the host's
     share of a decode step small."""
-    buffers = Buffers(
-        k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment
-    )
+    buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
     parsed = Layout.parse(layout)
-    out = reference.attend(
-        query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window
-    )
+    out = reference.attend(query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window)
     reference.append(query, key, value, ledger, valid, o_weight, buffers, parsed)
     return out
 

@@ -45,9 +45,7 @@ PART = Buffers(  # the line of a memory report in which each buffer is counted
 )  # fmt: skip
 
 
-def allocate(
-    layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype, device: torch.device | str
-) -> Buffers:
+def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype, device: torch.device | str) -> Buffers:
     """Empty buffers for ``batch`` rows; ``dtype`` is the model's."""
     g, h, w, d = layout.groups, layout.kv_heads, layout.width, layout.head_dim
     c, s, e = capacity.coded, capacity.segments, layout.sinks + capacity.window

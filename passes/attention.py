@@ -67,7 +67,12 @@ def unwrap_repeat(node: Node) -> Node:
         return inserted.args[0]
     if is_call(inserted, "getitem"):
         index = inserted.args[1]
-        if isinstance(index, tuple) and len(index) > 2 and index[2] is None and all(_whole(i) for i in (*index[:2], *index[3:])):
+        if (
+            isinstance(index, tuple)
+            and len(index) > 2
+            and index[2] is None
+            and all(_whole(i) for i in (*index[:2], *index[3:]))
+        ):
             return inserted.args[0]
     return node
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch._guards import detect_fake_mode
 
-from spectral_compile.passes.trace import Trace, fake
+from spectral_compile.passes.trace import Trace, fake, is_call
 from spectral_compile.tensor import SpectralTensor
 
 
@@ -24,11 +24,18 @@ def clean_up(trace: Trace) -> None:
             continue
         inputs[node] = trace.plan.inputs[node]
         if isinstance(fake(node), SpectralTensor):
-            inputs[node] = ("dense", inputs[node][1])
-            trace.examples[node] = node.meta["example_value"] = dense_example(fake(node))
+            only_shape = all(is_call(user, "size", "numel", "dim", "getattr") for user in node.users)
+            inputs[node] = ("shape" if only_shape else "dense", inputs[node][1])
+            example = shape_of(fake(node)) if only_shape else dense_example(fake(node))
+            trace.examples[node] = node.meta["example_value"] = example
     trace.plan = replace(trace.plan, inputs=inputs)
     graph.lint()
     trace.gm.recompile()
+
+
+def shape_of(x: SpectralTensor) -> torch.Tensor:
+    """A tensor of the shape of ``x`` that holds one element, for graphs that only read sizes off it."""
+    return x.handle.new_zeros((), dtype=x.dtype).expand(x.shape)
 
 
 def dense_example(x: SpectralTensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Classify masks by what they are, not by how they were built: run the part of the graph that makes one, and compare.
 
-A mask that turns out to be causal, perhaps within a window and with columns of padding left out, need not be read at all: the store
-knows which tokens it holds. Any other bool mask is handed to attention as it is.
+A mask that turns out to be causal, perhaps within a window and with columns of padding left out, need not be read at all:
+the store knows which tokens it holds. Any other bool mask is handed to attention as it is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _classify(site: Site) -> tuple[str, Node | None, int]:
         return "tensor", None, 0
     padding = paddings[0] if paddings else None
     try:
-        windows = {_window_at(site, padding, extra) for extra in _extras(site)}
+        windows = {_window_at(site, padding, extra) for extra in _extras(site, padding)}
     except (Unliftable, RuntimeError, IndexError, TypeError, ValueError):
         return "tensor", None, 0
     found = {w for w in windows if w}
@@ -71,16 +71,18 @@ def _classify(site: Site) -> tuple[str, Node | None, int]:
     return "causal", padding, found.pop() if found else 0
 
 
-def _extras(site: Site) -> list[int]:
+def _extras(site: Site, padding: Node | None) -> list[int]:
     """By how many columns the past is made longer than it was while tracing, where it may grow."""
     if site.edge.past is None or isinstance(fake(site.edge.past[0]).shape[2], int):
         return [0]
+    if padding is not None and isinstance(fake(padding).shape[1], int):
+        return [0]  # the graph then serves this one length
     past, count = hint(fake(site.edge.past[0]).shape[2]), hint(fake(site.query).shape[2])
     return [0, max(min(_WIDEST, _CELLS // count) - past - count, 7)]
 
 
 def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
-    """The window of the mask with a past that is ``extra`` columns longer, 0 where it hides nothing; None if it is not causal."""
+    """The window of the mask with a past ``extra`` columns longer, 0 where it hides nothing; None if it is not causal."""
     count = hint(fake(site.query).shape[2])
     past = hint(fake(site.edge.past[0]).shape[2]) if site.edge.past else 0
     if count * (past + extra + count) > 4 * _CELLS:
@@ -122,6 +124,6 @@ def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
             window = total - nearest if nearest else 0
         expected = (k <= q) & (k > q - window if window else True) & valid[:, None]
         real = valid[:, past + extra :, None]  # what padding attends to is of no consequence
-        if not torch.equal((seen & real).expand_as(expected), expected & real):
+        if not torch.equal(*torch.broadcast_tensors(seen & real, expected & real)):
             return None
     return window

@@ -1,7 +1,7 @@
 """Rewrite: matched sites run on the store's buffers, and the graph is told nothing of how long the cache is.
 
-prefill keeps its attention, and stores keys and values in the same layer, so that one layer's dense ones die before the next's are
-born; extend and decode attend to the compressed past. What runs outside of the graph is left in ``trace.plan``.
+prefill keeps its attention, and stores keys and values in the same layer, so that one layer's dense ones die before the
+next's are born; extend and decode attend to the compressed past. What runs outside of the graph is left in ``trace.plan``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class SitePlan:
 class Plan:
     """How the runtime feeds a rewritten graph and what it makes of the results.
 
-    ``inputs`` names each input of the new graph: ("argument", i), ("ledger",), ("positions",), ("valid",), ("columns",), ("buffer",
-    site, field), and after clean-up ("dense", i). ``outputs`` names each output of the old one: ("result", i) or ("key" | "value",
-    site). ``padding`` is the argument that holds the 2-D mask; ``masked`` says that some mask is none that the store could
-    know by itself. ``batch`` and ``count`` are ints or symbolic sizes.
+    ``inputs`` names each input of the new graph: ("argument", i), ("ledger",), ("positions",), ("valid",), ("columns",),
+    ("buffer", site, field), and after clean-up ("dense", i) or ("shape", i). ``outputs`` names each output of the old one:
+    ("result", i) or ("key" | "value", site). ``padding`` is the argument that holds the 2-D mask; ``masked`` says that some
+    mask is none that the store could know by itself. ``batch`` and ``count`` are ints or symbolic sizes.
     """
 
     kind: str
@@ -89,9 +89,7 @@ def rewrite(trace: Trace) -> None:
 
     ids = next((site.positions for site in sites if site.positions is not None), None)
     with graph.inserting_before(first.sdpa):
-        graph.call_function(
-            advance_._opoverload, (ledger, positions, ids, valid, first.edge.new[0], first.layout.spec())
-        )
+        graph.call_function(advance_._opoverload, (ledger, positions, ids, valid, first.edge.new[0], first.layout.spec()))
     for i, site in enumerate(sites):
         layout = site.layout
         capacity = Capacity(layout.block, layout.recent + layout.block, 1)  # any: no compiled code depends on it
@@ -101,7 +99,9 @@ def rewrite(trace: Trace) -> None:
         _substitute(trace, site, ledger, positions, valid, columns, buffers)
 
     outputs, kept = [], []
-    leaving = {node: (role, i) for i, site in enumerate(sites) for role, node in zip(("key", "value"), site.edge.grown, strict=True)}
+    leaving = {
+        node: (role, i) for i, site in enumerate(sites) for role, node in zip(("key", "value"), site.edge.grown, strict=True)
+    }
     for node in trace.output.args[0]:
         if node in leaving:
             outputs.append(leaving[node])
@@ -149,9 +149,7 @@ def _substitute(
     mask = site.mask if site.mask_kind == "tensor" else None
     head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid, o_weight)
     with graph.inserting_before(site.sdpa):
-        attended = graph.call_function(
-            attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window)
-        )
+        attended = graph.call_function(attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window))
     attended.meta = {"example_value": fake(site.sdpa), "nn_module_stack": site.sdpa.meta.get("nn_module_stack")}
     site.sdpa.replace_all_uses_with(attended)
     graph.erase_node(site.sdpa)

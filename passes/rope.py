@@ -1,8 +1,9 @@
 """Match RoPE by what it does: keys are stored before it, and turned again when they are attended to.
 
-Walking back from the keys that attention sees, the pass looks for the one node through which all of their data comes and behind which
-positions are mixed in. What lies between is run: at position 0 it gives the scaling, at position 1 which channels are paired and by what
-angle, at powers of two the angle to full precision, and at random positions the proof that angles are linear.
+Walking back from the keys that attention sees, the pass looks for the one node through which all of their data comes and
+behind which positions are mixed in. What lies between is run: at position 0 it gives the scaling, at position 1 which channels
+are paired and by what angle, at powers of two the angle to full precision, and at random positions the proof that angles are
+linear.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def _same(a: Rotary | None, b: Rotary | None) -> bool:
     if a is None or b is None:
         return a is b
     return (a.interleaved, a.dim) == (b.interleaved, b.dim) and all(
-        math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-9) for x, y in zip((*a.frequencies, a.scaling), (*b.frequencies, b.scaling), strict=True)
+        math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-9)
+        for x, y in zip((*a.frequencies, a.scaling), (*b.frequencies, b.scaling), strict=True)
     )
 
 

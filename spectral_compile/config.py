@@ -18,12 +18,12 @@ INNER = ("inductor", "aot_eager", "eager")
 class SpectralConfig:
     """What ``torch.compile(..., backend="spectral", options=...)`` understands.
 
-    ``preset`` names a codec: ``quality`` (about 6x), ``balanced`` (about 8.5x), ``compact`` (about 14x), ``seed`` (the rank-16/32
-    int8 codec that everything is compared with) or ``exact`` (lossless). ``strict`` turns every silent loss of compression into
-    an error. ``head_group`` KV heads are coded jointly (the preset's choice where None). ``key_ranks`` and ``value_ranks`` are
-    channels per head at 8, 4 and 2 bits. ``sinks`` first and ``recent`` last tokens stay exact, ``block`` tokens are coded at a
-    time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's. ``inner`` compiles the rewritten graph.
-    ``inductor`` holds options that are Inductor's own.
+    ``preset`` names a codec: ``quality`` (about 6x), ``balanced`` (about 8.5x), ``compact`` (about 14x), ``seed`` (the
+    rank-16/32 int8 codec that everything is compared with) or ``exact`` (lossless). ``strict`` turns every silent loss of
+    compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where None). ``key_ranks`` and
+    ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``sinks`` first and ``recent`` last tokens stay exact, ``block``
+    tokens are coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's. ``inner``
+    compiles the rewritten graph. ``inductor`` holds options that are Inductor's own.
     """
 
     preset: str = "balanced"

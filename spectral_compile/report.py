@@ -27,7 +27,8 @@ class GraphReport:
     """One graph that Dynamo handed over.
 
     ``kind`` is prefill, extend, decode or other; of ``sites`` attentions ``matched`` run on the compressed cache and the others
-    are in ``refusals``; ``notes`` say what matched in a lesser form. ``seconds`` holds the time spent in ``passes`` and in the ``inner`` compiler.
+    are in ``refusals``; ``notes`` say what matched in a lesser form. ``seconds`` holds the time spent in ``passes`` and in the
+    ``inner`` compiler.
     """
 
     kind: str
@@ -94,8 +95,9 @@ def expect_a_graph() -> None:
 def _warn_if_unused() -> None:
     if not _ever:
         warnings.warn(
-            'the backend "spectral" was asked for but never given a graph, so nothing was compressed: torch.compile(model).generate()'
-            ' runs the uncompiled model; call model.compile(backend="spectral") and then model.generate()',
+            'the backend "spectral" was asked for but never given a graph, so nothing was compressed:'
+            " torch.compile(model).generate() runs the uncompiled model;"
+            ' call model.compile(backend="spectral") and then model.generate()',
             SpectralWarning,
             stacklevel=1,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from spectral_compile.config import SpectralConfig
+from spectral_compile.passes.clean_up import shape_of
 from spectral_compile.passes.rewrite import Plan
 from spectral_compile.report import count_decode
 from spectral_compile.store import SpectralStore, Timeline
@@ -92,12 +93,15 @@ class BoundGraph:
         if timeline.reserve(count):
             for store in stores:
                 store.resize()
-        if self.plan.padding is not None and (self.plan.kind == "extend" or self.config.strict or not self._on_gpu):
-            # the comparison waits for the GPU, so a lenient decode goes without it
-            if not torch.equal(arguments[self.plan.padding][:, :length].bool(), timeline.columns[:, :length]):
-                raise RuntimeError("attention_mask differs from that of earlier calls on this cache: start with a new cache")
+        # comparing masks waits for the GPU, so a lenient decode goes without it
+        compare = self.plan.kind == "extend" or self.config.strict or not self._on_gpu
+        past = self._valid(arguments, 0, length) if compare else None
+        if past is not None and not torch.equal(past, timeline.columns[:, :length]):
+            raise RuntimeError("attention_mask differs from that of earlier calls on this cache: start with a new cache")
         if not self.plan.masked and (timeline.unread or (timeline.padded and self.plan.padding is None)):
-            raise RuntimeError("earlier calls on this cache masked tokens and this one does not: pass the mask of all tokens so far")
+            raise RuntimeError(
+                "earlier calls on this cache masked tokens and this one does not: pass the mask of all tokens so far"
+            )
         return stores, self._valid(arguments, length, count)
 
     @staticmethod
@@ -149,6 +153,8 @@ class BoundGraph:
                 return valid
             case ("dense", i):
                 return densely(arguments[i])
+            case ("shape", i):
+                return shape_of(arguments[i])
         raise AssertionError(source)
 
     def _wrap(self, store: SpectralStore, role: str, length: int) -> SpectralTensor:

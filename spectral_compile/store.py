@@ -1,7 +1,7 @@
 """The compressed cache as a log: a timeline that all layers share, and one store of codes a layer.
 
-Appending mutates buffers. A reader that remembers fewer columns than the log has (a crop, a shared prefix, an old reference) forks
-it before it appends, so that two generations never see each other's tokens.
+Appending mutates buffers. A reader that remembers fewer columns than the log has (a crop, a shared prefix, an old reference)
+forks it before it appends, so that two generations never see each other's tokens.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ HEADROOM = 64  # coded slots that a new log has to spare; what is spare doubles 
 class Shared:
     """Results that several users of one object ask for one by one, each of them once, and must share.
 
-    transformers reorders or crops a cache layer by layer, keys and then values: what the first call builds, the others find here.
-    A user that asks again begins a new cache, and gets a result of its own; each gets them in the order in which they were built.
+    transformers reorders or crops a cache layer by layer, keys and then values: what the first call builds, the others find
+    here. A user that asks again begins a new cache, and gets a result of its own; each gets them in the order in which they
+    were built.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, list[tuple[weakref.ref[Any], set[int], Any]]] = {}
 
     def get(self, key: Any, user: Any, build: Callable[[], Any], holder: Any = None) -> Any:
-        """``build()``, or what another user's call with this ``key`` gave; ``holder`` is kept alive, so that an id in ``key`` is."""
+        """``build()``, or what another user's call with this ``key`` gave; ``holder`` is kept, and with it an id in ``key``."""
         known = self._known[key] = [entry for entry in self._known.get(key, []) if entry[0]() is not None]
-        for reference, users, _ in known:
-            if id(user) not in users and (result := reference()) is not None:
+        for held, users, _ in known:
+            if id(user) not in users and (result := held()) is not None:
                 users.add(id(user))
                 return result
         result = build()
@@ -49,12 +50,12 @@ class Shared:
 class Timeline:
     """What is the same in every layer of a cache: columns, positions, and how many tokens are coded.
 
-    ``length`` counts columns as transformers does, padding included; it lives on the host. ``ledger`` int64 [B, 5], ``positions``
-    int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device.
+    ``length`` counts columns as transformers does, padding included; it lives on the host. ``ledger`` int64 [B, 5],
+    ``positions`` int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device.
     """
 
     def __init__(self, layout: Layout, batch: int, count: int, tokens: int, device: torch.device) -> None:
-        """Books for ``batch`` rows of which the first step brings ``count`` columns, the shortest row having ``tokens`` tokens."""
+        """Books for ``batch`` rows; the first step brings ``count`` columns, in the shortest row ``tokens`` tokens."""
         self.layout = layout
         self.length = 0
         self.spare = HEADROOM
@@ -176,7 +177,7 @@ class SpectralStore:
         return self.buffers.k_exact.device
 
     def resize(self, ledger: torch.Tensor | None = None) -> None:
-        """Follow the timeline's capacities, keeping every token; ``ledger`` is the one that the buffers are still at, if older."""
+        """Follow the timeline's capacities, keeping every token; ``ledger`` is what the buffers are still at, if older."""
         layout, capacity = self.layout, self.timeline.capacity
         ledger = self.timeline.ledger if ledger is None else ledger
         old = self.buffers
@@ -206,7 +207,7 @@ class SpectralStore:
 
     def longest_view(self) -> int:
         """The number of columns that some live tensor still reads."""
-        return max((view.shape[2] for view in self.views.keys()), default=0)
+        return max((view.shape[2] for view in self.views), default=0)
 
     def map(self, timeline: Timeline, move: Callable[[torch.Tensor], torch.Tensor]) -> SpectralStore:
         """A store of its own on ``timeline``, with ``move`` applied to every buffer."""

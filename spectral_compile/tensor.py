@@ -122,7 +122,9 @@ class SpectralTensor(torch.Tensor):
             return x.dense()
 
         if func in (aten.detach.default, aten.alias.default):
-            return SpectralTensor(first.handle, first.shape, first.dtype, first.role, first.store_layout, first.strict, first.store)
+            return SpectralTensor(
+                first.handle, first.shape, first.dtype, first.role, first.store_layout, first.strict, first.store
+            )
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
@@ -191,7 +193,9 @@ def _unsqueeze(x: SpectralTensor, dim: int) -> Any:
 
 def _expand(x: SpectralTensor, shape: list[int], implicit: bool = False) -> Any:
     wanted = [b if a == -1 else a for a, b in zip(shape, x.shape, strict=True)]
-    same = x.ndim == 5 and x.shape[1] == 1 and all(a == b for i, (a, b) in enumerate(zip(wanted, x.shape, strict=True)) if i != 1)
+    same = (
+        x.ndim == 5 and x.shape[1] == 1 and all(a == b for i, (a, b) in enumerate(zip(wanted, x.shape, strict=True)) if i != 1)
+    )
     return _rows_repeated(x, tuple(wanted)) if same else NotImplemented
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
 from torch._dynamo.exc import BackendCompilerFailed
 
 import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.config import SpectralConfig
 from spectral_compile.report import SpectralWarning
+from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
 
 EAGER = {"preset": "exact", "inner": "eager", **WINDOWS}
 
@@ -213,7 +213,7 @@ def test_strict_refuses_to_decode_silently() -> None:
     model.compile(backend=sc.spectral, options={**EAGER, "strict": True})
     with torch.no_grad():
         keys = model(tokens(1, 30), use_cache=True).past_key_values.layers[0].keys
-    with pytest.raises(RuntimeError, match="strict: .* would decode"):
+    with pytest.raises(RuntimeError, match=r"strict: .* would decode"):
         keys + 1
 
 

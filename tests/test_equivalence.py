@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -33,8 +33,9 @@ class Shape:
     head_dim: int = 8
     rope: str = "half"  # none, half, interleaved, partial
     repeat: str = "enable_gqa"  # or repeat_kv
-    mask: str = "causal"  # causal: a bool mask with several queries over a past, none else; bool: always; padding: of a 2-D mask
+    mask: str = "causal"  # causal: a bool mask only where several queries meet a past; bool: always; padding: from a 2-D mask
     variant: str = ""
+    layers: int = 2
 
 
 class Attention(nn.Module):
@@ -89,13 +90,13 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Two layers over a cache as transformers keeps it: a list of (keys, values), rotated, grown by concatenation."""
+    """Attention over a cache as transformers keeps it: a list of (keys, values), rotated, grown by concatenation."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.shape = shape
-        self.layers = nn.ModuleList(Attention(shape) for _ in range(2))
+        self.layers = nn.ModuleList(Attention(shape) for _ in range(shape.layers))
         width = shape.head_dim // 2 if shape.rope == "partial" else shape.head_dim
         self.register_buffer("frequencies", 100.0 ** (-torch.arange(0, width, 2) / width))
 
@@ -147,15 +148,17 @@ def run_compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend=backend.spectral, options=options)
 
 
-shapes = st.builds(
-    Shape,
-    kv_heads=st.integers(1, 4),
-    groups=st.integers(1, 3),
-    head_dim=st.sampled_from([4, 8, 12, 16]),
-    rope=st.sampled_from(["none", "half", "interleaved", "partial"]),
-    repeat=st.sampled_from(["enable_gqa", "repeat_kv"]),
-    mask=st.sampled_from(["causal", "bool", "padding"]),
-)
+def shapes(dims: tuple[int, ...]) -> st.SearchStrategy[Shape]:
+    return st.builds(
+        Shape,
+        kv_heads=st.integers(1, 4),
+        groups=st.integers(1, 3),
+        head_dim=st.sampled_from(dims),
+        rope=st.sampled_from(["none", "half", "interleaved", "partial"]),
+        repeat=st.sampled_from(["enable_gqa", "repeat_kv"]),
+        mask=st.sampled_from(["causal", "bool", "padding"]),
+        layers=st.integers(1, 2),
+    )
 
 
 @st.composite
@@ -179,8 +182,8 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    shape = draw(shapes)
+def cases(draw: st.DrawFn, dims: tuple[int, ...] = (4, 8, 12, 32, 64)) -> Case:
+    shape = draw(shapes(dims))
     batch = draw(st.integers(1, 3))
     counts = [draw(st.integers(1, 24)), *draw(st.lists(st.sampled_from([1, 1, 2, 5, 9]), min_size=1, max_size=5))]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -194,7 +197,7 @@ def cases(draw: st.DrawFn) -> Case:
             padding = (torch.arange(total) >= torch.randint(0, counts[0], (batch, 1), generator=generator)).long()
         elif kind == "holes":
             padding = (torch.rand(batch, total, generator=generator) < 0.7).long()
-            padding[:, 0] = padding[:, counts[0] - 1 :: 1] = 1
+            padding[:, [0, *(torch.tensor(counts).cumsum(0) - 1)]] = 1
     chunks = [torch.randn(batch, count, width, generator=generator) for count in counts]
     return Case(shape, draw(windows(shape)), batch, chunks, padding)
 
@@ -215,11 +218,11 @@ def kind_of(i: int, chunk: Tensor) -> str:
 
 def assert_all_matched(case: Case) -> None:
     made = reports()
-    assert [(r.sites, r.matched, r.refusals, r.notes) for r in made] == [(2, 2, (), ())] * len(made)
+    assert [(r.sites, r.matched, r.refusals, r.notes) for r in made] == [(case.shape.layers, case.shape.layers, (), ())] * len(made)
     assert {r.kind for r in made} == {kind_of(i, chunk) for i, chunk in enumerate(case.chunks)}
 
 
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=140)
 @given(cases())
 def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
     model = Decoder(case.shape)
@@ -235,13 +238,8 @@ def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
 
 
 @settings(PROPERTY, max_examples=60)
-@given(cases(), st.sampled_from(["quality", "balanced", "compact", "seed"]))
+@given(cases(dims=(16, 32)), st.sampled_from(["quality", "balanced", "compact", "seed"]))
 def test_lossy_graph_equals_decoding_and_then_attending(case: Case, preset: str) -> None:
-    case = replace(case, shape=replace(case.shape, head_dim=16))
-    case.chunks = [F.pad(x, (0, 0))[..., :1].expand(-1, -1, 0) for x in case.chunks]
-    width = case.shape.kv_heads * case.shape.groups * 16
-    generator = torch.Generator().manual_seed(0)
-    case.chunks = [torch.randn(*x.shape[:2], width, generator=generator) for x in case.chunks]
     model = Decoder(case.shape)
     compiled = run_compiled(model, **{**case.options, "preset": preset})
     stored = None
@@ -392,7 +390,7 @@ def test_a_chunk_whose_mask_hides_more_than_the_future_equals_dense() -> None:
     assert all(r.matched == r.sites for r in reports())
 
 
-@settings(PROPERTY, max_examples=20)
+@settings(PROPERTY, max_examples=10)
 @given(window=st.integers(1, 12), counts=st.lists(st.sampled_from([1, 4]), min_size=1, max_size=4))
 def test_a_window_in_the_mask_equals_dense(window: int, counts: list[int]) -> None:
     class Windowed(Decoder):

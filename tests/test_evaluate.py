@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from spectral_compile import evaluate, models
 from spectral_compile.cli import app
-from spectral_compile.evaluate import Agreement, Result, compare, contender, read, require_compressed, table, weigh
+from spectral_compile.evaluate import Agreement, Needle, Result, compare, contender, read, require_compressed, table, weigh
 from tests.tiny import build, tokens
 
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding
@@ -147,6 +148,20 @@ def test_needles_stand_at_their_depth_and_repeat(tiny_folder: Path) -> None:
     assert len({needle.key for needle in first}) == 4
 
 
+@pytest.mark.parametrize("key", ["w7", "w8"])
+def test_a_key_is_found_in_what_the_model_says(tiny_folder: Path, key: str) -> None:
+    _, tokenizer = models.load(str(tiny_folder))
+
+    class SaysSeven:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.full((1, 1), 7), 128))
+
+    says_seven = evaluate.Contender("says seven", SaysSeven(), DynamicCache)
+    assert evaluate.retrieves(says_seven, tokenizer, Needle(tokens(1, 5), key, 0.5)) == (key == "w7")
+
+
 def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
     console = Console(width=160, file=io.StringIO())
     console.print(table(list(results.values()), "a title"))
@@ -157,16 +172,18 @@ def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
 def test_the_verb_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
-    options = ("--tokens", 1124, "--scored", 16, "--text", text, "--presets", "balanced", "--rivals", "", "--json", out)
-    arguments = ("eval", "--model", tiny_folder, "--dtype", "float32", "--device", "cpu", *options)
+    caches = ("--presets", "balanced", "--rivals", "", "--device", "cpu", "--dtype", "float32")
+    work = ("--tokens", 1124, "--scored", 16, "--text", text, "--needle", "--json", out)
+    arguments = ("eval", "--model", tiny_folder, *caches, *work)
     result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
-    assert all(word in result.stdout for word in ("ratio, all bytes", "ratio, coded part", "balanced"))
+    assert all(word in result.stdout for word in ("ratio, all bytes", "ratio, coded part", "balanced", "needle", "/16"))
     written = json.loads(out.read_text())
     assert set(written) == {"settings", "caches"} and written["settings"]["tokens"] == 1124
     assert [cache["cache"] for cache in written["caches"]] == ["dense", "balanced"]
     fields = {"cache", "ratio", "dense_bytes", "stored_bytes", "parts", "coded_ratio", "span", "needle", "texts"}
     assert all(set(cache) == fields for cache in written["caches"])
+    assert all(cache["needle"]["cases"] == 16 for cache in written["caches"])
     assert set(written["caches"][1]["texts"]) == {"text.txt"}
 
 

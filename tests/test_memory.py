@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from tests.tiny import WINDOWS, build, tokens
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spectral_compile as sc
 from spectral_compile import backend
+from tests.tiny import WINDOWS, build, tokens
 
 LONG = 4096
 
@@ -73,8 +73,10 @@ def peak(run) -> tuple[int, object]:
 
 @pytest.mark.slow
 def test_peak_of_a_long_prefill_is_one_layer_above_the_compressed_cache() -> None:
-    """SmolLM2's geometry with four layers. The dense cache is whole when the dense peak is reached, in the last layer; what is left
-    of that peak is what activations need."""
+    """SmolLM2's geometry with four layers.
+
+    The dense cache is whole when the dense peak is reached, in the last layer; what is left of it is what activations need.
+    """
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=576,

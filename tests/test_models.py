@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import GREEDY, MODELS, WINDOWS, build, tokens
 
 import spectral_compile as sc
 from spectral_compile import report
+from tests.tiny import GREEDY, MODELS, WINDOWS, build, tokens
 
 ROTATED = set(MODELS) - {"gpt2"}
 
@@ -24,7 +24,9 @@ def compiled(name: str, preset: str = "exact", inner: str = "eager", **options: 
 
 
 def assert_all_matched(*kinds: str) -> None:
-    assert [(graph.kind, graph.matched) for graph in sc.reports()] == [(kind, graph.sites) for kind, graph in zip(kinds, sc.reports(), strict=True)]
+    assert [(graph.kind, graph.matched) for graph in sc.reports()] == [
+        (kind, graph.sites) for kind, graph in zip(kinds, sc.reports(), strict=True)
+    ]
     assert all(graph.sites == 2 and not graph.refusals for graph in sc.reports())
     assert report.decodes() == 0
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectral_compile.kernels import reference
-from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from torch import Tensor
 
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
+from spectral_compile.kernels import reference
+from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 
 PROPERTY = settings(max_examples=120, deadline=None)
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}

@@ -94,7 +94,8 @@ def test_a_needle_survives_compression(smollm2: Real) -> None:
     model, tokenizer = smollm2
     words = tokenizer.decode(real_text(tokenizer, 2200)[0]).split(" ")
     key = "The pass key is 48213. Remember it. 48213 is the pass key."
-    question = f"Here is a text with a pass key in it.\n{' '.join(words[:400])}\n{key}\n{' '.join(words[400:1100])}\nWhat is the pass key?"
+    text = "\n".join((" ".join(words[:400]), key, " ".join(words[400:1100])))
+    question = f"Here is a text with a pass key in it.\n{text}\nWhat is the pass key?"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(chat, return_tensors="pt").input_ids
     assert prompt.shape[1] > 1200

@@ -1,0 +1,91 @@
+"""The same code on a GPU: tokens, graphs and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spectral_compile as sc
+from spectral_compile import report
+from tests.tiny import GREEDY, WINDOWS, build, tokens
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    sc.reset()
+
+
+def assert_all_matched(sites: int) -> None:
+    found = [(graph.kind, graph.sites, graph.matched) for graph in sc.reports()]
+    assert found == [("prefill", sites, sites), ("decode", sites, sites)]
+    assert report.decodes() == 0
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "glm4-partial-interleaved"])
+def test_greedy_tokens_equal_dense(name: str, inner: str) -> None:
+    model, prompt = build(name).cuda(), tokens(2, 40).cuda()
+    mask = torch.ones_like(prompt)
+    mask[0, :9] = 0
+    expected = model.generate(prompt, attention_mask=mask, max_new_tokens=60, **GREEDY)
+    model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": inner, **WINDOWS})
+    assert torch.equal(model.generate(prompt, attention_mask=mask, max_new_tokens=60, **GREEDY), expected)
+    assert_all_matched(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["seed", "quality", "balanced", "compact"])
+def test_presets_give_what_they_give_on_the_cpu(preset: str, dtype: torch.dtype) -> None:
+    """The same keys and values, coded here and there, differ by no more than rounding can move a code."""
+    prompt = tokens(1, 900)
+    model = build("llama").to(dtype)
+    held = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        model.compile(backend=sc.spectral, options={"preset": preset, "strict": True, "inner": "eager", "warmup": 256})
+        with torch.no_grad():
+            cache = model(prompt.to(device), use_cache=True).past_key_values
+        held.append(torch.stack([layer.values.dense().cpu().float() for layer in cache.layers]))
+        assert cache.layers[0].keys.device.type == device
+    assert (held[0] - held[1]).norm() < 0.2 * held[0].norm()
+
+
+def test_peak_memory_of_a_long_prefill_is_near_the_compressed_cache() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=32768,
+    )
+    model = LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16)
+    prompt = torch.randint(0, 512, (1, 16384), device="cuda")
+    peaks, stored = {}, 0
+    for name, compile in (
+        ("dense", {"backend": "inductor"}),
+        ("spectral", {"backend": sc.spectral, "options": {"preset": "balanced", "strict": True}}),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, **compile)
+        with torch.no_grad():
+            for _ in range(2):
+                out = None
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                out = compiled(prompt, use_cache=True, logits_to_keep=1)
+            torch.cuda.synchronize()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+            stored = sc.memory_stats(out.past_key_values).stored_bytes
+    dense = 30 * 2 * 3 * 16384 * 64 * 2
+    print(f"peak beyond weights: {peaks}, dense cache {dense}, compressed cache {stored}")
+    assert peaks["spectral"] - stored < peaks["dense"] - dense + dense / 30
