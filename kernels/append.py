@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import reference
 from spectral_compile.kernels.buffers import Buffers
+
+listeners: list[Callable[[], None]] = []  # told of each layer that a prefill has stored: how else to see how far one call is
 
 
 @torch.library.custom_op("spectral::append_", mutates_args=Buffers._fields)
@@ -33,6 +37,8 @@ def append_(
     """See ``reference.append``; ``layout`` is ``Layout.spec()``."""
     buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
     reference.append(query, key, value, ledger, valid, o_weight, buffers, Layout.parse(layout))
+    for listener in listeners:
+        listener()
 
 
 @append_.register_fake

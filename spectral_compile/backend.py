@@ -140,14 +140,15 @@ def reset() -> None:
     torch._dynamo.reset()
 
 
-def explain(model: torch.nn.Module, **inputs: Any) -> str:
+def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None, **inputs: Any) -> str:
     """What the backend would do with ``model(**inputs)`` and one decode step after it, as text.
 
-    The model is run without gradients by plain PyTorch, so nothing waits for a compiler.
+    ``options`` are those of the backend. The rewritten graphs are run without gradients by plain PyTorch, so nothing waits
+    for a compiler. Dynamo is reset, so that the next call of a compiled model compiles again.
     """
     torch._dynamo.reset()
     before = len(report.reports())
-    compiled = torch.compile(model, backend=spectral, options={"inner": "eager"})
+    compiled = torch.compile(model, backend=spectral, options={**(options or {}), "inner": "eager"})
     inputs = {"use_cache": True, **inputs}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", SpectralWarning)

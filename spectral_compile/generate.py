@@ -15,8 +15,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch._dynamo.utils import calculate_time_spent, counters
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -26,6 +25,7 @@ from typer import Option
 from spectral_compile import models
 from spectral_compile.backend import reset, spectral
 from spectral_compile.config import SpectralConfig
+from spectral_compile.kernels import append
 from spectral_compile.report import GraphReport, reports
 from spectral_compile.stats import MemoryStats, memory_stats
 
@@ -102,13 +102,6 @@ def phases(screen: Console, *columns: ProgressColumn) -> Progress:
     """A display of what is going on and since when, which disappears afterwards."""
     shown = (SpinnerColumn(), TextColumn("{task.description}"), *columns, TimeElapsedColumn())
     return Progress(*shown, console=screen, transient=True)
-
-
-class ExpectedBar(BarColumn):
-    """A bar that fills with time: a compiled prefill is one call and cannot be asked how far it is, but was timed before."""
-
-    def render(self, task: Task) -> ProgressBar:
-        return ProgressBar(total=task.total, completed=min(task.elapsed or 0.0, 0.99 * task.total), width=40)
 
 
 class Clock(BaseStreamer):
@@ -196,10 +189,16 @@ class Session:
         if backend is spectral and not any(report.matched for report in reports()):
             reasons = [str(refusal) for report in reports() for refusal in report.refusals]
             fail(self.screen, f"nothing was compressed: {(*reasons, 'the backend got no graph with a KV cache')[0]}")
-        with phases(self.screen, ExpectedBar()) as display:
-            display.add_task(f"reading {self.ids.shape[1]} tokens", total=warm.first)
+        with phases(self.screen, BarColumn()) as display:
+            # a bar of layers where the compressed cache tells of them; a dense prefill is one call that says nothing
+            layers = sum(report.matched for report in reports() if report.kind == "prefill")
+            task = display.add_task(f"reading {self.ids.shape[1]} tokens", total=layers or None)
             clock = PrintingClock(self.tokenizer, display.stop)
-            out = self.generate(self.new_tokens, clock)
+            append.listeners.append(lambda: display.advance(task))
+            try:
+                out = self.generate(self.new_tokens, clock)
+            finally:
+                append.listeners.clear()
 
         return Run(
             out.sequences[0, self.ids.shape[1] :].tolist(),

@@ -30,8 +30,10 @@ class MemoryStats:
 def memory_stats(cache: Any) -> MemoryStats:
     """The ``MemoryStats`` of a transformers cache, compressed or not, or of a sequence of (keys, values).
 
-    Every storage is counted once and whole, with its spare capacity.
+    Every storage is counted once and whole, with its spare capacity. TypeError where there is no cache.
     """
+    if cache is None:
+        raise TypeError("there is no cache to measure: call the model with use_cache=True")
     parts = dict.fromkeys(("codes", "bases", "scales", "exact windows", "dense", "other"), 0)
     seen: set[int] = set()
     logical, layers = 0, []

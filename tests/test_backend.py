@@ -200,6 +200,16 @@ def test_explain_tells_of_both_graphs_and_leaves_the_model_alone() -> None:
     assert model._compiled_call_impl is None
 
 
+def test_explain_takes_the_options_of_the_backend() -> None:
+    with pytest.raises(BackendCompilerFailed, match="head_group=3 does not divide"):
+        sc.explain(build("llama"), input_ids=tokens(1, 20), options={"head_group": 3})
+
+
+def test_memory_stats_without_a_cache_says_what_to_do() -> None:
+    with pytest.raises(TypeError, match="use_cache=True"):
+        sc.memory_stats(None)
+
+
 def test_memory_stats_of_a_dense_cache() -> None:
     with torch.no_grad():
         cache = build("llama")(tokens(1, 20), use_cache=True).past_key_values

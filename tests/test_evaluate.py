@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 from spectral_compile import evaluate, models
 from spectral_compile.cli import app
-from spectral_compile.evaluate import Agreement, Needle, Result, compare, contender, read, require_compressed, table, weigh
+from spectral_compile.evaluate import Agreement, Needle, Result, compare, contender, read, require_matched, table, weigh
+from spectral_compile.report import GraphReport
 from tests.tiny import build, tokens
 
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding
@@ -115,14 +117,23 @@ def test_the_mean_is_over_log_likelihoods() -> None:
     assert (mean.tokens, mean.nll, mean.kl, mean.top1) == (8, 1.5, 0.1, 0.75)
 
 
-def test_a_site_that_stays_dense_fails_loudly(llama: PreTrainedModel) -> None:
-    made = contender(llama, "exact")
-    reading = read(made, tokens(1, 30), 20)
-    require_compressed({"prefill", "extend"}, [reading.size])
+def test_a_graph_that_is_missing_fails_loudly(llama: PreTrainedModel) -> None:
+    read(contender(llama, "exact"), tokens(1, 30), 20)
+    require_matched({"prefill", "extend"})
     with pytest.raises(RuntimeError, match="expected decode, extend, prefill graphs"):
-        require_compressed({"prefill", "extend", "decode"}, [reading.size])
-    with pytest.raises(RuntimeError, match="with every site compressed"):
-        require_compressed({"prefill", "extend"}, [weigh(dense_cache(llama))])
+        require_matched({"prefill", "extend", "decode"})
+
+
+def test_a_cache_that_stays_dense_fails_loudly(llama: PreTrainedModel) -> None:
+    uncompiled = replace(contender(llama, "exact"), model=llama)
+    with pytest.raises(RuntimeError, match="exact: the cache is dense"):
+        read(uncompiled, tokens(1, 30), 20)
+
+
+def test_a_site_that_does_not_match_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "reports", lambda: [GraphReport("prefill", 2, 1)])
+    with pytest.raises(RuntimeError, match="prefill: 1 of 2 attention sites compressed"):
+        require_matched({"prefill"})
 
 
 def test_built_in_texts_do_not_overlap_and_are_prose_and_code(tiny_folder: Path) -> None:
