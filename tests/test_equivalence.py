@@ -218,7 +218,8 @@ def kind_of(i: int, chunk: Tensor) -> str:
 
 def assert_all_matched(case: Case) -> None:
     made = reports()
-    assert [(r.sites, r.matched, r.refusals, r.notes) for r in made] == [(case.shape.layers, case.shape.layers, (), ())] * len(made)
+    layers = case.shape.layers
+    assert [(r.sites, r.matched, r.refusals, r.notes) for r in made] == [(layers, layers, (), ())] * len(made)
     assert {r.kind for r in made} == {kind_of(i, chunk) for i, chunk in enumerate(case.chunks)}
 
 
