@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("package")  # the wheels are built in the source tree
 ROOT = Path(__file__).parents[1]
 SITE = sysconfig.get_path("purelib")
 

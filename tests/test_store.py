@@ -19,7 +19,7 @@ from spectral_compile import SpectralConfig, SpectralTensor, memory_stats, repor
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
 from spectral_compile.kernels.advance import advance_
 from spectral_compile.kernels.append import append_
-from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.buffers import UNUSED, Buffers
 from spectral_compile.passes.rewrite import Plan, SitePlan
 from spectral_compile.report import SpectralWarning
 from spectral_compile.runtime import BoundGraph
@@ -537,6 +537,15 @@ def test_cropping_into_the_codes_again_and_again(preset: str) -> None:
         cache = append_in_graph(cache, randn(1, 5, turn), None, None, layout)
     assert cache[0][0].shape[2] == 60 + 60 * 2
     assert all(x.dense().isfinite().all() for pair in cache for x in pair)
+
+
+def test_no_segment_begins_after_what_a_crop_left() -> None:
+    store = fresh(layout_of("seed", recent=0), 2, 60, 0).layers[0][0].store
+    fork = store.fork(25)
+    coded = fork.timeline.ledger[:, 3:4]
+    assert coded.tolist() == [[23], [23]]
+    assert ((fork.buffers.starts <= coded) | (fork.buffers.starts == UNUSED)).all()
+    assert ((store.buffers.starts > coded) & (store.buffers.starts < UNUSED)).any()
 
 
 def test_a_compressed_cache_is_not_pickled() -> None:
