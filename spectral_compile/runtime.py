@@ -78,15 +78,19 @@ class BoundGraph:
         """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
         pasts = [(arguments[k], arguments[v]) for k, v in (site.past for site in self.plan.sites)]
         length = pasts[0][0].shape[2]
+        if any(x.shape[2] != length for pair in pasts for x in pair):
+            raise RuntimeError("the layers of the compressed cache have different lengths")
+        if any(key.store is not value.store and not key.store.same_as(value.store) for key, value in pasts):
+            raise RuntimeError("keys and values of the compressed cache belong to different caches")
         stores = [key.store for key, _ in pasts]
-        if any(key.store is not value.store or key.shape[2] != length or value.shape[2] != length for key, value in pasts):
-            raise RuntimeError("keys and values of the compressed cache belong to different caches or have different lengths")
         timeline = stores[0].timeline
-        for store in stores[1:]:
-            if store.timeline is not timeline:
-                if not timeline.same_as(store.timeline):
-                    raise RuntimeError("the layers of the compressed cache hold different tokens")
-                store.timeline = timeline
+        if any(not timeline.same_as(store.timeline) for store in stores):
+            raise RuntimeError("the layers of the compressed cache hold different tokens")
+        if any(store.timeline is not timeline for store in stores) or len(timeline.users) > len(stores):
+            # copied layer by layer, or only in part: these layers get books that no other cache writes in
+            timeline = timeline.map(torch.clone)
+            for store in stores:
+                store.join(timeline)
         if length != timeline.length or any(store.pending for store in stores):
             stores = self._fork(stores, length)
             timeline = stores[0].timeline
@@ -102,7 +106,10 @@ class BoundGraph:
             raise RuntimeError(
                 "earlier calls on this cache masked tokens and this one does not: pass the mask of all tokens so far"
             )
-        return stores, self._valid(arguments, length, count)
+        valid = self._valid(arguments, length, count)
+        if compare and valid is not None:
+            timeline.padded |= not bool(valid.all())
+        return stores, valid
 
     @staticmethod
     def _settle(timeline: Timeline, stores: list[SpectralStore]) -> None:

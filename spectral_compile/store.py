@@ -69,6 +69,7 @@ class Timeline:
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self.derived = Shared()
         self.source: Timeline | None = None  # kept while the layers of a cache are appended to one by one
+        self.users: weakref.WeakSet[SpectralStore] = weakref.WeakSet()
         self.reserve(count)
 
     @property
@@ -126,7 +127,7 @@ class Timeline:
         """A timeline of its own with ``move`` applied to every tensor."""
         new = copy.copy(self)
         new.ledger, new.positions, new.columns = move(self.ledger), move(self.positions), move(self.columns)
-        new.derived, new.source = Shared(), None
+        new.derived, new.source, new.users = Shared(), None, weakref.WeakSet()
         return new
 
     def crop(self, length: int) -> Timeline:
@@ -165,6 +166,7 @@ class SpectralStore:
     def __init__(self, layout: Layout, timeline: Timeline, dtype: torch.dtype, buffers: Buffers | None = None) -> None:
         self.layout = layout
         self.timeline = timeline
+        timeline.users.add(self)
         self.dtype = dtype
         self.buffers = buffers or allocate(layout, timeline.batch, timeline.capacity, dtype, timeline.ledger.device)
         self.views: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the tensors that read this store
@@ -234,6 +236,8 @@ class SpectralStore:
             for part in parts:
                 part.widen(most)
             new = parts[0].map(torch.clone)
+            for flag in ("padded", "unread", "waiting"):
+                setattr(new, flag, any(getattr(part, flag) for part in parts))
             new.ledger, new.positions, new.columns = (torch.cat(x) for x in zip(*(p.tensors() for p in parts), strict=True))
             return new
 
@@ -256,6 +260,17 @@ class SpectralStore:
         new.pending = {}
         new.drop_segments()
         return new
+
+    def join(self, timeline: Timeline) -> None:
+        """Count with ``timeline`` from now on."""
+        self.timeline.users.discard(self)
+        self.timeline = timeline
+        timeline.users.add(self)
+
+    def same_as(self, other: SpectralStore) -> bool:
+        """Whether the two hold the same tokens in the same codes, so that one may stand for both."""
+        alike = self.layout is other.layout and self.timeline.same_as(other.timeline)
+        return alike and all(torch.equal(a, b) for a, b in zip(self.buffers, other.buffers, strict=True))
 
     def segments_used(self) -> int:
         """The most segments that a row has."""
@@ -304,7 +319,7 @@ class SpectralStore:
             new.source = old  # the next layer looks for what was made of it
             return new
 
-        store.timeline = old.derived.get(("append", count), store, advanced)
+        store.join(old.derived.get(("append", count), store, advanced))
         store.resize(old.ledger)
         key = torch.stack([reference.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
         no_query = key.new_zeros(key.shape)

@@ -156,3 +156,62 @@ def test_a_mask_that_hides_what_is_stored_is_refused() -> None:
         longer[0, :3], longer[1, 20] = 0, 0
         with pytest.raises(RuntimeError, match="attention_mask differs from that of earlier calls"):
             model(tokens(2, 10), attention_mask=longer, past_key_values=cache, position_ids=torch.arange(30, 40)[None])
+
+
+def test_padding_that_comes_with_a_second_turn_is_remembered() -> None:
+    model = compiled()
+    with torch.no_grad():
+        cache = model(tokens(1, 30), use_cache=True).past_key_values
+        mask = torch.ones(1, 40, dtype=torch.int64)
+        mask[0, 33] = 0
+        model(tokens(1, 10), attention_mask=mask, past_key_values=cache, position_ids=torch.arange(30, 40)[None])
+        with pytest.raises(RuntimeError, match="pass the mask of all tokens"):
+            model(tokens(1, 1), past_key_values=cache)
+
+
+def test_padding_of_a_stacked_cache_is_remembered() -> None:
+    model, mask = compiled(), torch.ones(1, 30, dtype=torch.int64)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        plain = model(tokens(1, 30), attention_mask=torch.ones_like(mask), use_cache=True).past_key_values
+        padded = model(tokens(1, 30), attention_mask=mask, use_cache=True).past_key_values
+        for a, b in zip(plain.layers, padded.layers, strict=True):
+            a.keys, a.values = torch.cat((a.keys, b.keys)), torch.cat((a.values, b.values))
+        with pytest.raises(RuntimeError, match="pass the mask of all tokens"):
+            model(tokens(2, 1), past_key_values=plain)
+
+
+def test_rows_selected_with_a_new_index_for_keys_and_for_values_stay_one_cache() -> None:
+    model, dense = compiled(), build("llama")
+    prompt, step = tokens(3, 30), tokens(2, 1, seed=1)
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[[2, 0]], layer.values[[2, 0]]
+        out = model(step, past_key_values=cache, position_ids=torch.full((2, 1), 30)).logits[:, -1]
+        torch.testing.assert_close(out, dense(torch.cat((prompt[[2, 0]], step), 1)).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_of_one_layer_does_not_tie_later_copies_together() -> None:
+    model, dense, prompt = compiled(), build("llama"), tokens(1, 30)
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        stray = cache.layers[0].keys.clone(), cache.layers[0].values.clone()
+        copies = [[(layer.keys.clone(), layer.values.clone()) for layer in cache.layers] for _ in range(2)]
+        for token, held in zip((5, 6), copies, strict=True):
+            for layer, (k, v) in zip(cache.layers, held, strict=True):
+                layer.keys, layer.values = k, v
+            out = model(torch.tensor([[token]]), past_key_values=cache, position_ids=torch.tensor([[30]])).logits[:, -1]
+            whole = torch.cat((prompt, torch.tensor([[token]])), 1)
+            torch.testing.assert_close(out, dense(whole).logits[:, -1], atol=1e-5, rtol=1e-5)
+    assert stray[0].shape[2] == 30 and stray[0].store.timeline.length == 30
+
+
+def test_decode_keeps_one_timeline_for_all_layers_and_steps() -> None:
+    model = compiled()
+    with torch.no_grad():
+        cache = model(tokens(1, 30), use_cache=True).past_key_values
+        timeline = cache.layers[0].keys.store.timeline
+        for at in range(30, 50):
+            model(torch.tensor([[at]]), past_key_values=cache, position_ids=torch.tensor([[at]]))
+        assert {id(x.store.timeline) for layer in cache.layers for x in (layer.keys, layer.values)} == {id(timeline)}
