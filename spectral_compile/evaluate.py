@@ -46,6 +46,7 @@ RIVALS = {  # the quantised caches of transformers: back end and bits
 SOURCES = ("argparse", "inspect", "typing", "tarfile", "doctest", "difflib", "turtle", "imaplib")  # each has over 20 000 tokens
 CASES = 16
 NEEDLE_TOKENS = 3000
+ANSWER = "The magic number mentioned in the text above is"
 ANSWER_TOKENS = 8
 
 
@@ -238,19 +239,20 @@ class Needle:
 
 
 def needles(tokenizer: PreTrainedTokenizerBase, tokens: int = NEEDLE_TOKENS, cases: int = CASES, seed: int = 0) -> list[Needle]:
-    """Pass keys at evenly spread depths of ``tokens`` tokens of prose, other prose in each case."""
+    """Pass keys at evenly spread depths of ``tokens`` tokens of prose, other prose in each case; the reply is begun."""
     keys = random.Random(seed)
     made = []
     for case, text in enumerate(prose(cases)):
         hay = take(tokenizer, text, tokens, "the built-in prose")[0]
         depth, key = (case + 0.5) / cases, f"{keys.randrange(10_000, 100_000)}"
         before, after = (tokenizer.decode(part) for part in hay.tensor_split([int(depth * tokens)]))
-        asked = f"{before}\n\nThe pass key is {key}. Remember it.\n\n{after}\n\nWhat is the pass key?"
+        hint = f"The magic number is {key}. Remember it. {key} is the magic number."
+        asked = f"{before}\n\n{hint}\n\n{after}\n\nWhat is the magic number mentioned in the text above?"
         chat = bool(tokenizer.chat_template)
         if chat:
             turn = {"role": "user", "content": asked}
             asked = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(f"{asked}The pass key is", add_special_tokens=not chat, return_tensors="pt").input_ids
+        ids = tokenizer(f"{asked}{ANSWER}", add_special_tokens=not chat, return_tensors="pt").input_ids
         made.append(Needle(ids, key, depth))
     return made
 
