@@ -8,6 +8,23 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import reference
 
 
+def advance(
+    ledger: torch.Tensor,
+    positions: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    chunk: torch.Tensor,
+    layout: Layout,
+) -> None:
+    """See ``reference.advance``; on a GPU it is one kernel."""
+    if ledger.is_cuda:
+        from spectral_compile.kernels.append import advance_triton  # Triton is there only where a GPU is
+
+        advance_triton(ledger, positions, position_ids, valid, chunk, layout)
+    else:
+        reference.advance(ledger, positions, position_ids, valid, chunk, layout)
+
+
 @torch.library.custom_op("spectral::advance_", mutates_args=("ledger", "positions"))
 def advance_(
     ledger: torch.Tensor,
@@ -18,7 +35,7 @@ def advance_(
     layout: str,
 ) -> None:
     """See ``reference.advance``; ``layout`` is ``Layout.spec()``."""
-    reference.advance(ledger, positions, position_ids, valid, chunk, Layout.parse(layout))
+    advance(ledger, positions, position_ids, valid, chunk, Layout.parse(layout))
 
 
 @advance_.register_fake

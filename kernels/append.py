@@ -13,6 +13,76 @@ from spectral_compile.kernels.buffers import Buffers
 listeners: list[Callable[[], None]] = []  # told of each layer that a prefill has stored: how else to see how far one call is
 
 
+def append(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ledger: torch.Tensor,
+    valid: torch.Tensor | None,
+    o_weight: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+) -> None:
+    """See ``reference.append``; on a GPU it is ``append_triton``."""
+    run = append_triton if key.is_cuda else reference.append
+    run(query, key, value, ledger, valid, o_weight, buffers, layout)
+
+
+def append_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ledger: torch.Tensor,
+    valid: torch.Tensor | None,
+    o_weight: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+) -> None:
+    """``reference.append`` in Triton. One column is one launch that waits for nothing; more columns, or none, may wait."""
+    from spectral_compile.kernels.encode import Tokens, tiles_of  # Triton is there only where a GPU is
+    from spectral_compile.kernels.fit import fit
+
+    tokens = Tokens(query, key, value, ledger, valid, buffers, layout)
+    if tokens.count == 1:
+        tokens.write(tiles_of(layout.block), keep=True)
+        return
+    if tokens.count:
+        tokens.add_moment()
+    books = _on_host(ledger)
+    if not layout.lossless:
+        fit(tokens, books, o_weight)
+    # coding reads the places in the window that new tokens are then written to
+    tokens.write(tiles_of(max(coded_after - coded for _, coded, _, coded_after, *_ in books)), keep=False)
+    if tokens.count:
+        tokens.write(0, keep=True)
+
+
+_books: dict[int, list[list[int]]] = {}  # ledgers by address as this step left them, which all layers read
+
+
+def _on_host(ledger: torch.Tensor) -> list[list[int]]:
+    """The rows of a ledger; the first layer of a step waits for the GPU."""
+    key = ledger.data_ptr()
+    if key not in _books:
+        _books[key] = ledger.tolist()
+    return _books[key]
+
+
+def advance_triton(
+    ledger: torch.Tensor,
+    positions: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    chunk: torch.Tensor,
+    layout: Layout,
+) -> None:
+    """``reference.advance`` in one launch, which begins a step: an append follows no other change of its ledger."""
+    from spectral_compile.kernels.encode import advance_books
+
+    _books.clear()
+    advance_books(ledger, positions, position_ids, valid, chunk, layout)
+
+
 @torch.library.custom_op("spectral::append_", mutates_args=Buffers._fields)
 def append_(
     query: torch.Tensor,
@@ -36,7 +106,7 @@ def append_(
 ) -> None:
     """See ``reference.append``; ``layout`` is ``Layout.spec()``."""
     buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
-    reference.append(query, key, value, ledger, valid, o_weight, buffers, Layout.parse(layout))
+    append(query, key, value, ledger, valid, o_weight, buffers, Layout.parse(layout))
     for listener in listeners:
         listener()
 

@@ -8,6 +8,7 @@ import torch
 
 from spectral_compile.codec.layout import Layout
 
+LEDGER = 6  # columns of a ledger: see ``reference``
 UNUSED = torch.iinfo(torch.int32).max  # start of a segment that does not exist
 
 
@@ -29,8 +30,8 @@ class Buffers(NamedTuple):
     k_codes: torch.Tensor  # uint8 [B, G, C, key row bytes]; in a lossless store the keys, [B, G, C, W]
     v_codes: torch.Tensor  # uint8 [B, G, C, value row bytes]; in a lossless store the values
     v_norms: torch.Tensor  # uint8 [B, G, C], log scale of each token's values
-    k_basis: torch.Tensor  # int8 [B, G, S, W, R]
-    v_basis: torch.Tensor  # int8 [B, G, S, W, R]
+    k_basis: torch.Tensor  # int8 [B, G, S, R, W]
+    v_basis: torch.Tensor  # int8 [B, G, S, R, W]
     k_affine: torch.Tensor  # float32 [B, G, S, 2 R + W]: steps, scales of the basis, channel weights
     v_affine: torch.Tensor  # float32 [B, G, S, 2 R + W]
     k_exact: torch.Tensor  # model dtype [B, H, E, D], keys before RoPE where the layout has a rotary
@@ -63,8 +64,8 @@ def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype,
         k_codes=zeros(batch, g, c, row_k, dtype=codes),
         v_codes=zeros(batch, g, c, row_v, dtype=codes),
         v_norms=zeros(batch, g, norms, dtype=torch.uint8),
-        k_basis=zeros(batch, g, s_basis, w, rk, dtype=torch.int8),
-        v_basis=zeros(batch, g, s_basis, w, rv, dtype=torch.int8),
+        k_basis=zeros(batch, g, s_basis, rk, w, dtype=torch.int8),
+        v_basis=zeros(batch, g, s_basis, rv, w, dtype=torch.int8),
         k_affine=zeros(batch, g, s_basis, 2 * rk + w, dtype=torch.float32),
         v_affine=zeros(batch, g, s_basis, 2 * rv + w, dtype=torch.float32),
         k_exact=zeros(batch, h, e, d, dtype=dtype),

@@ -1,8 +1,9 @@
 """What the operations compute, in plain PyTorch: the truth that every kernel is held against.
 
 Rows are independent: each has its own count of tokens, so that padding and neighbours never reach a row's codes.
-The ledger [B, 5] int64 says for each row: tokens and coded tokens before this step, the same after it, and whether the row
-still waits for enough tokens to compute a basis from.
+The ledger [B, 6] int64 says for each row: tokens and coded tokens before this step, the same after it, whether the row
+still waits for enough tokens to compute a basis from, and how many tokens have a position that is not one more than that of the
+token before.
 """
 
 from __future__ import annotations
@@ -67,8 +68,11 @@ def advance(
 ) -> None:
     """Enter the columns of ``chunk`` [B, H, count, D] in the books that all layers share.
 
-    ``ledger`` int64 [B, 5] and ``positions`` int32 [B, N] are updated; ``position_ids`` is int [1 or B, count] (tokens are
+    ``ledger`` int64 [B, 6] and ``positions`` int32 [B, N] are updated; ``position_ids`` is int [1 or B, count] (tokens are
     numbered on where it is None), ``valid`` bool [B, count] leaves padding out. The last slot of ``positions`` is scratch.
+
+    A step of one column never begins a segment, so that no decode step computes a basis: what it leaves to be coded is done
+    by a step of no columns, which follows when ``Timeline.catch_up`` says so.
     """
     batch, count = ledger.shape[0], chunk.shape[2]
     if valid is None:
@@ -77,11 +81,17 @@ def advance(
     slot = before[:, None] + valid.cumsum(1) - 1
     new = slot if position_ids is None else position_ids.expand(batch, count)
     positions.scatter_(1, torch.where(valid, slot, positions.shape[1] - 1), new.to(torch.int32))
+    previous = positions.gather(1, (slot - 1).clamp(min=0))
+    gaps = ledger[:, 5] + (valid & (slot > 0) & (new != previous + 1)).sum(1)
     after = before + valid.sum(1)
     ready = (after - layout.sinks - layout.recent - coded).clamp(min=0)
-    waiting = waiting * (ready < layout.warmup)
-    step = torch.where(waiting > 0, 0, ready // layout.block * layout.block)
-    ledger.copy_(torch.stack((before, coded, after, coded + step, waiting), 1))
+    step = ready // layout.block * layout.block
+    if count == 1:
+        step = torch.zeros_like(step) if layout.segment else torch.where(waiting > 0, 0, step)
+    else:
+        waiting = waiting * (ready < layout.first)
+        step = torch.where(waiting > 0, 0, step)
+    ledger.copy_(torch.stack((before, coded, after, coded + step, waiting, gaps), 1))
 
 
 def append(
@@ -97,10 +107,12 @@ def append(
     """Store one chunk: sinks, then the exact window, and code what falls out of it.
 
     ``query`` [B, Hq, n, D] (as attention sees it), ``key`` [B, H, n, D] (as stored, before RoPE where the layout has a
-    rotary), ``value`` [B, H, n, D]; ``o_weight`` [hidden, Hq * D] weights the values. ``ledger`` has been advanced.
+    rotary), ``value`` [B, H, n, D]; ``o_weight`` [hidden, Hq * D] weights the values. ``ledger`` has been advanced. With n = 0
+    only what is due is coded, out of the exact window; with n = 1 no basis is computed.
     """
+    may_fit = key.shape[2] != 1
     sinks, window = layout.sinks, buffers.k_exact.shape[2] - layout.sinks
-    for row, (before, coded, after, coded_after, _) in enumerate(ledger.tolist()):
+    for row, (before, coded, after, coded_after, *_) in enumerate(ledger.tolist()):
         k, v, q = key[row], value[row], query[row]
         if valid is not None:
             k, v, q = k[:, valid[row]], v[:, valid[row]], q[:, valid[row]]
@@ -118,7 +130,7 @@ def append(
                 torch.cat((exact[:, held], new[:, fresh]), 1) if len(held) else new[:, fresh]
                 for exact, new in ((k_exact, k), (v_exact, v))
             ]
-            _code(row, coded, *tails, o_weight, buffers, layout)
+            _code(row, coded, *tails, o_weight, buffers, layout, may_fit)
         slots = torch.arange(max(first, coded_after), max(after - sinks, 0), device=k.device)
         k_exact[:, sinks + slots % window] = k[:, slots - first + in_sinks]
         v_exact[:, sinks + slots % window] = v[:, slots - first + in_sinks]
@@ -132,6 +144,7 @@ def _code(
     o_weight: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
+    may_fit: bool,
 ) -> None:
     """Code tokens [H, n, D] of one row into the slots from ``start`` on."""
     if layout.lossless:
@@ -152,7 +165,7 @@ def _code(
             _Side(_normalised(row, slots, group(value[:, part], layout).float(), buffers, layout), v_weight,
                   *_coded("v", row, buffers), layout.value),
         )  # fmt: skip
-        segment = _segment(row, start + at, sides, buffers, layout)
+        segment = _segment(row, start + at, sides, buffers, layout, may_fit)
         for side in sides:
             for piece in torch.arange(side.x.shape[1]).split(_PIECE):
                 here = slice(int(piece[0]), int(piece[-1]) + 1)
@@ -172,7 +185,8 @@ class _Side(NamedTuple):
 
 
 def _coded(side: str, row: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(getattr(buffers, f"{side}_{what}")[row] for what in ("codes", "basis", "affine"))
+    codes, basis, affine = (getattr(buffers, f"{side}_{what}")[row] for what in ("codes", "basis", "affine"))
+    return codes, basis.mT, affine
 
 
 def _normalised(row: int, slots: slice, value: torch.Tensor, buffers: Buffers, layout: Layout) -> torch.Tensor:
@@ -184,14 +198,14 @@ def _normalised(row: int, slots: slice, value: torch.Tensor, buffers: Buffers, l
     return value / codec.norm_value(norms)[..., None]
 
 
-def _segment(row: int, start: int, sides: tuple[_Side, _Side], buffers: Buffers, layout: Layout) -> int:
+def _segment(row: int, start: int, sides: tuple[_Side, _Side], buffers: Buffers, layout: Layout, may_fit: bool) -> int:
     """The segment whose basis codes these tokens: the current one, or a new one where that is due."""
     starts = buffers.starts[row].tolist()
     current = sum(first <= start for first in starts) - 1
     room = current + 1 < len(starts)  # a log that was cropped among its codes may have more segments than were reserved
     fresh = current < 0 or (layout.segment > 0 and room)
     candidate = sides[0].x.shape[1] >= layout.warmup and room
-    if not fresh and not candidate:
+    if not may_fit or (not fresh and not candidate):
         return current
     fits = [codec.fit(side.x, side.weight, side.tiers) for side in sides]
     if not fresh and all(_serves(side, current, fit) for side, fit in zip(sides, fits, strict=True)):
@@ -249,7 +263,7 @@ def attend(
     """
     batch, q_heads, count, dim = query.shape
     out = query.new_zeros(batch, count, q_heads, dim).transpose(1, 2)
-    for row, (before, coded, after, _, _) in enumerate(ledger.tolist()):
+    for row, (before, coded, after, *_) in enumerate(ledger.tolist()):
         keep = torch.ones(count, dtype=torch.bool, device=query.device) if valid is None else valid[row]
         where = positions[row, :after]
         chunk_k, chunk_v = rotate(key[row][:, keep], where[before:], layout.rotary), value[row][:, keep]
@@ -306,8 +320,8 @@ def _allowed(
 
 def _side(side: str, buffers: Buffers, layout: Layout):
     if side == "k":
-        return buffers.k_codes, buffers.k_basis, buffers.k_affine, layout.key
-    return buffers.v_codes, buffers.v_basis, buffers.v_affine, layout.value
+        return buffers.k_codes, buffers.k_basis.mT, buffers.k_affine, layout.key
+    return buffers.v_codes, buffers.v_basis.mT, buffers.v_affine, layout.value
 
 
 def _decode(row: int, segment: int, slots: slice, side: str, buffers: Buffers, layout: Layout) -> torch.Tensor:

@@ -17,18 +17,20 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.advance import advance_
 from spectral_compile.kernels.append import append_
 from spectral_compile.kernels.attend import attend_
-from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
+from spectral_compile.kernels.buffers import LEDGER, Buffers, Capacity, allocate
 from spectral_compile.passes.trace import Site, Trace, fake
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A matched site for the runtime: its store, and which arguments of the graph as it came hold its past."""
+    """A matched site for the runtime: its store, and which arguments of the graph as it came hold its past and o_proj."""
 
     layout: Layout
     dtype: torch.dtype
     device: torch.device
     past: tuple[int, int] | None
+    o_weight: int | None = None
+    o_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def rewrite(trace: Trace) -> None:
         with fake_mode:
             return torch.empty(shape, dtype=dtype, device=device)
 
-    ledger = placeholder("spectral_ledger", ("ledger",), empty(batch, 5, dtype=torch.int64))
+    ledger = placeholder("spectral_ledger", ("ledger",), empty(batch, LEDGER, dtype=torch.int64))
     positions = placeholder("spectral_positions", ("positions",), empty(batch, 1, dtype=torch.int32))
     valid = columns = None
     if padding is not None:
@@ -117,6 +119,8 @@ def rewrite(trace: Trace) -> None:
                 dtype=fake(site.query).dtype,
                 device=fake(site.query).device,
                 past=tuple(arguments[n] for n in site.edge.past) if site.edge.past else None,
+                o_weight=None if site.o_weight is None else arguments[site.o_weight],
+                o_transposed=site.o_transposed,
             )
             for site in sites
         ),

@@ -17,7 +17,7 @@ from spectral_compile.passes.attention import canonicalise_attention
 from spectral_compile.passes.clean_up import clean_up, dense_example
 from spectral_compile.passes.edges import classify_edges
 from spectral_compile.passes.masks import classify_masks
-from spectral_compile.passes.rewrite import rewrite
+from spectral_compile.passes.rewrite import Plan, rewrite
 from spectral_compile.passes.rope import match_rope
 from spectral_compile.passes.trace import Trace, fake
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning
@@ -60,7 +60,7 @@ def spectral(
         compiled = compile_densely(gm, example_inputs, config)
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
-        inner = compile_inner(trace.gm, examples, config, with_store=True)
+        inner = compile_inner(trace.gm, examples, config, trace.plan)
         compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)])
     done = time.perf_counter()
 
@@ -91,16 +91,22 @@ def own_copy(gm: GraphModule) -> GraphModule:
     return new
 
 
-def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, with_store: bool = False) -> Callable[..., Any]:
-    """Hand a graph to the inner compiler that the options name."""
+def compile_inner(
+    gm: GraphModule, examples: list[Any], config: SpectralConfig, plan: Plan | None = None
+) -> Callable[..., Any]:
+    """Hand a graph to the inner compiler that the options name; ``plan`` is there if it was rewritten."""
     if config.inner == "eager":
         return gm.forward
     if config.inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
     patches = dict(config.inductor)
-    if with_store:
+    if plan is not None:
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
         patches["size_asserts"] = False
+        # only decode never waits for the GPU; sizes that are still symbolic there would be recorded again at each step
+        wanted = patches.get("triton.cudagraphs", config.cudagraphs)
+        patches["triton.cudagraphs"] = wanted and plan.kind == "decode" and plan.sites[0].device.type == "cuda"
+        patches["triton.cudagraph_skip_dynamic_graphs"] = True
     return compile_fx(gm, examples, config_patches=patches or None)
 
 

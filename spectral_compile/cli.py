@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from spectral_compile.bench.verb import bench
 from spectral_compile.evaluate import evaluate
 from spectral_compile.generate import generate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(bench)
 
 
 @app.callback()

@@ -22,8 +22,9 @@ class SpectralConfig:
     rank-16/32 int8 codec that everything is compared with) or ``exact`` (lossless). ``strict`` turns every silent loss of
     compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where None). ``key_ranks`` and
     ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``sinks`` first and ``recent`` last tokens stay exact, ``block``
-    tokens are coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's. ``inner``
-    compiles the rewritten graph. ``inductor`` holds options that are Inductor's own.
+    tokens are coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's.
+    ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph.
+    ``inductor`` holds options that are Inductor's own.
     """
 
     preset: str = "balanced"
@@ -35,6 +36,7 @@ class SpectralConfig:
     recent: int | None = None
     block: int | None = None
     warmup: int | None = None
+    cudagraphs: bool = True
     inner: str = "inductor"
     inductor: tuple[tuple[str, Any], ...] = ()
 
@@ -43,8 +45,9 @@ class SpectralConfig:
             raise ValueError(f"unknown preset {self.preset!r}{_nearest(self.preset, PRESETS)}")
         if self.inner not in INNER:
             raise ValueError(f"unknown inner compiler {self.inner!r}{_nearest(self.inner, INNER)}")
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict must be True or False, not {self.strict!r}")
+        for name in ("strict", "cudagraphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name, least in (("head_group", 1), ("sinks", 0), ("recent", 0), ("block", 1), ("warmup", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

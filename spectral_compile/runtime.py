@@ -9,7 +9,7 @@ import torch
 
 from spectral_compile.config import SpectralConfig
 from spectral_compile.passes.clean_up import shape_of
-from spectral_compile.passes.rewrite import Plan
+from spectral_compile.passes.rewrite import Plan, SitePlan
 from spectral_compile.report import count_decode
 from spectral_compile.store import SpectralStore, Timeline
 from spectral_compile.tensor import SpectralTensor
@@ -48,6 +48,11 @@ class BoundGraph:
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         self.sources = list(plan.inputs.values())
         self._on_gpu = plan.sites[0].device.type != "cpu"
+        if plan.sites[0].device.type == "cuda":
+            from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
+
+            for site in plan.sites:  # what outlives a CUDA graph must not be made while one is recorded
+                tables(site.layout.rotary, site.device, site.dtype)
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         count = self.count(arguments)
@@ -58,7 +63,11 @@ class BoundGraph:
         timeline = stores[0].timeline
         results = self.compiled(*(self._feed(source, arguments, stores, valid) for source in self.sources))
         timeline.enter(count, valid)
-        self._settle(timeline, stores)
+        if count == 1 and timeline.catch_up():
+            for site, store in zip(self.plan.sites, stores, strict=True):
+                store.catch_up(self._o_weight(site, arguments))
+        if count != 1 or timeline.next_due <= timeline.length:
+            self._settle(timeline, stores)
         return tuple(
             results[i] if what == "result" else self._wrap(stores[i], what, timeline.length) for what, i in self.plan.outputs
         )
@@ -110,6 +119,13 @@ class BoundGraph:
         if compare and valid is not None:
             timeline.padded |= not bool(valid.all())
         return stores, valid
+
+    @staticmethod
+    def _o_weight(site: SitePlan, arguments: tuple[Any, ...]) -> torch.Tensor | None:
+        if site.o_weight is None:
+            return None
+        weight = arguments[site.o_weight]
+        return weight.t() if site.o_transposed else weight
 
     @staticmethod
     def _settle(timeline: Timeline, stores: list[SpectralStore]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels import reference
+from spectral_compile.kernels import advance, append, reference
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 
 HEADROOM = 64  # coded slots that a new log has to spare; what is spare doubles whenever it is used up
@@ -50,7 +50,7 @@ class Shared:
 class Timeline:
     """What is the same in every layer of a cache: columns, positions, and how many tokens are coded.
 
-    ``length`` counts columns as transformers does, padding included; it lives on the host. ``ledger`` int64 [B, 5],
+    ``length`` counts columns as transformers does, padding included; it lives on the host. ``ledger`` int64 [B, 6],
     ``positions`` int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device.
     """
 
@@ -59,16 +59,18 @@ class Timeline:
         self.layout = layout
         self.length = 0
         self.spare = HEADROOM
-        self.waiting = tokens - layout.sinks - layout.recent < layout.warmup  # some row has no basis yet
+        self.waiting = tokens - layout.sinks - layout.recent < layout.first  # some row has no basis yet
+        self.next_due = 0  # the least length at which a row may have a segment to begin, as far as the host knows
         self.offered = False  # a chunk was long enough for a basis of its own
         self.padded = False  # columns of padding were left out
         self.unread = False  # a mask that could not be classified hid some of what is stored
         self.capacity = Capacity(coded=0, window=0 if self.waiting else layout.recent + layout.block, segments=0)
-        self.ledger = torch.tensor([[0, 0, 0, 0, 1]], device=device).repeat(batch, 1)
+        self.ledger = torch.tensor([[0, 0, 0, 0, 1, 0]], device=device).repeat(batch, 1)
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self.derived = Shared()
         self.source: Timeline | None = None  # kept while the layers of a cache are appended to one by one
+        self.entered: torch.Tensor | None = None  # and the ledger of their step, before it was caught up with
         self.users: weakref.WeakSet[SpectralStore] = weakref.WeakSet()
         self.reserve(count)
 
@@ -84,8 +86,8 @@ class Timeline:
         coded = -(-max(0, ready) // layout.block) * layout.block
         window = old.window
         if self.waiting:
-            coded = coded if ready >= layout.warmup else 0
-            window = min(end - layout.sinks, layout.recent + max(layout.warmup, layout.block))
+            coded = coded if ready >= layout.first else 0
+            window = min(end - layout.sinks, layout.recent + layout.first)
         self.offered = old.segments > 0 and not layout.segment and count >= layout.warmup + layout.block
         if coded <= old.coded and window <= old.window and end <= self.columns.shape[1] and not self.offered:
             return False
@@ -94,7 +96,7 @@ class Timeline:
         segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
         coded = coded + self.spare if coded > old.coded else old.coded
         if self.waiting:
-            window = min(max(window + self.spare, 2 * old.window), layout.recent + max(layout.warmup, layout.block))
+            window = min(max(window + self.spare, 2 * old.window), layout.recent + layout.first)
         if layout.segment:
             segments = old.segments + -(-(coded - old.coded) // layout.segment) + 1
         self.widen(Capacity(coded, max(window, old.window), segments))
@@ -110,7 +112,7 @@ class Timeline:
     def settle(self) -> bool:
         """Drop the wide window of a young log once every row has a basis; whether capacities changed."""
         ready = self.length - self.layout.sinks - self.layout.recent
-        if not self.waiting or ready < self.layout.warmup or bool(self.ledger[:, 4].any()):
+        if not self.waiting or ready < self.layout.first or bool(self.ledger[:, 4].any()):
             return False
         self.waiting = False
         self.capacity = self.capacity._replace(window=self.layout.recent + self.layout.block)
@@ -120,14 +122,35 @@ class Timeline:
         """Note ``count`` columns that the graph has appended; ``valid`` bool [B, count] are the tokens among them."""
         self.columns[:, self.length : self.length + count] = True if valid is None else valid
         self.length += count
-        self.source = None
+        self.source = self.entered = None
         self.derived.clear()
+
+    def due(self) -> bool:
+        """Whether steps of one column have left a row with enough tokens to begin a segment; reads the device only then."""
+        layout = self.layout
+        if not (self.waiting or layout.segment) or self.length < self.next_due:
+            return False
+        missing = [
+            layout.sinks + layout.recent + (layout.first if waits else coded + layout.block) - tokens
+            for _, _, tokens, coded, waits, _ in self.ledger.tolist()
+            if waits or layout.segment
+        ]
+        self.next_due = self.length + min(missing, default=0)  # a column brings a row one token at most
+        return bool(missing) and self.next_due <= self.length
+
+    def catch_up(self) -> bool:
+        """If a segment is due, enter a step of no columns; whether stores must then do the same: ``SpectralStore.catch_up``."""
+        if not self.due():
+            return False
+        nothing = torch.empty(self.batch, self.layout.kv_heads, 0, self.layout.head_dim, device=self.ledger.device)
+        advance.advance(self.ledger, self.positions, None, None, nothing, self.layout)
+        return True
 
     def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Timeline:
         """A timeline of its own with ``move`` applied to every tensor."""
         new = copy.copy(self)
         new.ledger, new.positions, new.columns = move(self.ledger), move(self.positions), move(self.columns)
-        new.derived, new.source, new.users = Shared(), None, weakref.WeakSet()
+        new.derived, new.source, new.entered, new.users = Shared(), None, None, weakref.WeakSet()
         return new
 
     def crop(self, length: int) -> Timeline:
@@ -142,6 +165,7 @@ class Timeline:
         tokens = self.columns[:, :length].sum(1)
         coded = self.ledger[:, 3].minimum((tokens - self.layout.sinks).clamp(min=0))
         self.ledger[:, 2], self.ledger[:, 3] = tokens, coded
+        self.next_due = 0  # padding may have gone, and no tokens
         self.derived.clear()
 
     def same_as(self, other: Timeline) -> bool:
@@ -202,7 +226,7 @@ class SpectralStore:
             if window == capacity.window:
                 b[:, :, layout.sinks :] = a[:, :, layout.sinks :]
                 continue
-            for row, (_, _, tokens, coded, _) in enumerate(ledger.tolist()):
+            for row, (_, _, tokens, coded, *_) in enumerate(ledger.tolist()):
                 slots = torch.arange(coded, max(coded, tokens - layout.sinks), device=self.device)
                 b[row, :, layout.sinks + slots % capacity.window] = a[row, :, layout.sinks + slots % window]
         self.buffers = new
@@ -238,6 +262,7 @@ class SpectralStore:
             new = parts[0].map(torch.clone)
             for flag in ("padded", "unread", "waiting"):
                 setattr(new, flag, any(getattr(part, flag) for part in parts))
+            new.next_due = min(part.next_due for part in parts)
             new.ledger, new.positions, new.columns = (torch.cat(x) for x in zip(*(p.tensors() for p in parts), strict=True))
             return new
 
@@ -287,7 +312,7 @@ class SpectralStore:
         b, (h, d) = timeline.batch, (self.layout.kv_heads, self.layout.head_dim)
         out = torch.zeros(b, h, length, d, dtype=self.dtype, device=self.device)
         known = min(length, timeline.length)
-        for row, (_, _, tokens, coded, _) in enumerate(timeline.ledger.tolist()):
+        for row, (_, _, tokens, coded, *_) in enumerate(timeline.ledger.tolist()):
             both = reference.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
             places = timeline.columns[row, :known].nonzero().flatten()
             out[row, :, places] = both[role == "value"][:, : len(places)]
@@ -314,17 +339,27 @@ class SpectralStore:
         def advanced() -> Timeline:
             new = old.map(torch.clone)
             new.reserve(count)
-            reference.advance(new.ledger, new.positions, ids, None, key, layout)
+            advance.advance(new.ledger, new.positions, ids, None, key, layout)
             new.enter(count, None)
             new.source = old  # the next layer looks for what was made of it
+            new.entered = new.ledger.clone()
+            new.catch_up()
             return new
 
         store.join(old.derived.get(("append", count), store, advanced))
         store.resize(old.ledger)
         key = torch.stack([reference.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
-        no_query = key.new_zeros(key.shape)
-        reference.append(no_query, key, value, store.timeline.ledger, None, None, store.buffers, layout)
+        no_query, entered = key.new_zeros(key.shape), store.timeline.entered
+        append.append(no_query, key, value, entered, None, None, store.buffers, layout)
+        if not torch.equal(entered, store.timeline.ledger):
+            store.catch_up(None)
         return store
+
+    def catch_up(self, o_weight: torch.Tensor | None) -> None:
+        """Code what the timeline's step of no columns has made due, out of the exact window."""
+        layout = self.layout
+        nothing = torch.empty(self.timeline.batch, layout.kv_heads, 0, layout.head_dim, dtype=self.dtype, device=self.device)
+        append.append(nothing, nothing, nothing, self.timeline.ledger, None, o_weight, self.buffers, layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralStore:
         key = id(self.timeline)

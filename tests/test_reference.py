@@ -133,7 +133,7 @@ class Books:
     def blank(cls, layout: Layout, batch: int, columns: int) -> Books:
         segments = columns // layout.segment + 1 if layout.segment else 3
         capacity = Capacity(columns, layout.recent + max(layout.warmup, layout.block), segments)
-        ledger = torch.tensor([[0, 0, 0, 0, 1]]).repeat(batch, 1)
+        ledger = torch.tensor([[0, 0, 0, 0, 1, 0]]).repeat(batch, 1)
         positions = torch.zeros(batch, columns + 1, dtype=torch.int32)
         return cls(layout, ledger, positions, allocate(layout, batch, capacity, torch.float32, "cpu"))
 
@@ -151,6 +151,14 @@ class Books:
 
     def append(self, chunk: Chunk, o_weight: Tensor | None) -> None:
         reference.append(chunk.query, chunk.key, chunk.value, self.ledger, chunk.valid, o_weight, self.buffers, self.layout)
+        if chunk.key.shape[2] == 1:
+            self.catch_up(chunk)
+            nothing = (x[:, :, :0] for x in (chunk.query, chunk.key, chunk.value))
+            reference.append(*nothing, self.ledger, None, o_weight, self.buffers, self.layout)
+
+    def catch_up(self, chunk: Chunk) -> None:
+        """The step of no columns that follows one of one column."""
+        reference.advance(self.ledger, self.positions, None, None, chunk.key[:, :, :0], self.layout)
 
     def held(self, row: int) -> tuple[Tensor, Tensor]:
         """What the store held before this step, dense."""
@@ -220,7 +228,7 @@ def test_attend_equals_decode_then_attention(case: Case) -> None:
     for chunk in case.chunks:
         books.advance(chunk)
         out = books.attend(chunk, case.scale)
-        for row, (before, _, after, _, _) in enumerate(books.ledger.tolist()):
+        for row, (before, _, after, *_) in enumerate(books.ledger.tolist()):
             keep = tokens_of(chunk, row)
             key, value = books.held(row)
             key = torch.cat((key, turned(chunk.key[row][:, keep], books.positions[row, before:after], case.layout.rotary)), 1)
@@ -324,10 +332,18 @@ def test_ledger_adds_up(case: Case) -> None:
     layout, books = case.layout, Books.blank(case.layout, case.batch, case.columns)
     tokens = [0] * case.batch
     for chunk in case.chunks:
-        old = books.ledger.tolist()
+        old, count = books.ledger.tolist(), chunk.key.shape[2]
         books.advance(chunk)
-        for row, (before, coded_before, after, coded, waiting) in enumerate(books.ledger.tolist()):
+        if count == 1:
+            for was, now in zip(old, books.ledger.tolist(), strict=True):
+                (coded, waiting), (coded_after, waiting_after) = was[3:5], now[3:5]
+                assert waiting_after == waiting
+                assert coded_after == coded or not (waiting or layout.segment), "a step of one column begins no segment"
+            books.catch_up(chunk)
+        for row, (before, coded_before, after, coded, waiting, _) in enumerate(books.ledger.tolist()):
             tokens[row] += int(tokens_of(chunk, row).sum())
+            if count == 1:
+                before, coded_before = old[row][2:4]
             assert (before, coded_before) == tuple(old[row][2:4])
             assert after == tokens[row]
             assert coded_before <= coded <= max(0, after - layout.sinks - layout.recent)
@@ -335,7 +351,7 @@ def test_ledger_adds_up(case: Case) -> None:
             assert waiting <= old[row][4], "a row that has a basis never waits again"
             if waiting:
                 assert coded == 0
-                assert after - layout.sinks < layout.recent + layout.warmup
+                assert after - layout.sinks < layout.recent + layout.first
             else:
                 assert after - layout.sinks - coded < layout.recent + layout.block
 
@@ -363,7 +379,7 @@ def test_what_is_not_coded_stays_exact(case: Case) -> None:
         books.advance(chunk)
         books.append(chunk, case.o_weight)
         dense.append(chunk)
-    for row, (_, _, after, coded, _) in enumerate(books.ledger.tolist()):
+    for row, (_, _, after, coded, *_) in enumerate(books.ledger.tolist()):
         key, value = reference.materialise(row, after, coded, books.positions[row], books.buffers, layout)
         token = torch.arange(after)
         exact = (token < layout.sinks) | (token >= layout.sinks + coded)

@@ -23,6 +23,7 @@ from spectral_compile.kernels.buffers import UNUSED, Buffers
 from spectral_compile.passes.rewrite import Plan, SitePlan
 from spectral_compile.report import SpectralWarning
 from spectral_compile.runtime import BoundGraph
+from spectral_compile.store import Timeline
 
 HEADS, DIM, LAYERS = 2, 8, 2
 ROTARY = Rotary(tuple(100.0 ** (-i / 4) for i in range(4)))
@@ -546,6 +547,43 @@ def test_no_segment_begins_after_what_a_crop_left() -> None:
     assert coded.tolist() == [[23], [23]]
     assert ((fork.buffers.starts <= coded) | (fork.buffers.starts == UNUSED)).all()
     assert ((store.buffers.starts > coded) & (store.buffers.starts < UNUSED)).any()
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "seed"])
+@pytest.mark.parametrize("eagerly", [False, True], ids=["graph", "eager"])
+def test_token_by_token_gives_what_one_chunk_gives(preset: str, eagerly: bool) -> None:
+    """The steps of no columns between the others leave nothing behind."""
+    layout, ids = layout_of(preset, block=5), torch.arange(1)[None]
+    cache = fresh(layout, 1, 1, 0).layers
+    for length in range(1, 40):
+        chunk, ids = randn(1, 1, length), torch.tensor([[length]])
+        if eagerly:
+            cache = append_eagerly(cache, [(turned(k, ids, layout.rotary), v) for k, v in chunk])
+        else:
+            cache = append_in_graph(cache, chunk, ids, None, layout)
+        ready = length + 1 - layout.sinks - layout.recent
+        coded = ready // layout.block * layout.block if ready >= layout.first else 0
+        for key, _ in cache:
+            assert key.store.timeline.ledger[0, 2:5].tolist() == [length + 1, coded, int(ready < layout.first)]
+            starts = key.store.buffers.starts[0]
+            assert starts[starts < UNUSED].tolist() == list(range(0, coded, layout.segment or 100)) * (preset != "exact")
+
+
+def test_the_ledger_is_read_only_when_a_segment_may_be_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a row that is mostly padding, which waits long after the other."""
+    layout, reads = layout_of("balanced", warmup=30), []
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :25] = 0
+    cache = append_in_graph(None, randn(2, 40, 0), None, mask, layout)
+    monkeypatch.setattr(Timeline, "catch_up", lambda self, real=Timeline.catch_up: reads.append(self.next_due) or real(self))
+    for step in range(40):
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+        cache = append_in_graph(cache, randn(2, 1, step), None, mask, layout)
+    timeline = cache[0][0].store.timeline
+    assert timeline.ledger[:, 4].tolist() == [0, 0]
+    assert not timeline.waiting
+    assert reads[0] == 0
+    assert set(reads[1:20]) == {40 + 30 + 2 + 3 - 15}
 
 
 def test_a_compressed_cache_is_not_pickled() -> None:

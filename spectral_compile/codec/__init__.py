@@ -1,12 +1,26 @@
 """Transform coding of keys and values in plain PyTorch: the reference for every kernel."""
 
-from .basis import decode, encode, fit, key_weight, latent, residual, synthesis, value_weight
+from .basis import (
+    SAMPLE,
+    decode,
+    encode,
+    even,
+    fit,
+    gram_residual,
+    key_weight,
+    latent,
+    residual,
+    rounded,
+    synthesis,
+    value_weight,
+)
 from .layout import Layout, Rotary, Tiers
 from .presets import PRESETS, Preset
 from .quantise import dequantise, norm_code, norm_value, pack, quantise, search_step, unpack
 
 __all__ = [
     "PRESETS",
+    "SAMPLE",
     "Layout",
     "Preset",
     "Rotary",
@@ -14,7 +28,9 @@ __all__ = [
     "decode",
     "dequantise",
     "encode",
+    "even",
     "fit",
+    "gram_residual",
     "key_weight",
     "latent",
     "norm_code",
@@ -22,6 +38,7 @@ __all__ = [
     "pack",
     "quantise",
     "residual",
+    "rounded",
     "search_step",
     "synthesis",
     "unpack",

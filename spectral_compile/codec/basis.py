@@ -9,7 +9,7 @@ from .layout import Rotary, Tiers
 from .quantise import dequantise, quantise, search_step
 
 _LEAST_WEIGHT = 1e-3
-_SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
+SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
 # Clipped outliers hurt attention more than their energy says, and later tokens spread wider than those of the fit.
 _STEP_MARGIN = 1.25
 _TINY = torch.finfo(torch.float32).tiny
@@ -40,12 +40,24 @@ def fit(x: Tensor, weight: Tensor, tiers: Tiers) -> tuple[Tensor, Tensor]:
     x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative
     -> basis int8 ``[..., W, R]``, affine float32 ``[..., 2 * R + W]`` = step ``[R]``, column scale ``[R]``, weight ``[W]``.
     """
-    weight = (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
+    weight = even(weight)
     y = x * weight[..., None, :]
     vectors = torch.linalg.eigh(y.mT @ y).eigenvectors.flip(-1)[..., : tiers.rank]
+    return rounded(vectors, y[..., :: max(1, y.shape[-2] // SAMPLE), :], weight, tiers)
+
+
+def even(weight: Tensor) -> Tensor:
+    """Weights [..., W] with mean 1, and none so small that it could not be divided by."""
+    return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
+
+
+def rounded(vectors: Tensor, sample: Tensor, weight: Tensor, tiers: Tiers) -> tuple[Tensor, Tensor]:
+    """The basis and the steps that ``fit`` gives, from eigenvectors and from a sample of the weighted tokens.
+
+    vectors: float32 ``[..., W, R]``; sample: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, made ``even``.
+    """
     scale = vectors.abs().amax(-2) / 127
     basis = (vectors / scale[..., None, :]).round().to(torch.int8)
-    sample = y[..., :: max(1, y.shape[-2] // _SAMPLE), :]
     step = _STEP_MARGIN * search_step(_analyse(sample, _matrix(basis, scale)), tiers)
     return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
 
@@ -82,6 +94,17 @@ def residual(x: Tensor, basis: Tensor, affine: Tensor) -> Tensor:
     y, matrix = x * weight[..., None, :], _matrix(basis, scale)
     missed = y - _analyse(y, matrix) @ matrix.mT
     return missed.square().sum((-2, -1)) / y.square().sum((-2, -1)).clamp_min(_TINY)
+
+
+def gram_residual(gram: Tensor, basis: Tensor, affine: Tensor) -> Tensor:
+    """``residual`` of tokens of which only sums of products, ``x.mT @ x``, are known: float32 ``[..., W, W]`` -> ``[...]``."""
+    _, scale, weight = _split(affine, basis.shape[-1])
+    gram = gram * weight[..., None, :] * weight[..., None]
+    missing = torch.eye(gram.shape[-1], device=gram.device)
+    matrix = _matrix(basis, scale)
+    missing = missing - (2 * matrix - matrix @ (matrix.mT @ matrix)) @ matrix.mT  # what ``_analyse`` leaves of each channel
+    lost = (missing * (gram @ missing)).sum((-2, -1))
+    return lost / gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(_TINY)
 
 
 def key_weight(moment: Tensor, rotary: Rotary | None) -> Tensor:

@@ -75,6 +75,11 @@ class Layout:
     def width(self) -> int:
         return self.head_group * self.head_dim
 
+    @property
+    def first(self) -> int:
+        """How many tokens a row waits for until its first basis is computed and its first blocks are coded."""
+        return max(self.warmup, self.block)
+
     def spec(self) -> str:
         """This layout as a string: the form in which it is an argument of an operation, and a key of compile caches."""
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from .layout import Layout, Rotary, Tiers
 
-_JOINT_WIDTH = 256
+_JOINT_WIDTH = 192  # wider groups cost attention more than they save: every key is rebuilt from all of its group's codes
 
 
 def _tiers(parts: tuple[int, int, int], width: int) -> Tiers:
@@ -20,7 +20,7 @@ def _tiers(parts: tuple[int, int, int], width: int) -> Tiers:
 class Preset:
     """A codec without a model: tiers are channels at (8, 4, 2) bits in 32ths of the width; the rest is as in ``Layout``.
 
-    ``head_group`` None takes as many heads together as fit 256 channels and divide the KV heads evenly.
+    ``head_group`` None takes as many heads together as fit 192 channels and divide the KV heads evenly.
     """
 
     key: tuple[int, int, int]

@@ -1,0 +1,124 @@
+"""Bases of the segments that a step begins, for all rows, groups and both sides at once, from Gram matrices of their tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_compile import codec
+from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.encode import Tokens
+from spectral_compile.kernels.reference import REFRESH
+
+_PIECE = 4096  # tokens that are gathered at a time
+
+
+def fit(tokens: Tokens, books: list[list[int]], o_weight: torch.Tensor | None) -> None:
+    """Begin the segments that are due, as ``reference.append`` does before it codes; ``books`` is the ledger on the host.
+
+    What is decided by the tokens themselves is decided on the device.
+    """
+    layout = tokens.layout
+    counts = [coded_after - coded for _, coded, _, coded_after, *_ in books]
+    may = [
+        count > 0 and (coded == 0 or layout.segment > 0 or count >= layout.warmup)
+        for count, (_, coded, *_) in zip(counts, books, strict=True)
+    ]
+    if not any(may):
+        return
+    longest, weight = max(counts), _weights(tokens, o_weight)
+    current = (tokens.buffers.starts <= tokens.ledger[:, 1:2]).sum(1, keepdim=True) - 1
+    if not layout.segment:
+        gram = torch.zeros((), device=weight.device)
+        for at in range(0, longest, _PIECE):
+            gram = gram + _gram(tokens.gather(at, min(_PIECE, longest - at))[:, :, :, None])
+        most = max(-(-count // max(1, count // codec.SAMPLE)) for count in counts)
+        _begin(tokens, current, 0, longest, gram, tokens.gather(0, most, codec.SAMPLE)[:, :, :, None], weight)
+        return
+    length = layout.segment
+    run = length * max(1, _PIECE // length)
+    for at in range(0, longest, run):
+        parts = -(-min(run, longest - at) // length)
+        x = tokens.gather(at, parts * length).unflatten(3, (parts, length))
+        _begin(tokens, current, at // length, length, _gram(x), x[..., :: max(1, length // codec.SAMPLE), :], weight)
+
+
+def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """The ``rank`` leading eigenvectors of symmetric matrices, largest first: float32 [..., W, W] -> float32 [..., W, rank]."""
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
+
+
+def _weights(tokens: Tokens, o_weight: torch.Tensor | None) -> torch.Tensor:
+    """How much each channel of keys and values counts, with mean 1: float32 [2, B, G, W]."""
+    layout, moment = tokens.layout, tokens.buffers.moment
+    key, value = torch.ones_like(moment), torch.ones_like(moment)
+    if layout.weighted:
+        key = codec.key_weight(moment, layout.rotary)
+        if o_weight is not None:
+            columns = torch.linalg.vector_norm(o_weight, dim=0, dtype=torch.float32).square()  # without a float32 copy
+            value = columns.unflatten(0, (layout.kv_heads, -1, layout.head_dim)).sum(1).sqrt().expand_as(moment)
+    both = torch.stack((key, value)).unflatten(2, (layout.groups, layout.head_group)).flatten(-2)
+    return codec.even(both)
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """Sums of products of channels over tokens: [..., n, W] -> float32 [..., W, W]."""
+    flat = x.flatten(0, -3)
+    if x.is_cuda and x.dtype != torch.float32:
+        out = torch.bmm(flat.mT, flat, out_dtype=torch.float32)
+    else:
+        flat = flat.float()
+        out = flat.mT @ flat
+    return out.unflatten(0, x.shape[:-2])
+
+
+def _begin(
+    tokens: Tokens, current: torch.Tensor, at: int, length: int, gram: torch.Tensor, sample: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Write the bases of parts ``at``, ``at + 1``, ... of ``length`` coded tokens each, in rows where they begin a segment.
+
+    ``current`` int64 [B, 1] is the segment that a row had before this step. gram: float32 [2, B, G, parts, W, W]; sample: the
+    model's dtype [2, B, G, parts, n, W]; weight: float32 [2, B, G, W].
+    """
+    buffers, layout, ledger = tokens.buffers, tokens.layout, tokens.ledger
+    parts, segments = gram.shape[3], buffers.starts.shape[1]
+    weight = weight[:, :, :, None].expand(gram.shape[:-1])
+    vectors = eigenbasis(gram * weight[..., None, :] * weight[..., None], max(layout.key.rank, layout.value.rank))
+    fits = [
+        codec.rounded(vectors[i, ..., : tiers.rank], sample[i].float() * weight[i, ..., None, :], weight[i], tiers)
+        for i, tiers in enumerate((layout.key, layout.value))
+    ]
+
+    part = at + torch.arange(parts, device=ledger.device)
+    first = ledger[:, 1:2] + part * length  # [B, parts], as all that follows
+    count = (ledger[:, 3:4] - first).clamp(max=length)
+    new = current + 1 + part
+    takes = (count > 0) & (new < segments)
+    if not layout.segment:
+        takes &= (current < 0) | ((count >= layout.warmup) & ~_serves(buffers, current, gram, fits))
+
+    # the part that each segment begins with, if one of these does: what is written depends on no order of writing
+    chosen = torch.arange(segments, device=ledger.device) - new[:, :1]  # [B, S]
+    begins = (chosen >= 0) & (chosen < parts)
+    chosen = chosen.clamp(0, parts - 1)
+    begins &= takes.gather(1, chosen)
+    buffers.starts.copy_(torch.where(begins, first.gather(1, chosen), buffers.starts))
+    row = torch.arange(len(ledger), device=ledger.device)[:, None]
+    held = ((buffers.k_basis.mT, buffers.k_affine), (buffers.v_basis.mT, buffers.v_affine))
+    for old, fitted in zip(held, fits, strict=True):
+        for buffer, x in zip(old, fitted, strict=True):
+            x = x.transpose(1, 2)[row, chosen].transpose(1, 2)  # [B, G, S, ...]
+            buffer.copy_(torch.where(begins[:, None, :].reshape(len(row), 1, segments, *[1] * (x.ndim - 3)), x, buffer))
+
+
+def _serves(
+    buffers: Buffers, current: torch.Tensor, gram: torch.Tensor, fits: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Whether the basis of a row's segment captures its tokens nearly as well as the new one: bool [B, 1]."""
+    row, segment = torch.arange(len(current), device=current.device), current[:, 0].clamp(min=0)
+    serves = torch.ones_like(current, dtype=torch.bool)
+    old = ((buffers.k_basis.mT, buffers.k_affine), (buffers.v_basis.mT, buffers.v_affine))
+    for x, (basis, affine), new in zip(gram[:, :, :, 0], old, fits, strict=True):
+        lost = codec.gram_residual(x, basis[row, :, segment], affine[row, :, segment])
+        least = codec.gram_residual(x, *(part[:, :, 0] for part in new))
+        serves &= (lost <= REFRESH * least).all(1, keepdim=True)
+    return serves

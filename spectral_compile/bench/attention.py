@@ -1,0 +1,137 @@
+"""Decode attention of one layer: the operation on the compressed cache beside PyTorch's on a dense one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers.models.llama.modeling_llama import repeat_kv
+
+from spectral_compile.bench.measure import (
+    GEOMETRIES,
+    Column,
+    Geometry,
+    Measurement,
+    Row,
+    Settings,
+    clock,
+    fixed,
+    quotient,
+    table,
+    times,
+)
+from spectral_compile.bench.store import Layer, Tokens, draw
+from spectral_compile.kernels import reference
+
+DEFAULT = ("llama-3-8b",)
+COPY, GQA, REPEATED = "copy", "SDPA enable_gqa", "SDPA after repeat_kv, bool mask"
+COPIED = {"cuda": 2**30, "cpu": 2**24}  # bytes
+
+
+def measurements(settings: Settings) -> list[Measurement]:
+    """The bandwidth of the device, and for each geometry, batch and length each way to attend."""
+    made = [Measurement({"method": COPY}, partial(copy, settings))]
+    for name in settings.geometries or DEFAULT:
+        for batch, cached in settings.pairs:
+            labels = {"geometry": name, "batch": batch, "cached": cached}
+            sizes = (GEOMETRIES[name], settings, batch, cached)
+            ways = [(method, dense) for method in (GQA, REPEATED)] + [(preset, spectral) for preset in settings.presets]
+            made += [Measurement({**labels, "method": method}, partial(way, *sizes, method)) for method, way in ways]
+    return made
+
+
+def copy(settings: Settings) -> Row:
+    """Bytes read and written a second by a large copy."""
+    source = torch.ones(COPIED[settings.device.type], dtype=torch.int8, device=settings.device)
+    target = torch.empty_like(source)
+    return {"bytes_per_s": 2 * source.nbytes / clock(lambda: target.copy_(source), settings.device).seconds}
+
+
+def dense(geometry: Geometry, settings: Settings, batch: int, cached: int, method: str) -> Row:
+    """One query over ``cached`` + 1 dense keys and values."""
+    tokens = draw(geometry, settings, batch, cached + 1)
+    query, key, value = tokens.query[:, :, -1:].clone(), tokens.key.contiguous(), tokens.value.contiguous()
+    del tokens
+    mask = torch.ones(batch, 1, 1, cached + 1, dtype=torch.bool, device=settings.device)
+    repeats = geometry.query_heads // geometry.kv_heads
+
+    def repeated() -> torch.Tensor:
+        return sdpa(query, repeat_kv(key, repeats), repeat_kv(value, repeats), attn_mask=mask)
+
+    call = repeated if method == REPEATED else lambda: sdpa(query, key, value, enable_gqa=True)
+    return timed(call, settings, key.nbytes + value.nbytes)
+
+
+def spectral(geometry: Geometry, settings: Settings, batch: int, cached: int, preset: str) -> Row:
+    """One query over a store of ``cached`` tokens and itself, as a decode step calls it."""
+    tokens = draw(geometry, settings, batch, cached + 1)
+    layer = Layer(geometry, settings, preset, batch, cached)
+    layer.prefill(tokens.columns(0, cached))
+    wanted = over_decoded(layer, tokens, cached)
+    step = {name: x.clone() for name, x in tokens.columns(cached, cached + 1).items()}
+    del tokens
+    layer.begin_step(step["key"])
+    error = float((layer.attend(step).float() - wanted).norm() / wanted.norm())
+    return {**timed(lambda: layer.attend(step), settings, layer.bytes_read()), "relative_error": error}
+
+
+def over_decoded(layer: Layer, tokens: Tokens, cached: int) -> torch.Tensor:
+    """Attention [B, Hq, 1, D] in float32 of the last token over the decoded store and itself."""
+    key, value = (layer.store.dense(role, cached) for role in ("key", "value"))
+    at = torch.tensor([cached], device=key.device)
+    key = torch.cat((key, reference.rotate(tokens.key[:, :, -1:], at, layer.layout.rotary)), 2)
+    value = torch.cat((value, tokens.value[:, :, -1:]), 2)
+    rows = zip(tokens.query[:, :, -1:], key, value, strict=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.cat([sdpa(*(x[None].float() for x in row), enable_gqa=True) for row in rows])
+
+
+def timed(call: Any, settings: Settings, bytes_read: int) -> Row:
+    seconds, how = clock(call, settings.device, graph=True)
+    return {"microseconds": 1e6 * seconds, "timed": how, "bytes_read": bytes_read}
+
+
+def derive(rows: list[Row]) -> None:
+    """Ratios to the dense rows of the same sizes, and the time in which the bytes could be copied, in microseconds."""
+    bandwidth = next((row.get("bytes_per_s") for row in rows if row["method"] == COPY), None)
+    found = {(row.get("geometry"), row.get("batch"), row.get("cached"), row["method"]): row.get("microseconds") for row in rows}
+    for row in rows:
+        if row["method"] == COPY or row["error"]:
+            continue
+        sizes = (row["geometry"], row["batch"], row["cached"])
+        row["speedup_gqa"] = quotient(found.get((*sizes, GQA)), row["microseconds"])
+        row["speedup_repeat_kv"] = quotient(found.get((*sizes, REPEATED)), row["microseconds"])
+        row["floor_microseconds"] = quotient(1e6 * row["bytes_read"], bandwidth)
+
+
+def show(rows: list[Row]) -> Table:
+    (copied,) = (row for row in rows if row["method"] == COPY)
+    bandwidth = copied["error"] or f"{copied['bytes_per_s'] / 1e12:.3f} TB/s"
+    labels = [Column(name, name) for name in ("geometry", "batch", "cached", "method")]
+    figures = [
+        Column("microseconds", "us", fixed(1)),
+        Column("speedup_gqa", "faster than enable_gqa", times),
+        Column("speedup_repeat_kv", "than repeat_kv", times),
+        Column("bytes_read", "MB read", fixed(3, 1e6)),
+        Column("floor_microseconds", "floor, us", fixed(1)),
+        Column("relative_error", "relative error", lambda x: f"{x:.1e}"),
+        Column("timed", "timed as"),
+    ]
+    caption = f"Floor: bytes over the bandwidth of a copy, {bandwidth}. Error: against float32 attention to the decoded store."
+    measured = [row for row in rows if row is not copied]
+    return table("Decode attention of one layer", measured, labels, figures, caption)
+
+
+def draw_panel(axes: Any, rows: list[Row]) -> None:
+    """Microseconds by cached tokens, of batch 1."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.get("batch") == 1 and not row["error"]:
+            lines.setdefault(f"{row['geometry']}, {row['method']}", []).append((row["cached"], row["microseconds"]))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(title="decode attention of one layer", xlabel="cached tokens", ylabel="microseconds", xscale="log", yscale="log")

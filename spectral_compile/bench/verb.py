@@ -1,0 +1,179 @@
+"""The verb: options, the run of all parts, and where their figures go."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn
+from rich.table import Table
+from typer import Option
+
+from spectral_compile.bench import attention, encode, generation, host
+from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
+from spectral_compile.codec import PRESETS
+from spectral_compile.config import SpectralConfig
+from spectral_compile.generate import fail, phases
+
+WIDTH = 200  # of tables that go to a file
+
+
+class Part(NamedTuple):
+    """What one part measures, what follows from its rows, and how they are shown."""
+
+    measurements: Callable[[Settings], list[Measurement]]
+    derive: Callable[[list[Row]], None]
+    show: Callable[[list[Row]], Table]
+    draw_panel: Callable[[Any, list[Row]], None]
+
+
+PARTS = {
+    "attention": Part(attention.measurements, attention.derive, attention.show, attention.draw_panel),
+    "encode": Part(encode.measurements, encode.derive, encode.show, encode.draw_panel),
+    "generate": Part(generation.measurements, generation.derive, generation.show, generation.draw_panel),
+    "steady": Part(
+        generation.steady_measurements, generation.steady_derive, generation.steady_show, generation.steady_draw_panel
+    ),
+    "host": Part(host.measurements, host.derive, host.show, host.draw_panel),
+}
+
+
+def bench(
+    parts: Annotated[str, Option(help="What to measure, by comma")] = ",".join(PARTS),
+    geometry: Annotated[
+        str | None,
+        Option(help=f"Sizes, by comma: {', '.join(GEOMETRIES)}", show_default="llama-3-8b; steady and host: smollm2"),
+    ] = None,
+    pairs: Annotated[str, Option(help="attention: batch x cached tokens, by comma")] = "1x4096,1x8192,1x32768,1x131072,8x16384",
+    presets: Annotated[str, Option(help="Codecs, by comma; the parts with a whole model take the first")] = "balanced,seed",
+    cached: Annotated[str, Option(help="Lengths of prompts, by comma; steady and host take the first")] = "4096,32768,131072",
+    variants: Annotated[str, Option(help="generate: by comma")] = ",".join(generation.VARIANTS),
+    new_tokens: Annotated[int, Option(min=2, help="generate: tokens to generate")] = 64,
+    steady_tokens: Annotated[int, Option(min=2, help="steady: tokens to generate")] = 2000,
+    minutes: Annotated[float | None, Option(help="Begin no measurement after that many minutes", show_default="no end")] = None,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and dense caches")] = "bfloat16",
+    device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
+    inner: Annotated[str, Option(help="Compiler of graphs: inductor, aot_eager or eager")] = "inductor",
+    seed: Annotated[int, Option(help="Of weights, keys, values and prompts")] = 0,
+    json_: Annotated[Path | None, Option("--json", help="File to write every figure to, after each measurement")] = None,
+    plot: Annotated[Path | None, Option(help="PNG file to draw the figures in")] = None,
+) -> None:
+    """Measure the time and memory of the compressed cache beside dense ones, with random weights.
+
+    A measurement that fails shows its error in the table, and the others go on.
+    """
+    screen = Console(stderr=True)
+    chosen = by_comma("part", parts, PARTS)
+    settings = Settings(
+        geometries=tuple(by_comma("geometry", geometry, GEOMETRIES)) if geometry else None,
+        pairs=tuple(pair(text) for text in pairs.split(",")),
+        presets=tuple(by_comma("preset", presets, PRESETS)),
+        cached=tuple(count(text) for text in cached.split(",")),
+        variants=tuple(by_comma("variant", variants, generation.VARIANTS)),
+        new_tokens=new_tokens,
+        steady_tokens=steady_tokens,
+        dtype=getattr(torch, dtype),
+        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        inner=inner,
+        seed=seed,
+    )
+    try:
+        SpectralConfig(settings.presets[0], inner=inner)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if plot and find_spec("matplotlib") is None:
+        fail(screen, "--plot needs matplotlib: pip install 'spectral-compile[bench]'")
+    transformers.logging.set_verbosity_error()
+
+    facts = header(settings)
+    out = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    out.print(", ".join(f"{name} {value}" for name, value in facts.items()), markup=False, soft_wrap=True)
+    ends = time.monotonic() + 60 * minutes if minutes else float("inf")
+    measured: dict[str, list[Row]] = {}
+
+    def write() -> None:
+        if json_:
+            json_.write_text(json.dumps({"header": facts, "parts": measured}, indent=1))
+
+    for name in chosen:
+        part = PARTS[name]
+        rows = measured[name] = []
+        planned = part.measurements(settings)
+        tidy()
+        with phases(screen, BarColumn(), MofNCompleteColumn()) as display:
+            task = display.add_task(name, total=len(planned))
+            for measurement in planned:
+                what = f"{name}: {', '.join(str(label) for label in measurement.labels.values())}"
+                display.update(task, description=what)
+                late = {**measurement.labels, "error": "not begun: the time was up", "seconds": 0.0}
+                row = late if time.monotonic() > ends else measurement.row()
+                rows.append(row)
+                write()
+                screen.print(f"{row['seconds']:7.1f} s  {what}  {row['error'] or ''}", markup=False, soft_wrap=True)
+                display.advance(task)
+        part.derive(rows)
+        write()
+        out.print(part.show(rows))
+    if plot:
+        draw(plot, measured, facts)
+
+
+def by_comma(what: str, given: str, known: Iterable[str]) -> list[str]:
+    """The names in ``given``, each of which must be ``known``."""
+    names = [name for name in given.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"unknown {what} {name!r}: choose from {', '.join(known)}")
+    if not names:
+        raise typer.BadParameter(f"name at least one {what}: choose from {', '.join(known)}")
+    return names
+
+
+def count(text: str) -> int:
+    """A count of tokens."""
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is no count of tokens, such as 4096")
+    return int(text)
+
+
+def pair(text: str) -> tuple[int, int]:
+    """Batch and cached tokens, out of such as 8x16384."""
+    batch, _, cached = text.partition("x")
+    if not (batch.isdecimal() and cached.isdecimal() and int(batch) and int(cached)):
+        raise typer.BadParameter(f"{text!r} is no batch and count of tokens, such as 8x16384")
+    return int(batch), int(cached)
+
+
+def header(settings: Settings) -> dict[str, str]:
+    """What ran where."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    name = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else str(settings.device)
+    versions = {"torch": torch.__version__, "triton": triton, "transformers": transformers.__version__}
+    return {"device": name, **versions, "dtype": str(settings.dtype), "command": shlex.join(sys.argv)}
+
+
+def draw(path: Path, measured: dict[str, list[Row]], facts: dict[str, str]) -> None:
+    """A panel for each part."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(measured), 5.5), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
+        PARTS[name].draw_panel(axes, rows)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}", fontsize="small")
+    figure.savefig(path, dpi=150)

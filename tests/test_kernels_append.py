@@ -1,0 +1,273 @@
+"""The Triton kernels that write to a store do what the reference does, in the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectral_compile import codec
+from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
+from spectral_compile.kernels import reference
+from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
+
+pytest.importorskip("triton")
+
+from spectral_compile.kernels import fit
+from spectral_compile.kernels.append import advance_triton, append_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
+
+BASES = ("quality", "balanced", "compact", "seed")
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@dataclass
+class Case:
+    layout: Layout
+    dtype: torch.dtype
+    batch: int
+    groups: int
+    counts: list[int]
+    padded: bool
+    numbered: bool
+    weighs_values: bool
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), most: int = 70) -> Case:
+    name = draw(st.sampled_from(presets))
+    heads, joint, dim = draw(st.sampled_from([(1, 1, 64), (2, 1, 16), (2, 2, 16), (3, 3, 16), (2, 2, 80), (3, 3, 64)]))
+    block = draw(st.sampled_from([7, 32, 40]))  # of one token alone, coefficients are whole numbers of steps
+    layout = replace(
+        PRESETS[name],
+        head_group=joint,
+        sinks=draw(st.integers(0, 4)),
+        recent=draw(st.sampled_from([0, 5])),
+        block=block,
+        warmup=draw(st.sampled_from([1, 20])),
+        segment=block if name == "seed" else 0,
+    ).layout(heads, dim, draw(st.sampled_from([None, Rotary(tuple(100.0 ** (-i / (dim // 2)) for i in range(dim // 2)))])))
+    if not layout.lossless and draw(st.booleans()):
+        few = st.builds(Tiers, st.integers(0, 2), st.integers(1, 5), st.integers(0, 9))
+        layout = replace(layout, key=draw(few), value=draw(few))
+    rest = draw(st.lists(st.sampled_from([1, 1, 1, 5, 33]), max_size=3))
+    return Case(
+        layout=layout,
+        dtype=draw(DTYPES),
+        batch=draw(st.integers(1, 2)),
+        groups=draw(st.sampled_from([1, 3])),
+        counts=[draw(st.sampled_from([1, 5, most])), *rest],
+        padded=draw(st.booleans()),
+        numbered=draw(st.booleans()),
+        weighs_values=draw(st.booleans()),
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+class Store:
+    def __init__(self, case: Case) -> None:
+        layout, columns = case.layout, sum(case.counts)
+        segments = columns // layout.segment + 2 if layout.segment else 3
+        capacity = Capacity(columns + layout.block, layout.recent + layout.first, segments)
+        self.layout = layout
+        self.ledger = torch.tensor([[0, 0, 0, 0, 1, 0]], device=DEVICE).repeat(case.batch, 1)
+        self.positions = torch.zeros(case.batch, columns + 1, dtype=torch.int32, device=DEVICE)
+        self.buffers = allocate(layout, case.batch, capacity, case.dtype, DEVICE)
+
+
+@dataclass
+class Step:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    ids: Tensor | None
+    valid: Tensor | None
+
+
+def steps(case: Case) -> list[Step]:
+    generator = torch.Generator().manual_seed(case.seed)
+    layout, at, result = case.layout, 0, []
+    spectrum = torch.logspace(0, -1.5, layout.head_dim, device=DEVICE, dtype=case.dtype)
+
+    def randn(heads: int, count: int) -> Tensor:
+        # as a model lays them out: tokens before heads
+        x = torch.randn(case.batch, count, heads, layout.head_dim, generator=generator)
+        return x.to(DEVICE, case.dtype).transpose(1, 2)
+
+    for count in case.counts:
+        if case.seed % 2:  # another spectrum in every chunk
+            spectrum = spectrum[torch.randperm(layout.head_dim, generator=generator).to(DEVICE)]
+        chunk = Step(
+            query=randn(layout.kv_heads * case.groups, count),
+            key=randn(layout.kv_heads, count) * spectrum,
+            value=randn(layout.kv_heads, count),
+            ids=torch.arange(at + 3, at + 3 + count, device=DEVICE)[None] if case.numbered else None,
+            valid=(torch.rand(case.batch, count, generator=generator) < 0.7).to(DEVICE) if case.padded else None,
+        )
+        at += count
+        result.append(chunk)
+        if count == 1:
+            result.append(Step(*(x[:, :, :0] for x in (chunk.query, chunk.key, chunk.value)), None, None))
+    return result
+
+
+def unpack(packed: Tensor, tiers: Tiers) -> Tensor:
+    return codec.unpack(packed, tiers).int()
+
+
+def copied(store: Store) -> Buffers:
+    return Buffers(*(buffer.clone() for buffer in store.buffers))
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_books(case: Case) -> None:
+    ours, truth = Store(case), Store(case)
+    for step in steps(case):
+        advance_triton(ours.ledger, ours.positions, step.ids, step.valid, step.key, case.layout)
+        reference.advance(truth.ledger, truth.positions, step.ids, step.valid, step.key, case.layout)
+        assert torch.equal(ours.ledger, truth.ledger)
+        assert torch.equal(ours.positions[:, :-1], truth.positions[:, :-1])  # the last one is scratch
+
+
+@settings(max_examples=20)
+@given(cases(presets=("exact",)))
+def test_lossless_store(case: Case) -> None:
+    ours, truth = Store(case), Store(case)
+    for step in steps(case):
+        advance_triton(ours.ledger, ours.positions, step.ids, step.valid, step.key, case.layout)
+        append_triton(step.query, step.key, step.value, ours.ledger, step.valid, None, ours.buffers, case.layout)
+        reference.append(step.query, step.key, step.value, ours.ledger, step.valid, None, truth.buffers, case.layout)
+        for name, a, b in zip(Buffers._fields, ours.buffers, truth.buffers, strict=True):
+            if name == "moment":
+                torch.testing.assert_close(a, b)
+            else:
+                assert torch.equal(a, b), name
+
+
+@settings(max_examples=40)
+@given(cases(presets=BASES, most=45))
+def test_coded_store(case: Case) -> None:
+    """Both begin the same segments; bases lose as little, and with the same bases the codes are the same."""
+    layout, store = case.layout, Store(case)
+    generator = torch.Generator().manual_seed(case.seed)
+    o_weight = torch.randn(5, layout.kv_heads * case.groups * layout.head_dim, generator=generator).to(DEVICE, case.dtype)
+    o_weight = o_weight if case.weighs_values else None
+    flips = fields = 0
+    for step in steps(case):
+        advance_triton(store.ledger, store.positions, step.ids, step.valid, step.key, layout)
+        expected, again, ours = copied(store), copied(store), store.buffers
+        rest = store.ledger, step.valid, o_weight
+        append_triton(step.query, step.key, step.value, *rest, ours, layout)
+        reference.append(step.query, step.key, step.value, *rest, expected, layout)
+        for name in ("k_exact", "v_exact", "starts"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+        torch.testing.assert_close(ours.moment, expected.moment, rtol=1e-5, atol=1e-5)
+
+        for name in ("k_basis", "v_basis", "k_affine", "v_affine", "starts"):
+            getattr(again, name).copy_(getattr(ours, name))
+        for coded in code(step, store.ledger, again, layout):
+            assert lost(coded, ours) <= 1.1 * lost(coded, expected) + 0.01
+        for side, tiers in (("k", layout.key), ("v", layout.value)):
+            a, b = (unpack(getattr(x, f"{side}_codes"), tiers) for x in (ours, again))
+            if side == "v" and layout.normalised:
+                apart = ours.v_norms.int() - again.v_norms.int()
+                assert apart.abs().max() <= 1
+                a, b = (x * (apart == 0)[..., None] for x in (a, b))
+            assert (a - b).abs().max() <= 1
+            flips += int((a != b).sum())
+        fields += int((store.ledger[:, 3] - store.ledger[:, 1]).sum()) * layout.groups * (layout.key.rank + layout.value.rank)
+    # on a GPU in bfloat16 products are rounded to eleven bits
+    assert flips <= max(2, (0.02 if DEVICE == "cuda" and case.dtype != torch.float32 else 0.005) * fields)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "seed"])
+def test_long_prefill_in_pieces(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gram matrices are summed piece by piece, and steps are searched on a sample."""
+    monkeypatch.setattr(fit, "_PIECE", 1000)
+    layout = replace(PRESETS[preset], head_group=1, warmup=500, recent=16).layout(1, 16)
+    case = Case(layout, torch.float32, 1, 1, [3000], preset == "balanced", False, False, 0)
+    store, (step,) = Store(case), steps(case)
+    advance_triton(store.ledger, store.positions, None, step.valid, step.key, layout)
+    expected = copied(store)
+    append_triton(step.query, step.key, step.value, store.ledger, step.valid, None, store.buffers, layout)
+    reference.append(step.query, step.key, step.value, store.ledger, step.valid, None, expected, layout)
+    assert torch.equal(store.buffers.starts, expected.starts)
+    for side in ("k_affine", "v_affine"):
+        torch.testing.assert_close(getattr(store.buffers, side), getattr(expected, side), rtol=0.02, atol=1e-3)
+    for coded in code(step, store.ledger, copied(store), layout):
+        assert lost(coded, store.buffers) <= 1.02 * lost(coded, expected) + 1e-4
+
+
+def test_other_tokens_begin_a_segment() -> None:
+    """Only where the old basis no longer serves, row by row."""
+    layout = replace(PRESETS["compact"], head_group=1, sinks=1, recent=3, block=4, warmup=40).layout(1, 16)
+    case = Case(layout, torch.float32, 2, 1, [200, 200], False, False, False, 0)
+    store, both = Store(case), steps(case)
+    both[1].key[1] = both[1].key[1].flip(-1)
+    for step in both:
+        advance_triton(store.ledger, store.positions, None, None, step.key, layout)
+        expected = copied(store)
+        append_triton(step.query, step.key, step.value, store.ledger, None, None, store.buffers, layout)
+        reference.append(step.query, step.key, step.value, store.ledger, None, None, expected, layout)
+        assert torch.equal(store.buffers.starts, expected.starts)
+    assert (store.buffers.starts < UNUSED).sum(1).tolist() == [1, 2]
+
+
+class Coded(NamedTuple):
+    """What a segment of a row got in one step: tokens float32 [G, n, W] as they were before coding."""
+
+    row: int
+    side: str
+    segment: int
+    slots: Tensor
+    x: Tensor
+    tiers: Tiers
+
+
+def code(step: Step, ledger: Tensor, buffers: Buffers, layout: Layout) -> list[Coded]:
+    """Code what the step codes, with the codec and in the segments that are there."""
+    result = []
+    window = buffers.k_exact.shape[2] - layout.sinks
+    for row, (before, coded, _, coded_after, *_) in enumerate(ledger.tolist()):
+        first = max(before - layout.sinks, 0)
+        starts = [s for s in buffers.starts[row].tolist() if s < coded_after]
+        for segment, (a, b) in enumerate(pairwise([*starts, coded_after])):
+            slots = torch.arange(max(a, coded), max(b, coded), device=ledger.device)
+            for side, new, tiers in (("k", step.key[row], layout.key), ("v", step.value[row], layout.value)):
+                if not len(slots):
+                    continue
+                if step.valid is not None:
+                    new = new[:, step.valid[row]]
+                names = ("exact", "codes", "basis", "affine")
+                exact, codes, basis, affine = (getattr(buffers, f"{side}_{name}")[row] for name in names)
+                basis = basis.mT
+                held, fresh = slots[slots < first], slots[slots >= first]
+                x = torch.cat((exact[:, layout.sinks + held % window], new[:, fresh + layout.sinks - before]), 1)
+                x = reference.group(x, layout).float()
+                if side == "v" and layout.normalised:
+                    buffers.v_norms[row, :, slots] = codec.norm_code(x)
+                    x = x / codec.norm_value(codec.norm_code(x))[..., None]
+                codes[:, slots] = codec.encode(x, basis[:, segment], affine[:, segment], tiers)
+                result.append(Coded(row, side, segment, slots, x, tiers))
+    return result
+
+
+def lost(coded: Coded, buffers: Buffers) -> float:
+    """The share of the weighted energy that is lost in codes."""
+    packed, basis, affine = (getattr(buffers, f"{coded.side}_{x}")[coded.row] for x in ("codes", "basis", "affine"))
+    basis = basis.mT
+    held = codec.decode(packed[:, coded.slots], basis[:, coded.segment], affine[:, coded.segment], coded.tiers)
+    weight = affine[:, coded.segment, None, 2 * coded.tiers.rank :]
+    return float(((held - coded.x) * weight).square().sum() / (coded.x * weight).square().sum())
