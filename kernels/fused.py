@@ -294,6 +294,102 @@ def _past(
 
 
 @triton.jit
+def _exact(coded, exact, new, is_code, is_kept, is_new, channels, live, LOSSLESS: tl.constexpr):
+    """Channels [N, channels] of tokens that are held as they are, in float32."""
+    live = live[None, :]
+    x = tl.load(exact[:, None] + channels[None, :], mask=is_kept[:, None] & live, other=0.0).to(tl.float32)
+    x += tl.load(new[:, None] + channels[None, :], mask=is_new[:, None] & live, other=0.0).to(tl.float32)
+    if LOSSLESS:
+        x += tl.load(coded[:, None] + channels[None, :], mask=is_code[:, None] & live, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _present(
+    q1, q2, q3, head, live, own, part, b, g, n, before, coded, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
+    row_positions, index, seen_row, turn, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
+    RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, EXACT_SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention to one part of what is held exactly: sums [M, DP], their maxima [M] and weights [N, M].
+
+    In this order: codes of a lossless store, sinks, window, chunk.
+    """
+    p, d, t = tl.arange(0, PP), tl.arange(0, DP), tl.arange(0, N)
+    real = p < P
+    first, second = (p * 2, p * 2 + 1) if INTERLEAVED else (p, p + P)
+    rest = 2 * P + tl.arange(0, RESTP if RESTP > 0 else 1)
+    highest = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([N, M], tl.float32)
+    out = tl.zeros([M, DP], tl.float32)
+    codes_first = coded if LOSSLESS else 0
+    in_sinks = tl.minimum(before, SINKS)
+    ring_first = codes_first + in_sinks
+    new_first = ring_first + tl.maximum(before - SINKS - coded, 0)
+    count = new_first + n
+    share = tl.cdiv(tl.cdiv(count, N), EXACT_SPLITS) * N
+    low = part * share
+    ring = exact_cap - SINKS
+    oldest = coded % ring
+    for start in tl.range(low, tl.minimum(low + share, count), N, num_stages=1):
+        e = start + t
+        is_code, is_new, ok = e < codes_first, e >= new_first, e < count
+        is_kept = (e >= codes_first) & (e < new_first)
+        column = e - new_first
+        place = oldest + e - ring_first
+        kept = tl.where(e < ring_first, e - codes_first, SINKS + tl.where(place < ring, place, place - ring))
+        token = tl.where(e < ring_first, e - codes_first, SINKS + coded + e - ring_first)
+        token = tl.where(is_code, SINKS + e, token)
+        if HAS_INDEX:
+            rank = tl.load(index + b * n + column, mask=is_new & ok, other=-1)
+            previous = tl.load(index + b * n + column - 1, mask=is_new & ok & (column > 0), other=-1)
+            token = tl.where(is_new, before + rank, token)
+            ok = ok & (~is_new | (rank > previous))
+        else:
+            token = tl.where(is_new, before + column, token)
+        is_new, is_code, is_kept = is_new & ok, is_code & ok, is_kept & ok
+        if P > 0:
+            where = tl.load(row_positions + token, mask=ok, other=0)
+            sin, cos = sincos(where[:, None], turn[None, :])
+        scores = tl.zeros([N, M], tl.float32)
+        for h in tl.static_range(HEADS):
+            kv = g * HEADS + h
+            coded_k = k_codes + ((b * GROUPS + g).to(tl.int64) * coded_cap + e) * (HEADS * D) + h * D
+            exact_k = k_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
+            new_k = k_ptr + b * k_b + kv * k_h + column * k_n
+            if P > 0:
+                k1 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, first, real, LOSSLESS)
+                k2 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, second, real, LOSSLESS)
+                r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
+                scores = tl.dot(r1, tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
+                scores = tl.dot(r2, tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
+            if RESTP > 0:
+                k3 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, rest, rest < D, LOSSLESS).to(DTYPE)
+                scores = tl.dot(k3, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
+        if HAS_SEEN:
+            visible = ok[:, None] & live[None, :]
+            visible = visible & (tl.load(seen_row[None, :] + token[:, None], mask=visible, other=0) != 0)
+        else:
+            visible = ok[:, None] & (token[:, None] <= own[None, :])
+            if SLIDES:
+                visible = visible & (token[:, None] > (own - slide)[None, :])
+        highest, alpha, weights = _merge_max(tl.where(visible, scores, float("-inf")), highest)
+        total = total * alpha[None, :] + weights
+        out = out * alpha[:, None]
+        mixing = tl.trans(weights.to(DTYPE))
+        for h in tl.static_range(HEADS):
+            kv = g * HEADS + h
+            coded_v = v_codes + ((b * GROUPS + g).to(tl.int64) * coded_cap + e) * (HEADS * D) + h * D
+            exact_v = v_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
+            new_v = v_ptr + b * v_b + kv * v_h + column * v_n
+            x = _exact(coded_v, exact_v, new_v, is_code, is_kept, is_new, d, d < D, LOSSLESS).to(DTYPE)
+            out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
+    return out, highest, total
+
+
+@triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts,
     ledger, positions, index, seen, turns, table, out_ptr, max_ptr, sum_ptr,
@@ -345,113 +441,48 @@ def _attend_kernel(
         rest = 2 * P + tl.arange(0, RESTP)
         q3 = tl.load(q_row[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0).to(tl.float32) * scale
 
-    highest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([N, M], tl.float32)
-    d = tl.arange(0, DP)
-    out = tl.zeros([M, DP], tl.float32)
-    t = tl.arange(0, N)
-
-    if split < SPLITS:
+    row_positions = positions + b * slots_cap
+    if LOSSLESS:
+        out, highest, total = _present(
+            q1, q2, q3, head, live, own, split - SPLITS, b, g, n, before, coded, k_ptr, v_ptr, k_codes, v_codes, k_exact,
+            v_exact, row_positions, index, seen_row, turn, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS,
+            HEADS, D, DP, P, PP, RESTP, INTERLEAVED, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, EXACT_SPLITS, M, N, DTYPE,
+            PRECISION,
+        )
+    elif split < SPLITS:
         low = 0
         if SLIDES:
             low = tl.maximum(tl.min(tl.where(live, own, 2147483647)) - slide + 1 - SINKS, 0) // N * N
         share = tl.cdiv(tl.cdiv(tl.maximum(coded - low, 0), N), SPLITS) * N
         low += split * share
         high = tl.minimum(low + share, coded)
-        row_positions = positions + b * slots_cap + SINKS
         if tl.load(ledger + b * LEDGER + 5) == 0:
             out, highest, total = _past(
                 q1, q2, q3, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
-                starts, row_positions, seen_row, turn, table, coded_cap, segments, slide, GROUPS, HEADS, D, DP, P, PP, RESTP,
-                INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, RK, RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN,
+                starts, row_positions + SINKS, seen_row, turn, table, coded_cap, segments, slide, GROUPS, HEADS, D, DP, P, PP,
+                RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, RK, RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN,
                 HAS_SEGMENTS, SLIDES, M, N, DTYPE, PRECISION, UNPACK, ROTATE, STAGES, False,
             )
         else:
             out, highest, total = _past(
                 q1, q2, q3, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
-                starts, row_positions, seen_row, turn, table, coded_cap, segments, slide, GROUPS, HEADS, D, DP, P, PP, RESTP,
-                INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, RK, RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN,
+                starts, row_positions + SINKS, seen_row, turn, table, coded_cap, segments, slide, GROUPS, HEADS, D, DP, P, PP,
+                RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, RK, RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN,
                 HAS_SEGMENTS, SLIDES, M, N, DTYPE, PRECISION, UNPACK, ROTATE, STAGES, True,
             )
     else:
-        codes_first = coded if LOSSLESS else 0
-        in_sinks = tl.minimum(before, SINKS)
-        ring_first = codes_first + in_sinks
-        new_first = ring_first + tl.maximum(before - SINKS - coded, 0)
-        count = new_first + n
-        share = tl.cdiv(tl.cdiv(count, N), EXACT_SPLITS) * N
-        low = (split - SPLITS) * share
-        ring = exact_cap - SINKS
-        oldest = coded % ring
-        for start in tl.range(low, tl.minimum(low + share, count), N, num_stages=1):
-            e = start + t
-            is_code, is_new, ok = e < codes_first, e >= new_first, e < count
-            is_kept = (e >= codes_first) & (e < new_first)
-            column = e - new_first
-            place = oldest + e - ring_first
-            kept = tl.where(e < ring_first, e - codes_first, SINKS + tl.where(place < ring, place, place - ring))
-            token = tl.where(e < ring_first, e - codes_first, SINKS + coded + e - ring_first)
-            token = tl.where(is_code, SINKS + e, token)
-            if HAS_INDEX:
-                rank = tl.load(index + b * n + column, mask=is_new & ok, other=-1)
-                previous = tl.load(index + b * n + column - 1, mask=is_new & ok & (column > 0), other=-1)
-                token = tl.where(is_new, before + rank, token)
-                ok = ok & (~is_new | (rank > previous))
-            else:
-                token = tl.where(is_new, before + column, token)
-            is_new, is_code, is_kept = is_new & ok, is_code & ok, is_kept & ok
-            if P > 0:
-                where = tl.load(positions + b * slots_cap + token, mask=ok, other=0)
-                sin, cos = sincos(where[:, None], turn[None, :])
-            scores = tl.zeros([N, M], tl.float32)
-            for h in tl.static_range(HEADS):
-                kv = g * HEADS + h
-                coded_k = k_codes + ((b * GROUPS + g).to(tl.int64) * coded_cap + e) * (HEADS * D) + h * D
-                exact_k = k_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
-                new_k = k_ptr + b * k_b + kv * k_h + column * k_n
-                if P > 0:
-                    k1 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, first, real, LOSSLESS)
-                    k2 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, second, real, LOSSLESS)
-                    r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
-                    scores = tl.dot(r1, tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
-                    scores = tl.dot(r2, tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
-                if RESTP > 0:
-                    k3 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, rest, rest < D, LOSSLESS).to(DTYPE)
-                    scores = tl.dot(k3, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
-            if HAS_SEEN:
-                visible = ok[:, None] & live[None, :]
-                visible = visible & (tl.load(seen_row[None, :] + token[:, None], mask=visible, other=0) != 0)
-            else:
-                visible = ok[:, None] & (token[:, None] <= own[None, :])
-                if SLIDES:
-                    visible = visible & (token[:, None] > (own - slide)[None, :])
-            highest, alpha, weights = _merge_max(tl.where(visible, scores, float("-inf")), highest)
-            total = total * alpha[None, :] + weights
-            out = out * alpha[:, None]
-            mixing = tl.trans(weights.to(DTYPE))
-            for h in tl.static_range(HEADS):
-                kv = g * HEADS + h
-                coded_v = v_codes + ((b * GROUPS + g).to(tl.int64) * coded_cap + e) * (HEADS * D) + h * D
-                exact_v = v_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
-                new_v = v_ptr + b * v_b + kv * v_h + column * v_n
-                x = _exact(coded_v, exact_v, new_v, is_code, is_kept, is_new, d, d < D, LOSSLESS).to(DTYPE)
-                out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
+        out, highest, total = _present(
+            q1, q2, q3, head, live, own, split - SPLITS, b, g, n, before, coded, k_ptr, v_ptr, k_codes, v_codes, k_exact,
+            v_exact, row_positions, index, seen_row, turn, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS,
+            HEADS, D, DP, P, PP, RESTP, INTERLEAVED, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, EXACT_SPLITS, M, N, DTYPE,
+            PRECISION,
+        )
 
+    d = tl.arange(0, DP)
     at = (pair * tl.num_programs(1) * M + m) * (SPLITS + EXACT_SPLITS) + split
     tl.store(out_ptr + at[:, None] * DP + d[None, :], out)
     tl.store(max_ptr + at, highest)
     tl.store(sum_ptr + at, tl.sum(total, 0))
-
-
-@triton.jit
-def _exact(coded, exact, new, is_code, is_kept, is_new, channels, live, LOSSLESS: tl.constexpr):
-    """Channels [N, channels] of tokens that are held as they are, in float32."""
-    live = live[None, :]
-    x = tl.load(exact[:, None] + channels[None, :], mask=is_kept[:, None] & live, other=0.0).to(tl.float32)
-    x += tl.load(new[:, None] + channels[None, :], mask=is_new[:, None] & live, other=0.0).to(tl.float32)
-    if LOSSLESS:
-        x += tl.load(coded[:, None] + channels[None, :], mask=is_code[:, None] & live, other=0.0).to(tl.float32)
-    return x
 
 
 @triton.jit

@@ -18,7 +18,8 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import advance, append, reference
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 
-HEADROOM = 64  # coded slots that a new log has to spare; what is spare doubles whenever it is used up
+# coded slots that a new log has to spare, which double whenever they are used up: a GPU must then record its graphs again
+HEADROOM = {"cpu": 64, "cuda": 1024}
 
 
 class Shared:
@@ -58,7 +59,7 @@ class Timeline:
         """Books for ``batch`` rows; the first step brings ``count`` columns, in the shortest row ``tokens`` tokens."""
         self.layout = layout
         self.length = 0
-        self.spare = HEADROOM
+        self.spare = HEADROOM.get(device.type, 64)
         self.waiting = tokens - layout.sinks - layout.recent < layout.first  # some row has no basis yet
         self.next_due = 0  # the least length at which a row may have a segment to begin, as far as the host knows
         self.offered = False  # a chunk was long enough for a basis of its own

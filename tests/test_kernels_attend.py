@@ -132,10 +132,12 @@ def test_pieces_cover_every_byte_once(tiers: Tiers) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "f16"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("count, dim", [(1, 64), (1, 128), (40, 64)])
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_half_precision_is_near_the_reference_in_single(preset: str, dim: int, dtype: torch.dtype, bound: float) -> None:
-    books, chunk = store(preset, dim, past=500, chunk=1, batch=2)
+def test_half_precision_is_near_the_reference_in_single(
+    preset: str, count: int, dim: int, dtype: torch.dtype, bound: float
+) -> None:
+    books, chunk = store(preset, dim, past=500, chunk=count, batch=2)
     halves = ("k_exact", "v_exact", *(("k_codes", "v_codes") if books.layout.lossless else ()))
     rounded = {name: getattr(books.buffers, name).to(dtype) for name in halves}
     books.buffers = books.buffers._replace(**{name: x.float() for name, x in rounded.items()})

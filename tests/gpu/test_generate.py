@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spectral_compile as sc
 from spectral_compile import report
+from spectral_compile.bench.generation import recordings
 from tests.tiny import GREEDY, WINDOWS, build, tokens
 
 pytestmark = [
@@ -37,6 +38,19 @@ def test_greedy_tokens_equal_dense(name: str, inner: str) -> None:
     model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": inner, **WINDOWS})
     assert torch.equal(model.generate(prompt, attention_mask=mask, max_new_tokens=60, **GREEDY), expected)
     assert_all_matched(2)
+
+
+def test_decode_is_recorded_and_replayed() -> None:
+    """One recording after each growth of the buffers, and the same tokens as without any."""
+    prompt, made = tokens(1, 300).cuda(), []
+    for cudagraphs in (False, True):
+        sc.reset()
+        model = build("llama").cuda()
+        model.compile(backend=sc.spectral, options={"strict": True, "warmup": 128, "cudagraphs": cudagraphs})
+        made.append(model.generate(prompt, max_new_tokens=400, **GREEDY))
+        assert_all_matched(2)
+        assert recordings(prompt.device) == int(cudagraphs)
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
