@@ -394,7 +394,7 @@ class Tokens:
             K8=layout.key.bits8, K4=layout.key.bits4, K2=layout.key.bits2,
             V8=layout.value.bits8, V4=layout.value.bits4, V2=layout.value.bits2,
             LOSSLESS=layout.lossless, NORMALISED=layout.normalised, CODE=code_tiles > 0, KEEP=keep, ONE=one,
-            PRECISION="ieee" if self.key.dtype == torch.float32 else "tf32", **self.geometry, num_stages=2,
+            PRECISION="tf32x3" if self.key.dtype == torch.float32 else "tf32", **self.geometry, num_stages=2,
         )  # fmt: skip
 
 

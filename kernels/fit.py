@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_compile import codec
+from spectral_compile.kernels import eigen
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.encode import Tokens
 from spectral_compile.kernels.reference import REFRESH
@@ -43,7 +44,12 @@ def fit(tokens: Tokens, books: list[list[int]], o_weight: torch.Tensor | None) -
 
 
 def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """The ``rank`` leading eigenvectors of symmetric matrices, largest first: float32 [..., W, W] -> float32 [..., W, rank]."""
+    """The ``rank`` leading eigenvectors of positive semidefinite matrices, largest first; on a GPU, near ones mixed.
+
+    float32 [..., W, W] -> float32 [..., W, rank].
+    """
+    if gram.is_cuda:
+        return eigen.eigenbasis(gram, rank)  # eigh waits for each matrix
     return torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
 
 
