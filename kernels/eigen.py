@@ -26,14 +26,14 @@ def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(_SHIFT)
     order = diagonal.argsort(-1, descending=True)[:, :, None]
-    a = a.take_along_dim(order, -2).take_along_dim(order.mT, -1)
+    a = a.gather(-2, order.expand_as(a)).gather(-1, order.mT.expand_as(a))
     basis = torch.linalg.cholesky_ex(a).L[..., :rank]
     for power in _POWERS:
         for _ in range(power):
             basis = a @ basis
         basis = _orthonormal(basis)
     energy = (basis * (a @ basis)).sum(-2, keepdim=True)
-    basis = basis.take_along_dim(energy.argsort(-1, descending=True), -1).float()
+    basis = basis.gather(-1, energy.argsort(-1, descending=True).expand_as(basis)).float()
     return torch.empty_like(basis).scatter_(-2, order.expand_as(basis), basis).reshape(*gram.shape[:-1], rank)
 
 

@@ -276,9 +276,9 @@ class Spy:
         self.handed: list[GraphModule] = []
         inner = backend.compile_inner
 
-        def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, **rest: Any) -> Any:
+        def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, *rest: Any) -> Any:
             self.handed.append(gm)
-            return inner(gm, examples, config, **rest)
+            return inner(gm, examples, config, *rest)
 
         monkeypatch.setattr(backend, "compile_inner", compile_inner)
 
