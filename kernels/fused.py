@@ -20,6 +20,7 @@ from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _LEAST = 16  # the smallest extent of a matrix product
 _PROGRAMS = 264  # two for each multiprocessor of an H100
+_SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 
 
 class _Packed(NamedTuple):
@@ -393,7 +394,7 @@ def _present(
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts,
     ledger, positions, index, seen, turns, table, out_ptr, max_ptr, sum_ptr,
-    n, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
+    n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr,
@@ -408,7 +409,7 @@ def _attend_kernel(
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = pair // GROUPS, pair % GROUPS
     ROWS: tl.constexpr = HEADS * GQA
-    m = tile * M + tl.arange(0, M)
+    m = (first_tile + tile) * M + tl.arange(0, M)
     live = m < n * ROWS
     qi, qh = m // ROWS, m % ROWS
     head = qh // GQA
@@ -479,7 +480,8 @@ def _attend_kernel(
         )
 
     d = tl.arange(0, DP)
-    at = (pair * tl.num_programs(1) * M + m) * (SPLITS + EXACT_SPLITS) + split
+    row = (pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)
+    at = row * (SPLITS + EXACT_SPLITS) + split
     tl.store(out_ptr + at[:, None] * DP + d[None, :], out)
     tl.store(max_ptr + at, highest)
     tl.store(sum_ptr + at, tl.sum(total, 0))
@@ -487,14 +489,15 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, max_ptr, sum_ptr, result, n, rows,
+    out_ptr, max_ptr, sum_ptr, result, n, first, rows,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one (query, head) pair into ``result`` [B, n, Hq, D]."""
-    m, pair = tl.program_id(0), tl.program_id(1)
+    """Merges the splits of one (query, head) pair, counted from ``first``, into ``result`` [B, n, Hq, D]."""
+    m, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = pair // GROUPS, pair % GROUPS
     s, d = tl.arange(0, SP), tl.arange(0, DP)
     at = (pair * rows + m) * S + s
+    m += first
     highest = tl.load(max_ptr + at, mask=s < S, other=float("-inf"))
     top = tl.max(highest, 0)
     weight = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
@@ -530,39 +533,44 @@ def attend(
     rows = count * heads * gqa
     coded_cap, exact_cap, segments = buffers.k_codes.shape[2], buffers.k_exact.shape[2], buffers.starts.shape[1]
     plan = _plan(layout, batch, rows, coded_cap, exact_cap + count, query.dtype)
-    tiles = triton.cdiv(rows, plan["M"])
+    tile = plan["M"]
+    tiles = triton.cdiv(rows, tile)
     splits = plan["SPLITS"] + plan["EXACT_SPLITS"]
     padded = triton.next_power_of_2(dim)
-    part = query.new_empty(batch * groups, tiles * plan["M"], splits, padded, dtype=torch.float32)
-    top, total = query.new_empty(2, *part.shape[:-1], dtype=torch.float32)
     out = query.new_empty(batch, count, q_heads, dim)
     index = valid.cumsum(1, dtype=torch.int32) - 1 if valid is not None and count > 1 else None
     seen = None if mask is None else _seen(mask, columns, valid, positions.shape[1], count)
     turns, table = tables(layout.rotary, query.device, query.dtype)
     pairs = layout.rotary.dim // 2 if layout.rotary else 0
     rest = dim - 2 * pairs
-    _attend_kernel[(splits, tiles, batch * groups)](
-        query, key, value, buffers.k_codes, buffers.v_codes, buffers.v_norms, buffers.k_basis, buffers.v_basis,
-        buffers.k_affine, buffers.v_affine, buffers.k_exact, buffers.v_exact, buffers.starts,
-        ledger, positions, index, seen, turns, table, part, top, total,
-        count, coded_cap, exact_cap, segments, positions.shape[1],
-        0 if seen is None else seen.shape[2], window, scale,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
-        P=pairs, PP=max(_LEAST, triton.next_power_of_2(max(pairs, 1))),
-        RESTP=max(_LEAST, triton.next_power_of_2(rest)) if rest else 0,
-        INTERLEAVED=bool(layout.rotary and layout.rotary.interleaved), SCALING=layout.rotary.scaling if layout.rotary else 1.0,
-        K_PIECES=pieces(layout.key), V_PIECES=pieces(layout.value),
-        K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
-        K_ROW=layout.key.row_bytes, V_ROW=layout.value.row_bytes,
-        NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks, LEDGER=ledger.shape[1],
-        HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HAS_SEGMENTS=segments > 1,
-        ONE=count == 1, SLIDES=window > 0, N=TILE, **plan,
-    )  # fmt: skip
-    _merge_kernel[(rows, batch * groups)](
-        part, top, total, out, count, tiles * plan["M"],
-        GROUPS=groups, ROWS=heads * gqa, D=dim, DP=padded, S=splits, SP=triton.next_power_of_2(splits),
-    )  # fmt: skip
+    most = max(1, _SCRATCH // (batch * groups * tile * splits * padded))  # tiles of queries at a time
+    for first in range(0, tiles, most):
+        held = min(most, tiles - first)
+        part = query.new_empty(batch * groups, held * tile, splits, padded, dtype=torch.float32)
+        top, total = query.new_empty(2, *part.shape[:-1], dtype=torch.float32)
+        _attend_kernel[(splits, held, batch * groups)](
+            query, key, value, buffers.k_codes, buffers.v_codes, buffers.v_norms, buffers.k_basis, buffers.v_basis,
+            buffers.k_affine, buffers.v_affine, buffers.k_exact, buffers.v_exact, buffers.starts,
+            ledger, positions, index, seen, turns, table, part, top, total,
+            count, first, coded_cap, exact_cap, segments, positions.shape[1],
+            0 if seen is None else seen.shape[2], window, scale,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
+            P=pairs, PP=max(_LEAST, triton.next_power_of_2(max(pairs, 1))),
+            RESTP=max(_LEAST, triton.next_power_of_2(rest)) if rest else 0,
+            INTERLEAVED=bool(layout.rotary and layout.rotary.interleaved),
+            SCALING=layout.rotary.scaling if layout.rotary else 1.0,
+            K_PIECES=pieces(layout.key), V_PIECES=pieces(layout.value),
+            K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
+            K_ROW=layout.key.row_bytes, V_ROW=layout.value.row_bytes,
+            NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks, LEDGER=ledger.shape[1],
+            HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HAS_SEGMENTS=segments > 1,
+            ONE=count == 1, SLIDES=window > 0, N=TILE, **plan,
+        )  # fmt: skip
+        _merge_kernel[(min(held * tile, rows - first * tile), batch * groups)](
+            part, top, total, out, count, first * tile, held * tile,
+            GROUPS=groups, ROWS=heads * gqa, D=dim, DP=padded, S=splits, SP=triton.next_power_of_2(splits),
+        )  # fmt: skip
     return out.transpose(1, 2)
 
 

@@ -121,6 +121,12 @@ def test_positions_with_gaps(chunk: int) -> None:
     assert_same(fused_attend(books, step, 0.1), books.attend(step, 0.1), step)
 
 
+def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    books, chunk = store("balanced", 64, past=150, chunk=90, batch=2)
+    monkeypatch.setattr(fused, "_SCRATCH", 1)
+    assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
+
+
 @pytest.mark.parametrize("tiers", [Tiers(3, 5, 9), Tiers(0, 0, 7), Tiers(1, 0, 0), Tiers(0, 16, 0), Tiers(16, 30, 18)])
 def test_pieces_cover_every_byte_once(tiers: Tiers) -> None:
     parts = fused.pieces(tiers)
