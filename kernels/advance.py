@@ -18,7 +18,7 @@ def advance(
 ) -> None:
     """See ``reference.advance``; on a GPU it is one kernel."""
     if ledger.is_cuda:
-        from spectral_compile.kernels.append import advance_triton  # Triton is there only where a GPU is
+        from spectral_compile.kernels.encode import advance_triton  # Triton is there only where a GPU is
 
         advance_triton(ledger, positions, position_ids, valid, chunk, layout)
     else:

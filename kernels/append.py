@@ -41,6 +41,7 @@ def append_triton(
     """``reference.append`` in Triton. One column is one launch that waits for nothing; more columns, or none, may wait."""
     from spectral_compile.kernels.encode import Tokens, tiles_of  # Triton is there only where a GPU is
     from spectral_compile.kernels.fit import fit
+    from spectral_compile.kernels.ledger import on_host
 
     tokens = Tokens(query, key, value, ledger, valid, buffers, layout)
     if tokens.count == 1:
@@ -48,39 +49,13 @@ def append_triton(
         return
     if tokens.count:
         tokens.add_moment()
-    books = _on_host(ledger)
+    books = on_host(ledger)
     if not layout.lossless:
         fit(tokens, books, o_weight)
     # coding reads the places in the window that new tokens are then written to
     tokens.write(tiles_of(max(coded_after - coded for _, coded, _, coded_after, *_ in books)), keep=False)
     if tokens.count:
         tokens.write(0, keep=True)
-
-
-_books: dict[int, list[list[int]]] = {}  # ledgers by address as this step left them, which all layers read
-
-
-def _on_host(ledger: torch.Tensor) -> list[list[int]]:
-    """The rows of a ledger; the first layer of a step waits for the GPU."""
-    key = ledger.data_ptr()
-    if key not in _books:
-        _books[key] = ledger.tolist()
-    return _books[key]
-
-
-def advance_triton(
-    ledger: torch.Tensor,
-    positions: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    chunk: torch.Tensor,
-    layout: Layout,
-) -> None:
-    """``reference.advance`` in one launch, which begins a step: an append follows no other change of its ledger."""
-    from spectral_compile.kernels.encode import advance_books
-
-    _books.clear()
-    advance_books(ledger, positions, position_ids, valid, chunk, layout)
 
 
 @torch.library.custom_op("spectral::append_", mutates_args=Buffers._fields)

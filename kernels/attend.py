@@ -10,27 +10,6 @@ from spectral_compile.kernels.append import append
 from spectral_compile.kernels.buffers import Buffers
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    ledger: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    buffers: Buffers,
-    layout: Layout,
-    scale: float,
-    window: int,
-) -> torch.Tensor:
-    """See ``reference.attend``; on a GPU it is two kernels."""
-    run = reference.attend
-    if query.is_cuda:
-        from spectral_compile.kernels.fused import attend as run  # Triton is there only where a GPU is
-    return run(query, key, value, mask, columns, ledger, positions, valid, buffers, layout, scale, window)
-
-
 @torch.library.custom_op("spectral::attend_", mutates_args=Buffers._fields)
 def attend_(
     query: torch.Tensor,
@@ -61,6 +40,9 @@ def attend_(
     share of a decode step small."""
     buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
     parsed = Layout.parse(layout)
+    attend = reference.attend
+    if query.is_cuda:
+        from spectral_compile.kernels.fused import attend  # Triton is there only where a GPU is
     out = attend(query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window)
     append(query, key, value, ledger, valid, o_weight, buffers, parsed)
     return out

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels import buffers as shapes
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.ledger import COLUMNS, books, forget
 
-LEDGER: tl.constexpr = tl.constexpr(shapes.LEDGER)
 _TILE = 32  # tokens that a program takes
 _LEAST = 16  # the smallest extent of a matrix product
 _SPAN = 512  # tokens whose squared queries one program sums
@@ -28,7 +27,7 @@ def _advance_kernel(
 ):  # fmt: skip
     """One row's books; a single warp, since what is stored last is what is loaded first."""
     b = tl.program_id(0).to(tl.int64)
-    row = ledger + b * LEDGER
+    row = ledger + b * COLUMNS
     before, coded, waiting = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     gaps = tl.load(row + 5)
     after = before
@@ -204,10 +203,7 @@ def _append_kernel(
     W: tl.constexpr = HEADS * D
     tile, pair, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = (pair // GROUPS).to(tl.int64), pair % GROUPS
-    before = tl.load(ledger + b * LEDGER).to(tl.int32)
-    coded = tl.load(ledger + b * LEDGER + 1).to(tl.int32)
-    after = tl.load(ledger + b * LEDGER + 2).to(tl.int32)
-    coded_after = tl.load(ledger + b * LEDGER + 3).to(tl.int32)
+    before, coded, after, coded_after = books(ledger, b)
     if tile < code_tiles:
         if CODE:  # noqa: SIM102
             if coded + tile * N < coded_after:
@@ -254,9 +250,7 @@ def _gather_kernel(
     W: tl.constexpr = HEADS * D
     tile, pair, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = (pair // GROUPS).to(tl.int64), pair % GROUPS
-    before = tl.load(ledger + b * LEDGER).to(tl.int32)
-    coded = tl.load(ledger + b * LEDGER + 1).to(tl.int32)
-    coded_after = tl.load(ledger + b * LEDGER + 3).to(tl.int32)
+    before, coded, _after, coded_after = books(ledger, b)
     i = tile * N + tl.arange(0, N)
     every = 1
     if sample != 0:
@@ -302,7 +296,7 @@ def _moment_kernel(
     tl.store(out + (span * tl.num_programs(1) + pair) * D + d, total, mask=d < D)
 
 
-def advance_books(
+def advance_triton(
     ledger: torch.Tensor,
     positions: torch.Tensor,
     position_ids: torch.Tensor | None,
@@ -310,7 +304,11 @@ def advance_books(
     chunk: torch.Tensor,
     layout: Layout,
 ) -> None:
-    """``reference.advance`` in one launch; the scratch slot of ``positions`` is left alone."""
+    """``reference.advance`` in one launch, which begins a step: an append follows no other change of its ledger.
+
+    The scratch slot of ``positions`` is left alone.
+    """
+    forget()
     batch, count = ledger.shape[0], chunk.shape[2]
     ids = position_ids if position_ids is None else position_ids.expand(batch, count)
     valid = _bytes(valid)

@@ -7,6 +7,7 @@ chunk. A second kernel merges all of them by log-sum-exp.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.ledger import COLUMNS, books
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _LEAST = 16  # the smallest extent of a matrix product
@@ -64,6 +66,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ASM = {torch.bfloat16: _packed("bf16", 0x4100, 7), torch.float16: _packed("f16", 0x4800, 10)}
 
 
+@functools.cache
 def pieces(tiers: Tiers) -> tuple[tuple[int, int, int, int], ...]:
     """A row of codes as parts whose extents are powers of two: (first byte, bytes, padded bytes, digits a byte).
 
@@ -400,7 +403,7 @@ def _attend_kernel(
     P: tl.constexpr, PP: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr,
     K_PIECES: tl.constexpr, V_PIECES: tl.constexpr, K_TIERS: tl.constexpr, V_TIERS: tl.constexpr,
     RK: tl.constexpr, RV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    NORMALISED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr, LEDGER: tl.constexpr,
+    NORMALISED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, ONE: tl.constexpr, SLIDES: tl.constexpr,
     SPLITS: tl.constexpr, EXACT_SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, UNPACK: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr,
@@ -413,9 +416,7 @@ def _attend_kernel(
     live = m < n * ROWS
     qi, qh = m // ROWS, m % ROWS
     head = qh // GQA
-    before = tl.load(ledger + b * LEDGER).to(tl.int32)
-    coded = tl.load(ledger + b * LEDGER + 1).to(tl.int32)
-    after = tl.load(ledger + b * LEDGER + 2).to(tl.int32)
+    before, coded, after, _coded_after = books(ledger, b)
     if ONE:
         own = tl.zeros([M], tl.int32) + (after - 1)
     elif HAS_INDEX:
@@ -443,21 +444,14 @@ def _attend_kernel(
         q3 = tl.load(q_row[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0).to(tl.float32) * scale
 
     row_positions = positions + b * slots_cap
-    if LOSSLESS:
-        out, highest, total = _present(
-            q1, q2, q3, head, live, own, split - SPLITS, b, g, n, before, coded, k_ptr, v_ptr, k_codes, v_codes, k_exact,
-            v_exact, row_positions, index, seen_row, turn, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS,
-            HEADS, D, DP, P, PP, RESTP, INTERLEAVED, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, EXACT_SPLITS, M, N, DTYPE,
-            PRECISION,
-        )
-    elif split < SPLITS:
+    if not LOSSLESS and split < SPLITS:
         low = 0
         if SLIDES:
             low = tl.maximum(tl.min(tl.where(live, own, 2147483647)) - slide + 1 - SINKS, 0) // N * N
         share = tl.cdiv(tl.cdiv(tl.maximum(coded - low, 0), N), SPLITS) * N
         low += split * share
         high = tl.minimum(low + share, coded)
-        if tl.load(ledger + b * LEDGER + 5) == 0:
+        if tl.load(ledger + b * COLUMNS + 5) == 0:
             out, highest, total = _past(
                 q1, q2, q3, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
                 starts, row_positions + SINKS, seen_row, turn, table, coded_cap, segments, slide, GROUPS, HEADS, D, DP, P, PP,
@@ -563,7 +557,7 @@ def attend(
             K_PIECES=pieces(layout.key), V_PIECES=pieces(layout.value),
             K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
             K_ROW=layout.key.row_bytes, V_ROW=layout.value.row_bytes,
-            NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks, LEDGER=ledger.shape[1],
+            NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks,
             HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HAS_SEGMENTS=segments > 1,
             ONE=count == 1, SLIDES=window > 0, N=TILE, **plan,
         )  # fmt: skip

@@ -59,7 +59,7 @@ class Timeline:
         """Books for ``batch`` rows; the first step brings ``count`` columns, in the shortest row ``tokens`` tokens."""
         self.layout = layout
         self.length = 0
-        self.spare = HEADROOM.get(device.type, 64)
+        self.spare = HEADROOM.get(device.type, HEADROOM["cpu"])
         self.waiting = tokens - layout.sinks - layout.recent < layout.first  # some row has no basis yet
         self.next_due = 0  # the least length at which a row may have a segment to begin, as far as the host knows
         self.offered = False  # a chunk was long enough for a basis of its own

@@ -17,11 +17,12 @@ from spectral_compile import codec
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
 from spectral_compile.kernels import reference
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
+from spectral_compile.kernels.encode import advance_triton
 
 pytest.importorskip("triton")
 
 from spectral_compile.kernels import fit
-from spectral_compile.kernels.append import advance_triton, append_triton
+from spectral_compile.kernels.append import append_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
