@@ -40,10 +40,15 @@ def attend_(
     share of a decode step small."""
     buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
     parsed = Layout.parse(layout)
-    attend = reference.attend
-    if query.is_cuda:
+    chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window)
+    if not query.is_cuda:
+        out = reference.attend(*chunk)
+    else:
         from spectral_compile.kernels.fused import attend  # Triton is there only where a GPU is
-    out = attend(query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window)
+
+        if query.shape[2] == 1:
+            return attend(*chunk, enters=True)
+        out = attend(*chunk)
     append(query, key, value, ledger, valid, o_weight, buffers, parsed)
     return out
 

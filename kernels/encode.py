@@ -6,6 +6,8 @@ one a layer, with a grid that depends on shapes alone and without waiting for th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -128,7 +130,7 @@ def _code(
         tl.store(codes + at[:, None] + c[None, :], x, mask=live[:, None] & (c < W)[None, :])
     else:
         R: tl.constexpr = B8 + B4 + B2
-        ROW: tl.constexpr = B8 + (B4 + 1) // 2 + (B2 + 3) // 4
+        ROW: tl.constexpr = (B8 + (B4 + 1) // 2 + (B2 + 3) // 4 + 3) // 4 * 4
         x = x.to(tl.float32)
         if NORMALISED:
             code, size = _norm(x, W)
@@ -189,19 +191,18 @@ def _keep(
         tl.store(exact + ((b * H + head) * extent)[None, :] * D + place[:, None] * D + d[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "code_tiles", "segments"])
-def _append_kernel(
-    query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment,
+@triton.jit
+def enter(
+    tile, pair, side, query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment,
     ledger, index, n, code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
     H: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
     K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
     LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
     ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first ``code_tiles`` programs of a group and side code N tokens each, the others keep what stays exact."""
+    """A part of what one group and side store: the first ``code_tiles`` parts code N tokens each, the others keep what stays."""
     GROUPS: tl.constexpr = H // HEADS
     W: tl.constexpr = HEADS * D
-    tile, pair, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = (pair // GROUPS).to(tl.int64), pair % GROUPS
     before, coded, after, coded_after = books(ledger, b)
     if tile < code_tiles:
@@ -237,6 +238,24 @@ def _append_kernel(
             else:
                 _keep(value, v_exact, index, b, g, tile - code_tiles, before, after, coded_after, n, extent, v_b, v_h, v_n,
                       H, HEADS, D, WP, SINKS, HAS_INDEX, ONE, N)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "code_tiles", "segments"])
+def _append_kernel(
+    query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment,
+    ledger, index, n, code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
+    H: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
+    K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
+    LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
+    ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part a program."""
+    enter(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis,
+        k_affine, v_affine, k_exact, v_exact, starts, moment, ledger, index, n, code_tiles, coded_cap, segments, extent, q_b,
+        q_h, k_b, k_h, k_n, v_b, v_h, v_n, H, HEADS, GQA, D, WP, SINKS, K8, K4, K2, V8, V4, V2, LOSSLESS, NORMALISED,
+        HAS_INDEX, CODE, KEEP, ONE, N, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "offset", "count"])
@@ -379,21 +398,40 @@ class Tokens:
 
     def write(self, code_tiles: int, keep: bool) -> None:
         """Code up to ``code_tiles`` tiles a row, and keep what stays exact; both in one launch only for one column."""
-        layout, buffers, one = self.layout, self.buffers, self.count == 1
-        batch, extent = len(self.ledger), buffers.k_exact.shape[2]
-        tiles = code_tiles + keep * (1 if one else -(-extent // _TILE))
+        one = self.count == 1
+        tiles = code_tiles + keep * (1 if one else -(-self.buffers.k_exact.shape[2] // _TILE))
         if tiles == 0:
             return
-        _append_kernel[(tiles, batch * layout.groups, 2)](
-            self.query, self.key, self.value, *buffers, self.ledger, self.index,
-            self.count, code_tiles, buffers.k_codes.shape[2], buffers.starts.shape[1], extent,
+        grid = (tiles, len(self.ledger) * self.layout.groups, 2)
+        what = {"CODE": code_tiles > 0, "KEEP": keep, "ONE": one}
+        _append_kernel[grid](*self.pointers(code_tiles), **what, **self.constants, num_stages=2)
+
+    def pointers(self, code_tiles: int) -> tuple[Any, ...]:
+        """What ``enter`` takes before its constants."""
+        return (
+            self.query, self.key, self.value, *self.buffers, self.ledger, self.index, self.count, code_tiles,
+            self.buffers.k_codes.shape[2], self.buffers.starts.shape[1], self.buffers.k_exact.shape[2],
             *self.query.stride()[:2], *self.key.stride()[:3], *self.value.stride()[:3],
-            GQA=self.query.shape[1] // layout.kv_heads,
-            K8=layout.key.bits8, K4=layout.key.bits4, K2=layout.key.bits2,
-            V8=layout.value.bits8, V4=layout.value.bits4, V2=layout.value.bits2,
-            LOSSLESS=layout.lossless, NORMALISED=layout.normalised, CODE=code_tiles > 0, KEEP=keep, ONE=one,
-            PRECISION="tf32x3" if self.key.dtype == torch.float32 else "tf32", **self.geometry, num_stages=2,
         )  # fmt: skip
+
+    def step(self) -> tuple[int, ...]:
+        """The constants of ``enter`` that are not the same for every step of one column, in its order."""
+        last = ("LOSSLESS", "NORMALISED", "HAS_INDEX", "N")
+        order = ("H", "HEADS", "GQA", "D", "WP", "SINKS", "K8", "K4", "K2", "V8", "V4", "V2", *last)
+        return tuple(self.constants[name] for name in order)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        layout = self.layout
+        return {
+            **self.geometry,
+            "GQA": self.query.shape[1] // layout.kv_heads,
+            "K8": layout.key.bits8, "K4": layout.key.bits4, "K2": layout.key.bits2,
+            "V8": layout.value.bits8, "V4": layout.value.bits4, "V2": layout.value.bits2,
+            "LOSSLESS": layout.lossless,
+            "NORMALISED": layout.normalised,
+            "PRECISION": "tf32x3" if self.key.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
 
 
 def tiles_of(tokens: int) -> int:

@@ -7,9 +7,8 @@ chunk. A second kernel merges all of them by log-sum-exp.
 
 from __future__ import annotations
 
-import functools
-import os
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -17,138 +16,30 @@ import triton.language as tl
 
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.digits import INTERPRETED, digits, load, matrix, opaque, pair, pieces, rows, scaled, unpack
+from spectral_compile.kernels.encode import Tokens, enter, tiles_of
 from spectral_compile.kernels.ledger import COLUMNS, books
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _LEAST = 16  # the smallest extent of a matrix product
+_HALFWORDS = 8  # of codes, in which a warp's part of an operand is the same as what its lanes have loaded
+_PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
+_FAR: tl.constexpr = tl.constexpr(80.0)  # powers of two that scores may be off their reference: float32 has 126
 
 
-class _Packed(NamedTuple):
-    """Instructions on two numbers at a time; what Triton makes of the same arithmetic takes several times as many."""
-
-    unpack: str  # four bytes to sixteen digits
-    rotate: str  # two pairs turned
-
-
-def _packed(kind: str, eight: int, mantissa: int) -> _Packed:
-    """``kind`` is bf16 or f16, which has so many bits of ``mantissa``; ``eight`` are the bits of 8.0.
-
-    A digit is written into the mantissa of 8.0, and 9.5 is subtracted.
-    """
-
-    def pair(bits: int) -> str:
-        return f"0x{bits:04x}{bits:04x}"
-
-    unit = mantissa - 3  # the place of a one in the mantissa of 8.0
-    unpack = [
-        "{ .reg .b32 a, b, x, one, middle;",
-        f"mov.b32 one, {pair(eight - (3 << mantissa))}; mov.b32 middle, {pair(0x8000 | eight | 3 << (unit - 1))};",
-        "prmt.b32 a, $8, 0, 0x4140; prmt.b32 b, $8, 0, 0x4342;",
-    ]
-    for field in range(4):
-        left = unit - 2 * field
-        for i, half in enumerate("ab"):
-            unpack.append(f"{'shl' if left >= 0 else 'shr'}.b32 x, {half}, {abs(left)};")
-            unpack.append(f"lop3.b32 x, x, {pair(3 << unit)}, {pair(eight)}, 0xEA;")
-            unpack.append(f"fma.rn.{kind}x2 ${2 * field + i}, x, one, middle;")
-    rotate = f"""{{ .reg .b32 a, b, t, n, z;
-        mov.b32 z, {pair(0x8000)};
+def _turned(kind: str) -> str:
+    """Instructions that turn two pairs; what Triton makes of the same arithmetic takes twice as many."""
+    return f"""{{ .reg .b32 a, b, t, n, z;
+        mov.b32 z, 0x80008000;
         cvt.rn.{kind}x2.f32 a, $3, $2; cvt.rn.{kind}x2.f32 b, $5, $4;
         neg.{kind}x2 n, $7;
         fma.rn.{kind}x2 t, b, n, z; fma.rn.{kind}x2 $0, a, $6, t;
         fma.rn.{kind}x2 t, a, $7, z; fma.rn.{kind}x2 $1, b, $6, t; }}"""
-    return _Packed("\n".join([*unpack, "}"]), rotate)
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_ASM = {torch.bfloat16: _packed("bf16", 0x4100, 7), torch.float16: _packed("f16", 0x4800, 10)}
-
-
-@functools.cache
-def pieces(tiers: Tiers) -> tuple[tuple[int, int, int, int], ...]:
-    """A row of codes as parts whose extents are powers of two: (first byte, bytes, padded bytes, digits a byte).
-
-    Where all codes have 8 bits a byte is one digit to the base 256, else it is four to the base 4.
-    """
-    digits = 4 if tiers.bits4 + tiers.bits2 else 1
-    parts, at, least = [], 0, _LEAST // digits
-    while at < tiers.row_bytes:
-        left = tiers.row_bytes - at
-        padded = max(least, triton.next_power_of_2(left))
-        if padded > least and left < padded * 3 // 4:
-            padded //= 2  # two parts with little padding instead of one with much
-        parts.append((at, min(left, padded), padded, digits))
-        at += padded
-    return tuple(parts)
-
-
-@triton.jit
-def _pair(a, b):
-    """[N, K] and [N, K] side by side: [N, 2 * K]."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
-
-
-@triton.jit
-def _four(a, b, c, d):
-    return _pair(_pair(a, b), _pair(c, d))
-
-
-@triton.jit
-def _digits(ptr, slots, ok, ROW: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
-    """Codes of some tokens as digits, one tensor [N, digits] a piece, lowest digits first, each less the middle of its range.
-
-    All tiers look alike so: a code of 2k bits stands for the sum of 4**i * (digit_i - 1.5) over its k digits, in steps.
-    """
-    out = ()
-    for i in tl.static_range(len(PIECES)):
-        byte = tl.arange(0, PIECES[i][2])
-        at = slots[:, None] * ROW + (PIECES[i][0] + byte)[None, :]
-        held = ok[:, None] & (byte < PIECES[i][1])[None, :]
-        x = tl.load(ptr + at, mask=held, other=0)
-        if PIECES[i][3] == 1:
-            out = out + ((x.to(tl.float32) - 127.5).to(DTYPE),)
-        elif UNPACK is None:
-            a, b, c, d = x & 3, (x >> 2) & 3, (x >> 4) & 3, x >> 6
-            out = out + ((_four(a, b, c, d).to(tl.float32) - 1.5).to(DTYPE),)
-        else:
-            if DTYPE == tl.bfloat16:
-                a, b, c, d = tl.inline_asm_elementwise(
-                    UNPACK, "=r,=r,=r,=r,=r,=r,=r,=r,r", [x], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 4
-                )
-            else:
-                a, b, c, d = tl.inline_asm_elementwise(
-                    UNPACK, "=r,=r,=r,=r,=r,=r,=r,=r,r", [x], (tl.float16, tl.float16, tl.float16, tl.float16), True, 4
-                )
-            out = out + (_four(a, b, c, d),)
-    return out
-
-
-@triton.jit
-def _basis(
-    basis, affine, channels, live, R: tl.constexpr, W: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The matrix from digits to some channels, one tensor [digits, channels] a piece, zero where there is padding."""
-    weight = 1.0 / tl.load(affine + 2 * R + channels, mask=live, other=1.0)
-    out = ()
-    for i in tl.static_range(len(PIECES)):
-        digit = tl.arange(0, PIECES[i][2] * PIECES[i][3])
-        real = digit % PIECES[i][2] < PIECES[i][1]
-        if PIECES[i][3] == 1:
-            r, power = PIECES[i][0] + digit, 1.0
-        else:
-            byte, field = PIECES[i][0] + digit % PIECES[i][2], digit // PIECES[i][2]
-            in8, in4 = byte < TIERS[0], byte < TIERS[0] + (TIERS[1] + 1) // 2
-            nibble, pair = (byte - TIERS[0]) * 2 + field // 2, (byte - TIERS[0] - (TIERS[1] + 1) // 2) * 4 + field
-            real = real & (in8 | (in4 & (nibble < TIERS[1])) | (~in4 & (pair < TIERS[2])))
-            r = tl.where(in8, byte, TIERS[0] + tl.where(in4, nibble, TIERS[1] + pair))
-            power = tl.where(in8, 1 << (2 * field), tl.where(in4, 1 << (2 * (field % 2)), 1)).to(tl.float32)
-        scale = tl.load(affine + r, mask=real, other=0.0) * tl.load(affine + R + r, mask=real, other=0.0) * power
-        x = tl.load(basis + r[:, None] * W + channels[None, :], mask=real[:, None] & live[None, :], other=0)
-        out = out + ((x.to(tl.float32) * scale[:, None] * weight[None, :]).to(DTYPE),)
-    return out
+_ROTATE = {torch.bfloat16: _turned("bf16"), torch.float16: _turned("f16")}
 
 
 @triton.jit
@@ -174,157 +65,253 @@ def _own(x, head, h: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _rotated(k, cos, sin, PP: tl.constexpr, ROTATE: tl.constexpr, DTYPE: tl.constexpr):
-    """Keys [N, 2 * PP], first halves of the pairs before second ones, turned by [N, PP]."""
-    k1, k2 = tl.split(tl.permute(tl.reshape(k, (k.shape[0], 2, PP)), (0, 2, 1)))
+def _rotated(k, cos, sin, ROTATE: tl.constexpr, DTYPE: tl.constexpr):
+    """Keys [N, 2 * P], first halves of the pairs before second ones, turned by [N, P]."""
+    PAIRS: tl.constexpr = k.shape[1] // 2
+    k1, k2 = tl.split(tl.permute(tl.reshape(k, (k.shape[0], 2, PAIRS)), (0, 2, 1)))
     if ROTATE is None:
         r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
-    elif DTYPE == tl.bfloat16:
-        r1, r2 = tl.inline_asm_elementwise(
-            ROTATE, "=r,=r,f,f,f,f,r,r", [k1, k2, cos, sin], (tl.bfloat16, tl.bfloat16), True, 2
-        )
     else:
-        r1, r2 = tl.inline_asm_elementwise(
-            ROTATE, "=r,=r,f,f,f,f,r,r", [k1, k2, cos, sin], (tl.float16, tl.float16), True, 2
-        )
-    return _pair(r1, r2)
+        r1, r2 = tl.inline_asm_elementwise(ROTATE, "=r,=r,f,f,f,f,r,r", [k1, k2, cos, sin], (DTYPE.value,) * 2, True, 2)
+    return pair(r1, r2)
+
+
+@triton.jit
+def _key_basis(
+    basis, affine, at, D: tl.constexpr, P: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Matrices from digits to keys times their weights: of each head, each part of its RoPE pairs and what is not rotated, each
+    piece of a row."""
+    basis, affine = basis + at * (HEADS * D * R), affine + at * (2 * R + HEADS * D)
+    out = ()
+    for h in tl.static_range(HEADS):
+        for i in tl.static_range(PARTS):
+            column = tl.arange(0, 2 * PQ)
+            half, second = i * PQ + column % PQ, column // PQ
+            channel = half * 2 + second if INTERLEAVED else half + second * P
+            out = out + matrix(basis, affine, h * D + channel, half < P, R, HEADS * D, TIERS, PIECES, DTYPE, SCALED)
+        if RESTP > 0:
+            rest = 2 * P + tl.arange(0, RESTP)
+            out = out + matrix(basis, affine, h * D + rest, rest < D, R, HEADS * D, TIERS, PIECES, DTYPE, SCALED)
+    return out
+
+
+@triton.jit
+def _ahead(norms, slots, end, NORMALISED: tl.constexpr):
+    """Of tokens [N]: what their scores lose, all where there is no token, and what their values are times."""
+    ok = slots < end
+    size = 0.0
+    if NORMALISED:
+        size = tl.exp2((tl.load(norms + slots, mask=ok, other=128).to(tl.float32) - 128) * 0.125)
+    return tl.where(ok, 0.0, float("-inf")), size
 
 
 @triton.jit
 def _past(
-    q1, q2, q3, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, starts,
-    row_positions, seen_row, turn, table, coded_cap, segments, slide,
-    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
-    RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr, K_TIERS: tl.constexpr,
-    V_TIERS: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    NORMALISED: tl.constexpr, SINKS: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UNPACK: tl.constexpr,
-    ROTATE: tl.constexpr, STAGES: tl.constexpr, GAPS: tl.constexpr,
+    basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
+    starts, row_positions, seen_row, turns, table, coded_cap, segments, slide,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PQ: tl.constexpr,
+    PARTS: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, K_PIECES: tl.constexpr,
+    V_PIECES: tl.constexpr, K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr,
+    RV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, SINKS: tl.constexpr,
+    HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
+    ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
-    """Attention to coded tokens from ``low`` to ``high``: sums [M, DP], their maxima [M] and weights [N, M].
+    """Attention to coded tokens from ``low`` to ``high``: a tuple of sums, references [M] and sums of weights [M].
+
+    Sums are of values, [M, DP], or where ``LATE`` of their digits, [M, digits] a piece.
 
     Without ``GAPS`` positions run on by one: keys are turned by their distance from the first token of their tile, which a
-    table knows, and queries by the rest.
+    table knows, and queries by the rest. Scores count from a reference that stays: no warp waits for another one's maximum.
+    Where one turns out to be far off, all is done again from the maximum.
     """
     KN: tl.constexpr = len(K_PIECES)
-    K_ROTATED: tl.constexpr = KN if P > 0 else 0
-    PER: tl.constexpr = K_ROTATED + (KN if RESTP > 0 else 0)
-    p, d, t = tl.arange(0, PP), tl.arange(0, DP), tl.arange(0, N)
-    real = p < P
-    rest = 2 * P + tl.arange(0, RESTP if RESTP > 0 else 1)
-    highest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([N, M], tl.float32)
-    out = tl.zeros([M, DP], tl.float32)
-    if P > 0:
-        channel = tl.arange(0, 2 * PP)
-        half = channel % PP
-        rotated = half * 2 + channel // PP if INTERLEAVED else half + channel // PP * P
+    VN: tl.constexpr = len(V_PIECES)
+    PER: tl.constexpr = PARTS * KN + (KN if RESTP > 0 else 0)
+    p, d, t = tl.arange(0, PQ), tl.arange(0, DP), tl.arange(0, N)
+    q1, q2, turn, cos, sin, step_cos, step_sin = (), (), (), (), (), (), ()
+    for i in tl.static_range(PARTS):
+        half = i * PQ + p
+        first, second = (half * 2, half * 2 + 1) if INTERLEAVED else (half, half + P)
+        held = live[:, None] & (half < P)[None, :]
+        q1 = q1 + (tl.load(q_row[:, None] + first[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING),)
+        q2 = q2 + (tl.load(q_row[:, None] + second[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING),)
+        turn = turn + (tl.load(turns + half, mask=half < P, other=0),)
         if not GAPS:
-            step_sin, step_cos = sincos(tl.full([1], N, tl.int32), turn[None, :])
-            cos = tl.load(table + t[:, None] * P + p[None, :], mask=real[None, :], other=0.0)
-            sin = tl.load(table + (N + t)[:, None] * P + p[None, :], mask=real[None, :], other=0.0)
-    segment = 0
-    while segment + 1 < segments and tl.load(starts + b * segments + tl.minimum(segment + 1, segments - 1)) <= low:
-        segment += 1
-    while low < high:
-        end = high
-        if segment + 1 < segments:
-            end = tl.minimum(high, tl.load(starts + b * segments + segment + 1))
-        at = (b * GROUPS + g) * segments + segment
-        side, affine = k_basis + at * (HEADS * D * RK), k_affine + at * (2 * RK + HEADS * D)
-        basis = ()
-        for h in tl.static_range(HEADS):
-            if P > 0:
-                basis = basis + _basis(side, affine, h * D + rotated, half < P, RK, HEADS * D, K_TIERS, K_PIECES, DTYPE)
-            if RESTP > 0:
-                basis = basis + _basis(side, affine, h * D + rest, rest < D, RK, HEADS * D, K_TIERS, K_PIECES, DTYPE)
-        latent = ()
-        for i in tl.static_range(len(V_PIECES)):
-            latent = latent + (tl.zeros([M, V_PIECES[i][2] * V_PIECES[i][3]], tl.float32),)
-        rows = (b * GROUPS + g).to(tl.int64) * coded_cap
-        if P > 0:
-            qb1, qb2 = q1, q2
-            if not GAPS:
-                s, c = sincos(tl.load(row_positions + low), turn[None, :])
-                qb1, qb2 = q1 * c + q2 * s, q2 * c - q1 * s
-        for start in tl.range(low, end, N, num_stages=STAGES):
-            slots = start + t
-            ok = slots < end
-            if NORMALISED:
-                norm = tl.load(v_norms + rows + slots, mask=ok, other=128)
-            codes = _digits(k_codes + rows * K_ROW, slots, ok, K_ROW, K_PIECES, DTYPE, UNPACK)
-            if P > 0 and GAPS:
-                sin32, cos32 = sincos(tl.load(row_positions + slots, mask=ok, other=0)[:, None], turn[None, :])
-                cos, sin = cos32.to(DTYPE), sin32.to(DTYPE)
-            if P > 0:
-                turned = _pair(qb1.to(DTYPE), qb2.to(DTYPE))
-            scores = tl.zeros([N, M], tl.float32)
-            for h in tl.static_range(HEADS):
-                if P > 0:
-                    k = _product(codes, basis, h * PER, KN, PRECISION)
-                    k = _rotated(k, cos, sin, PP, ROTATE, DTYPE)
-                    scores = tl.dot(k, tl.trans(_own(turned, head, h, HEADS)), scores, input_precision=PRECISION)
-                if RESTP > 0:
-                    k = _product(codes, basis, h * PER + K_ROTATED, KN, PRECISION).to(DTYPE)
-                    scores = tl.dot(k, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
-            if P > 0 and not GAPS:
-                qb1, qb2 = qb1 * step_cos + qb2 * step_sin, qb2 * step_cos - qb1 * step_sin
-            visible = ok[:, None] & live[None, :]
-            if SLIDES:
-                visible = visible & ((SINKS + slots)[:, None] > (own - slide)[None, :])
-            if HAS_SEEN:
-                visible = visible & (tl.load(seen_row[None, :] + (SINKS + slots)[:, None], mask=visible, other=0) != 0)
-            highest, alpha, weights = _merge_max(tl.where(visible, scores, float("-inf")), highest)
-            total = total * alpha[None, :] + weights
+            s, c = sincos(tl.full([1], N, tl.int32), turn[i][None, :])
+            step_sin, step_cos = step_sin + (s,), step_cos + (c,)
+            known = table + t[:, None] * P + half[None, :]
+            cos = cos + (tl.load(known, mask=(half < P)[None, :], other=0.0),)
+            sin = sin + (tl.load(known + N * P, mask=(half < P)[None, :], other=0.0),)
+    if RESTP > 0:
+        rest = 2 * P + tl.arange(0, RESTP)
+        q3 = tl.load(q_row[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0).to(tl.float32) * scale
+    begin, first_row = low, (b * GROUPS + g).to(tl.int64) * coded_cap
+    reference = tl.zeros([M], tl.float32)
+    highest = tl.full([N, M], float("-inf"), tl.float32)
+    total = tl.zeros([N, M], tl.float32)
+    sums = ()
+    for i in tl.static_range(VN if LATE else 1):
+        sums = sums + (tl.zeros([M, V_PIECES[i][2] * (16 // V_PIECES[i][3]) if LATE else DP], tl.float32),)
+    again = low < high
+    while again:
+        low, segment = begin, 0
+        highest = tl.full([N, M], float("-inf"), tl.float32)
+        total = tl.zeros([N, M], tl.float32)
+        if not LATE:
+            out = tl.zeros([M, DP], tl.float32)
+        if HAS_SEGMENTS:
+            while segment + 1 < segments and tl.load(starts + b * segments + tl.minimum(segment + 1, segments - 1)) <= low:
+                segment += 1
+        while low < high:
+            end = high
+            at = (b * GROUPS + g) * segments + segment
             if HAS_SEGMENTS:
-                out = out * alpha[:, None]
-            if NORMALISED:
-                weights = weights * tl.exp2((norm.to(tl.float32) - 128) * 0.125)[:, None]
-            weights = weights.to(DTYPE)
-            values = _digits(v_codes + rows * V_ROW, slots, ok, V_ROW, V_PIECES, DTYPE, UNPACK)
-            grown = ()
-            for i in tl.static_range(len(V_PIECES)):
-                part = tl.dot(tl.trans(weights), values[i], latent[i] * alpha[:, None], input_precision=PRECISION)
-                grown = grown + (part,)
-            latent = grown
-        side, affine = v_basis + at * (HEADS * D * RV), v_affine + at * (2 * RV + HEADS * D)
-        for h in tl.static_range(HEADS):
-            matrix = _basis(side, affine, h * D + d, d < D, RV, HEADS * D, V_TIERS, V_PIECES, DTYPE)
-            for i in tl.static_range(len(V_PIECES)):
-                out = tl.dot(_own(latent[i].to(DTYPE), head, h, HEADS), matrix[i], out, input_precision=PRECISION)
-        low = end
-        segment += 1
-    return out, highest, total
+                if segment + 1 < segments:
+                    end = tl.minimum(high, tl.load(starts + b * segments + segment + 1))
+                held_basis = _key_basis(k_basis, k_affine, at, D, P, PQ, PARTS, RESTP, INTERLEAVED, HEADS, RK, K_TIERS,
+                                        K_PIECES, DTYPE, SCALED)  # fmt: skip
+            else:
+                held_basis = basis
+            latent = ()
+            for i in tl.static_range(VN):
+                latent = latent + (tl.zeros([M, V_PIECES[i][2] * (16 // V_PIECES[i][3])], tl.float32),)
+            weights_at = k_affine + at * (2 * RK + HEADS * D) + 2 * RK + head * D  # equal in the two channels of a pair
+            r1, r2 = (), ()
+            for i in tl.static_range(PARTS):
+                half = i * PQ + p
+                channel = half * 2 if INTERLEAVED else half
+                held = live[:, None] & (half < P)[None, :]
+                even = 1.0 / tl.load(weights_at[:, None] + channel[None, :], mask=held, other=1.0)
+                if GAPS:
+                    r1, r2 = r1 + (q1[i] * even,), r2 + (q2[i] * even,)
+                else:
+                    sin0, cos0 = sincos(tl.load(row_positions + low), turn[i][None, :])
+                    r1 = r1 + ((q1[i] * cos0 + q2[i] * sin0) * even,)
+                    r2 = r2 + ((q2[i] * cos0 - q1[i] * sin0) * even,)
+            if RESTP > 0:
+                held = live[:, None] & (rest < D)[None, :]
+                r3 = (q3 / tl.load(weights_at[:, None] + rest[None, :], mask=held, other=1.0)).to(DTYPE)
+            # a step ahead: to hide latency, and since Triton lays out an operand for the narrowest type that one step makes it of
+            v_rows = load(v_codes + first_row * V_ROW, low + t, low + t < end, V_ROW, V_PIECES)
+            gone, size = _ahead(v_norms + first_row, low + t, end, NORMALISED)
+            for start in tl.range(low, end, N, num_stages=STAGES):
+                slots = start + t
+                ok = slots < end
+                codes = digits(load(k_codes + first_row * K_ROW, slots, ok, K_ROW, K_PIECES), K_PIECES, DTYPE, K_UNPACK)
+                if GAPS:
+                    where = tl.load(row_positions + slots, mask=ok, other=0)[:, None]
+                scores = tl.zeros([N, M], tl.float32)
+                for h in tl.static_range(HEADS):
+                    for i in tl.static_range(PARTS):
+                        k = _product(codes, held_basis, h * PER + i * KN, KN, PRECISION)
+                        if GAPS:
+                            s, c = sincos(where, turn[i][None, :])
+                            k = _rotated(k, c.to(DTYPE), s.to(DTYPE), ROTATE, DTYPE)
+                        else:
+                            k = _rotated(k, cos[i], sin[i], ROTATE, DTYPE)
+                        q = _own(pair(r1[i].to(DTYPE), r2[i].to(DTYPE)), head, h, HEADS)
+                        scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
+                    if RESTP > 0:
+                        k = _product(codes, held_basis, h * PER + PARTS * KN, KN, PRECISION).to(DTYPE)
+                        scores = tl.dot(k, tl.trans(_own(r3, head, h, HEADS)), scores, input_precision=PRECISION)
+                if not GAPS:
+                    n1, n2 = (), ()
+                    for i in tl.static_range(PARTS):
+                        n1 = n1 + (r1[i] * step_cos[i] + r2[i] * step_sin[i],)
+                        n2 = n2 + (r2[i] * step_cos[i] - r1[i] * step_sin[i],)
+                    r1, r2 = n1, n2
+                scores += gone[:, None]
+                if SLIDES:
+                    scores = tl.where((SINKS + slots)[:, None] > (own - slide)[None, :], scores, float("-inf"))
+                if HAS_SEEN:
+                    held = ok[:, None] & live[None, :]
+                    visible = tl.load(seen_row[None, :] + (SINKS + slots)[:, None], mask=held, other=0) != 0
+                    scores = tl.where(visible, scores, float("-inf"))
+                highest = tl.maximum(highest, scores)
+                weights = tl.exp2(scores - reference[None, :])
+                total += weights
+                if NORMALISED:
+                    weights = weights * size[:, None]
+                gone, size = _ahead(v_norms + first_row, slots + N, end, NORMALISED)
+                mixing = tl.trans(weights.to(V_DTYPE))
+                if V_DTYPE != DTYPE:
+                    lost = tl.trans((weights - weights.to(V_DTYPE).to(tl.float32)).to(V_DTYPE))
+                values = opaque(digits(v_rows, V_PIECES, V_DTYPE, V_UNPACK), V_UNPACK)
+                v_rows = load(v_codes + first_row * V_ROW, slots + N, slots + N < end, V_ROW, V_PIECES)
+                grown = ()
+                for i in tl.static_range(VN):
+                    x = tl.dot(mixing, values[i], latent[i], input_precision=PRECISION)
+                    if V_DTYPE != DTYPE:
+                        x = tl.dot(lost, values[i], x, input_precision=PRECISION)
+                    grown = grown + (x,)
+                latent = grown
+            if LATE:
+                sums = latent
+            else:
+                side, affine = v_basis + at * (HEADS * D * RV), v_affine + at * (2 * RV + HEADS * D)
+                for h in tl.static_range(HEADS):
+                    back = matrix(side, affine, h * D + d, d < D, RV, HEADS * D, V_TIERS, V_PIECES, DTYPE, SCALED)
+                    x = tl.zeros([M, DP], tl.float32)
+                    for i in tl.static_range(VN):
+                        y = _own(latent[i], head, h, HEADS)
+                        if V_DTYPE == DTYPE:
+                            x = tl.dot(y.to(DTYPE), back[i], x, input_precision=PRECISION)
+                        else:
+                            x = tl.dot(y, back[i].to(tl.float32), x, input_precision="tf32")
+                    out += x / tl.load(affine + 2 * RV + h * D + d, mask=d < D, other=1.0)[None, :]
+                sums = (out,)
+            low = end
+            segment += 1
+        top = tl.max(highest, 0)
+        far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
+        again = tl.max(far.to(tl.int32), 0) > 0
+        reference = tl.where(far, top, reference)
+    return sums, tl.where(tl.max(highest, 0) == float("-inf"), float("-inf"), reference), tl.sum(total, 0)
 
 
 @triton.jit
-def _exact(coded, exact, new, is_code, is_kept, is_new, channels, live, LOSSLESS: tl.constexpr):
-    """Channels [N, channels] of tokens that are held as they are, in float32."""
-    live = live[None, :]
-    x = tl.load(exact[:, None] + channels[None, :], mask=is_kept[:, None] & live, other=0.0).to(tl.float32)
-    x += tl.load(new[:, None] + channels[None, :], mask=is_new[:, None] & live, other=0.0).to(tl.float32)
-    if LOSSLESS:
-        x += tl.load(coded[:, None] + channels[None, :], mask=is_code[:, None] & live, other=0.0).to(tl.float32)
-    return x
+def _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH: tl.constexpr, PLACES: tl.constexpr):
+    """Store what one split has come to, a row of ``WIDTH`` for each of M pairs, for the merge."""
+    tl.store(max_ptr + at, highest)
+    tl.store(sum_ptr + at, total)
+    for i in tl.static_range(len(sums)):
+        tl.store(out_ptr + at[:, None] * WIDTH + (PLACES[i] + tl.arange(0, sums[i].shape[1]))[None, :], sums[i])
+
+
+@triton.jit
+def _exact(at, ok, channels, live):
+    """Channels [N, channels] of tokens that are held as they are, in float32; ``at`` is where each begins."""
+    return tl.load(at[:, None] + channels[None, :], mask=ok[:, None] & live[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _present(
-    q1, q2, q3, head, live, own, part, b, g, n, before, coded, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
-    row_positions, index, seen_row, turn, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
+    q_row, head, live, own, part, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
+    row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
-    RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr, HAS_INDEX: tl.constexpr,
-    HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, EXACT_SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, EXACT_SPLITS: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention to one part of what is held exactly: sums [M, DP], their maxima [M] and weights [N, M].
+    """Attention to one part of what is held exactly: sums ([M, DP],), their maxima [M] and sums of weights [M].
 
     In this order: codes of a lossless store, sinks, window, chunk.
     """
     p, d, t = tl.arange(0, PP), tl.arange(0, DP), tl.arange(0, N)
     real = p < P
     first, second = (p * 2, p * 2 + 1) if INTERLEAVED else (p, p + P)
-    rest = 2 * P + tl.arange(0, RESTP if RESTP > 0 else 1)
+    turn = tl.load(turns + p, mask=real, other=0)
+    if P > 0:
+        held = live[:, None] & real[None, :]
+        q1 = tl.load(q_row[:, None] + first[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING)
+        q2 = tl.load(q_row[:, None] + second[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING)
+    if RESTP > 0:
+        rest = 2 * P + tl.arange(0, RESTP)
+        q3 = tl.load(q_row[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0).to(tl.float32) * scale
     highest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([N, M], tl.float32)
     out = tl.zeros([M, DP], tl.float32)
@@ -340,7 +327,6 @@ def _present(
     for start in tl.range(low, tl.minimum(low + share, count), N, num_stages=1):
         e = start + t
         is_code, is_new, ok = e < codes_first, e >= new_first, e < count
-        is_kept = (e >= codes_first) & (e < new_first)
         column = e - new_first
         place = oldest + e - ring_first
         kept = tl.where(e < ring_first, e - codes_first, SINKS + tl.where(place < ring, place, place - ring))
@@ -353,24 +339,25 @@ def _present(
             ok = ok & (~is_new | (rank > previous))
         else:
             token = tl.where(is_new, before + column, token)
-        is_new, is_code, is_kept = is_new & ok, is_code & ok, is_kept & ok
         if P > 0:
             where = tl.load(row_positions + token, mask=ok, other=0)
             sin, cos = sincos(where[:, None], turn[None, :])
         scores = tl.zeros([N, M], tl.float32)
         for h in tl.static_range(HEADS):
             kv = g * HEADS + h
-            coded_k = k_codes + ((b * GROUPS + g).to(tl.int64) * coded_cap + e) * (HEADS * D) + h * D
-            exact_k = k_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
-            new_k = k_ptr + b * k_b + kv * k_h + column * k_n
+            k_at = k_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
+            k_at = tl.where(is_new, k_ptr + b * k_b + kv * k_h + column * k_n, k_at)
+            if LOSSLESS:
+                first_row = (b * GROUPS + g).to(tl.int64) * coded_cap
+                k_at = tl.where(is_code, k_codes + (first_row + e) * (HEADS * D) + h * D, k_at)
             if P > 0:
-                k1 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, first, real, LOSSLESS)
-                k2 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, second, real, LOSSLESS)
+                k1 = _exact(k_at, ok, first, real)
+                k2 = _exact(k_at, ok, second, real)
                 r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
                 scores = tl.dot(r1, tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
                 scores = tl.dot(r2, tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
             if RESTP > 0:
-                k3 = _exact(coded_k, exact_k, new_k, is_code, is_kept, is_new, rest, rest < D, LOSSLESS).to(DTYPE)
+                k3 = _exact(k_at, ok, rest, rest < D).to(DTYPE)
                 scores = tl.dot(k3, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
         if HAS_SEEN:
             visible = ok[:, None] & live[None, :]
@@ -385,28 +372,32 @@ def _present(
         mixing = tl.trans(weights.to(DTYPE))
         for h in tl.static_range(HEADS):
             kv = g * HEADS + h
-            coded_v = v_codes + ((b * GROUPS + g).to(tl.int64) * coded_cap + e) * (HEADS * D) + h * D
-            exact_v = v_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
-            new_v = v_ptr + b * v_b + kv * v_h + column * v_n
-            x = _exact(coded_v, exact_v, new_v, is_code, is_kept, is_new, d, d < D, LOSSLESS).to(DTYPE)
+            v_at = v_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
+            v_at = tl.where(is_new, v_ptr + b * v_b + kv * v_h + column * v_n, v_at)
+            if LOSSLESS:
+                first_row = (b * GROUPS + g).to(tl.int64) * coded_cap
+                v_at = tl.where(is_code, v_codes + (first_row + e) * (HEADS * D) + h * D, v_at)
+            x = _exact(v_at, ok, d, d < D).to(DTYPE)
             out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
-    return out, highest, total
+    return (out,), highest, tl.sum(total, 0)
 
 
 @triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts,
-    ledger, positions, index, seen, turns, table, out_ptr, max_ptr, sum_ptr,
+    ledger, positions, index, seen, turns, table, entering, code_jobs, out_ptr, max_ptr, sum_ptr,
     n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, PP: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr,
-    K_PIECES: tl.constexpr, V_PIECES: tl.constexpr, K_TIERS: tl.constexpr, V_TIERS: tl.constexpr,
-    RK: tl.constexpr, RV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    NORMALISED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
+    P: tl.constexpr, PP: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
+    K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, ONE: tl.constexpr, SLIDES: tl.constexpr,
     SPLITS: tl.constexpr, EXACT_SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, UNPACK: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
+    ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, WIDTH: tl.constexpr,
+    PLACES: tl.constexpr, EXACT_N: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs."""
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -428,23 +419,15 @@ def _attend_kernel(
     if HAS_SEEN:
         seen_row = seen + (b * n + qi) * seen_cap
 
-    p = tl.arange(0, PP)
-    real = p < P
-    first, second = (p * 2, p * 2 + 1) if INTERLEAVED else (p, p + P)
     q_row = q_ptr + b * q_b + (g * ROWS + qh) * q_h + qi * q_n
-    turn = tl.load(turns + p, mask=real, other=0)
     scale = scale * 1.4426950408889634
-    q1, q2, q3 = 0.0, 0.0, 0.0
-    if P > 0:
-        held = live[:, None] & real[None, :]
-        q1 = tl.load(q_row[:, None] + first[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING)
-        q2 = tl.load(q_row[:, None] + second[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING)
-    if RESTP > 0:
-        rest = 2 * P + tl.arange(0, RESTP)
-        q3 = tl.load(q_row[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0).to(tl.float32) * scale
-
     row_positions = positions + b * slots_cap
+    at = ((pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (SPLITS + EXACT_SPLITS) + split
     if not LOSSLESS and split < SPLITS:
+        basis = ()
+        if not HAS_SEGMENTS:
+            basis = _key_basis(k_basis, k_affine, b * GROUPS + g, D, P, PQ, PARTS, RESTP, INTERLEAVED, HEADS, RK, K_TIERS,
+                               K_PIECES, DTYPE, SCALED)  # fmt: skip
         low = 0
         if SLIDES:
             low = tl.maximum(tl.min(tl.where(live, own, 2147483647)) - slide + 1 - SINKS, 0) // N * N
@@ -452,54 +435,96 @@ def _attend_kernel(
         low += split * share
         high = tl.minimum(low + share, coded)
         if tl.load(ledger + b * COLUMNS + 5) == 0:
-            out, highest, total = _past(
-                q1, q2, q3, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
-                starts, row_positions + SINKS, seen_row, turn, table, coded_cap, segments, slide, GROUPS, HEADS, D, DP, P, PP,
-                RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, RK, RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN,
-                HAS_SEGMENTS, SLIDES, M, N, DTYPE, PRECISION, UNPACK, ROTATE, STAGES, False,
+            sums, highest, total = _past(
+                basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
+                v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
+                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
+                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
+                STAGES, LATE, False,
             )
         else:
-            out, highest, total = _past(
-                q1, q2, q3, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
-                starts, row_positions + SINKS, seen_row, turn, table, coded_cap, segments, slide, GROUPS, HEADS, D, DP, P, PP,
-                RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, RK, RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN,
-                HAS_SEGMENTS, SLIDES, M, N, DTYPE, PRECISION, UNPACK, ROTATE, STAGES, True,
+            sums, highest, total = _past(
+                basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
+                v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
+                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
+                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
+                STAGES, LATE, True,
             )
+        _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
     else:
-        out, highest, total = _present(
-            q1, q2, q3, head, live, own, split - SPLITS, b, g, n, before, coded, k_ptr, v_ptr, k_codes, v_codes, k_exact,
-            v_exact, row_positions, index, seen_row, turn, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS,
-            HEADS, D, DP, P, PP, RESTP, INTERLEAVED, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, EXACT_SPLITS, M, N, DTYPE,
-            PRECISION,
+        own_sums, own_highest, own_total = _present(
+            q_row, head, live, own, split - SPLITS, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact,
+            v_exact, row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS,
+            HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, EXACT_SPLITS, M,
+            EXACT_N, DTYPE, PRECISION,
         )
-
-    d = tl.arange(0, DP)
-    row = (pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)
-    at = row * (SPLITS + EXACT_SPLITS) + split
-    tl.store(out_ptr + at[:, None] * DP + d[None, :], out)
-    tl.store(max_ptr + at, highest)
-    tl.store(sum_ptr + at, tl.sum(total, 0))
+        _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
+        if ENTERS and tile == 0:
+            C: tl.constexpr = CONSTANTS
+            for job in range(split - SPLITS, code_jobs, EXACT_SPLITS):
+                enter(job // 2, pair, job % 2, *entering, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10],
+                      C[11], C[12], C[13], C[14], True, False, True, C[15], PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, max_ptr, sum_ptr, result, n, first, rows,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    out_ptr, max_ptr, sum_ptr, result, count, first, stride, merged, entering, code_tiles, v_basis, v_affine,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr, EXACT_SPLITS: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    PLACES: tl.constexpr, LATE: tl.constexpr, RV: tl.constexpr, V_TIERS: tl.constexpr, V_PIECES: tl.constexpr,
+    ENTERS: tl.constexpr, CONSTANTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one (query, head) pair, counted from ``first``, into ``result`` [B, n, Hq, D]."""
-    m, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, g = pair // GROUPS, pair % GROUPS
-    s, d = tl.arange(0, SP), tl.arange(0, DP)
-    at = (pair * rows + m) * S + s
-    m += first
-    highest = tl.load(max_ptr + at, mask=s < S, other=float("-inf"))
-    top = tl.max(highest, 0)
-    weight = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
-    norm = tl.sum(weight * tl.load(sum_ptr + at, mask=s < S, other=0.0), 0)
-    parts = tl.load(out_ptr + at[:, None] * DP + d[None, :], mask=(s < S)[:, None], other=0.0)
-    mixed = tl.sum(parts * weight[:, None], 0) / tl.where(norm == 0, 1.0, norm)
-    place = ((b * n + m // ROWS) * GROUPS + g) * ROWS + m % ROWS
-    tl.store(result + place * D + d, mixed.to(result.dtype.element_ty), mask=d < D)
+    """Merges the splits of one (query, head) pair, counted from ``first``, into ``result`` [B, n, Hq, D].
+
+    Where one column ``ENTERS`` the store, two programs after the ``merged`` ones of a group write it to the window, which has
+    been read by then; what leaves the window has been coded beside the attention.
+    """
+    m, pair = tl.program_id(0), tl.program_id(1)
+    if m < merged:
+        g = pair % GROUPS
+        at = (pair.to(tl.int64) * stride + m) * (SPLITS + EXACT_SPLITS)
+        m += first
+        s, e = tl.arange(0, SP), tl.arange(0, EP)
+        highest = tl.load(max_ptr + at + s, mask=s < SPLITS, other=float("-inf"))
+        exact = tl.load(max_ptr + at + SPLITS + e, mask=e < EXACT_SPLITS, other=float("-inf"))
+        top = tl.maximum(tl.max(highest, 0), tl.max(exact, 0))
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight, own = tl.exp2(highest - top), tl.exp2(exact - top)
+        norm = tl.sum(weight * tl.load(sum_ptr + at + s, mask=s < SPLITS, other=0.0), 0)
+        norm += tl.sum(own * tl.load(sum_ptr + at + SPLITS + e, mask=e < EXACT_SPLITS, other=0.0), 0)
+        norm = tl.where(norm == 0, 1.0, norm)
+        latent = ()
+        if LATE:
+            for i in tl.static_range(len(V_PIECES)):
+                c = PLACES[i] + tl.arange(0, V_PIECES[i][2] * (16 // V_PIECES[i][3]))
+                parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + c[None, :], mask=(s < SPLITS)[:, None], other=0.0)
+                latent = latent + (tl.sum(parts * weight[:, None], 0),)
+        place = ((pair // GROUPS * count + m // ROWS) * GROUPS + g) * ROWS + m % ROWS
+        d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        held = (e < EXACT_SPLITS)[:, None]
+        parts = tl.load(out_ptr + (at + SPLITS + e)[:, None] * WIDTH + d[None, :], mask=held, other=0.0)
+        mixed = tl.sum(parts * own[:, None], 0)
+        if LATE:
+            channel = m % ROWS // (ROWS // HEADS) * D + d
+            affine = v_affine + pair * (2 * RV + HEADS * D)
+            valued = tl.zeros([CHANNELS], tl.float32)
+            for i in tl.static_range(len(V_PIECES)):
+                x, scale = rows(v_basis + pair * (HEADS * D * RV), affine, channel, d < D, RV, HEADS * D, V_TIERS,
+                                V_PIECES[i][0], V_PIECES[i][1], V_PIECES[i][2], V_PIECES[i][3])  # fmt: skip
+                valued += tl.sum(x.to(tl.float32) * (latent[i] * scale)[:, None], 0)
+            mixed += valued / tl.load(affine + 2 * RV + channel, mask=d < D, other=1.0)
+        elif SPLITS > 0:
+            parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + d[None, :], mask=(s < SPLITS)[:, None], other=0.0)
+            mixed += tl.sum(parts * weight[:, None], 0)
+        tl.store(result + place * D + d, (mixed / norm).to(result.dtype.element_ty), mask=d < D)
+    else:
+        if ENTERS and tl.program_id(2) == 0:
+            C: tl.constexpr = CONSTANTS
+            enter(code_tiles, pair, m - merged, *entering, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10],
+                  C[11], C[12], C[13], C[14], False, True, True, C[15], PRECISION)  # fmt: skip
+
+
+_TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _tiers(tiers: Tiers) -> tuple[int, int, int]:
@@ -519,8 +544,12 @@ def attend(
     layout: Layout,
     scale: float,
     window: int,
+    enters: bool = False,
 ) -> torch.Tensor:
-    """``reference.attend`` by kernels; nothing waits for the device, and the grid depends on shapes alone."""
+    """``reference.attend`` by kernels; nothing waits for the device, and the grid depends on shapes alone.
+
+    A chunk of one column that ``enters`` the store does so in the same launches, as ``reference.append`` has it.
+    """
     batch, q_heads, count, dim = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     groups, heads, gqa = layout.groups, layout.head_group, q_heads // layout.kv_heads
@@ -529,41 +558,58 @@ def attend(
     plan = _plan(layout, batch, rows, coded_cap, exact_cap + count, query.dtype)
     tile = plan["M"]
     tiles = triton.cdiv(rows, tile)
-    splits = plan["SPLITS"] + plan["EXACT_SPLITS"]
+    shares = {name: plan[name] for name in ("SPLITS", "EXACT_SPLITS")}
+    splits = sum(shares.values())
     padded = triton.next_power_of_2(dim)
+    # where one basis serves all tokens, its product with what values came to is left for the end
+    late = count == 1 and segments == 1 and not layout.lossless
+    widths = [extent * (16 // bits) for _, _, extent, bits in plan["V_PIECES"]] if late else []
+    places = tuple(accumulate(widths, initial=0))
+    left = {"WIDTH": max(padded, places[-1]), "PLACES": places, "LATE": late}
     out = query.new_empty(batch, count, q_heads, dim)
     index = valid.cumsum(1, dtype=torch.int32) - 1 if valid is not None and count > 1 else None
     seen = None if mask is None else _seen(mask, columns, valid, positions.shape[1], count)
     turns, table = tables(layout.rotary, query.device, query.dtype)
     pairs = layout.rotary.dim // 2 if layout.rotary else 0
-    rest = dim - 2 * pairs
-    most = max(1, _SCRATCH // (batch * groups * tile * splits * padded))  # tiles of queries at a time
+    padded_pairs, rest = max(_LEAST, triton.next_power_of_2(max(pairs, 1))), dim - 2 * pairs
+    codes = [x if layout.lossless else x.view(torch.int16) for x in (buffers.k_codes, buffers.v_codes)]
+    channels = min(32, padded) if late else padded  # that a program of the merge takes
+    code_tiles, entering, constants = tiles_of(layout.block), None, None
+    if enters:
+        tokens = Tokens(query, key, value, ledger, valid, buffers, layout)
+        entering, constants = tokens.pointers(code_tiles), tokens.step()
+    most = max(1, _SCRATCH // (batch * groups * tile * splits * left["WIDTH"]))  # tiles of queries at a time
     for first in range(0, tiles, most):
         held = min(most, tiles - first)
-        part = query.new_empty(batch * groups, held * tile, splits, padded, dtype=torch.float32)
+        now = enters and first + held == tiles
+        part = query.new_empty(batch * groups, held * tile, splits, left["WIDTH"], dtype=torch.float32)
         top, total = query.new_empty(2, *part.shape[:-1], dtype=torch.float32)
         _attend_kernel[(splits, held, batch * groups)](
-            query, key, value, buffers.k_codes, buffers.v_codes, buffers.v_norms, buffers.k_basis, buffers.v_basis,
+            query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis,
             buffers.k_affine, buffers.v_affine, buffers.k_exact, buffers.v_exact, buffers.starts,
-            ledger, positions, index, seen, turns, table, part, top, total,
+            ledger, positions, index, seen, turns, table, entering, 2 * code_tiles, part, top, total,
             count, first, coded_cap, exact_cap, segments, positions.shape[1],
             0 if seen is None else seen.shape[2], window, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
-            P=pairs, PP=max(_LEAST, triton.next_power_of_2(max(pairs, 1))),
+            P=pairs, PP=padded_pairs, PQ=min(_PAIRS, padded_pairs), PARTS=-(-pairs // _PAIRS),
             RESTP=max(_LEAST, triton.next_power_of_2(rest)) if rest else 0,
             INTERLEAVED=bool(layout.rotary and layout.rotary.interleaved),
             SCALING=layout.rotary.scaling if layout.rotary else 1.0,
-            K_PIECES=pieces(layout.key), V_PIECES=pieces(layout.value),
             K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
-            K_ROW=layout.key.row_bytes, V_ROW=layout.value.row_bytes,
+            K_ROW=layout.key.row_bytes // 2, V_ROW=layout.value.row_bytes // 2,
             NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks,
             HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HAS_SEGMENTS=segments > 1,
-            ONE=count == 1, SLIDES=window > 0, N=TILE, **plan,
+            ONE=count == 1, SLIDES=window > 0, N=TILE, ENTERS=now, CONSTANTS=constants, **plan, **left,
         )  # fmt: skip
-        _merge_kernel[(min(held * tile, rows - first * tile), batch * groups)](
-            part, top, total, out, count, first * tile, held * tile,
-            GROUPS=groups, ROWS=heads * gqa, D=dim, DP=padded, S=splits, SP=triton.next_power_of_2(splits),
+        merged = min(held * tile, rows - first * tile)
+        _merge_kernel[(merged + 2 * now, batch * groups, padded // channels)](
+            part, top, total, out, count, first * tile, held * tile, merged, entering, code_tiles,
+            buffers.v_basis, buffers.v_affine,
+            GROUPS=groups, ROWS=heads * gqa, HEADS=heads, D=dim, DP=padded, CHANNELS=channels,
+            SP=triton.next_power_of_2(max(1, plan["SPLITS"])), EP=triton.next_power_of_2(max(1, plan["EXACT_SPLITS"])),
+            RV=layout.value.rank, V_TIERS=_tiers(layout.value), V_PIECES=plan["V_PIECES"],
+            ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **shares, **left,
         )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -573,20 +619,32 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
     tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
     others = batch * layout.groups * triton.cdiv(rows, tile)
     most = max(2, _PROGRAMS // others)  # all programs run at once: the last ones would wait for the first to end
+    exact_tile = TILE if layout.lossless or tile > _LEAST else TILE // 2
     if layout.lossless:
         splits, exact_splits = 0, min(triton.cdiv(exact + coded, 2 * TILE), most)
     else:
-        exact_splits = min(triton.cdiv(exact, 2 * TILE), max(1, most // 4))
+        # a program that takes what is exact has the time of several tiles of codes if others have many
+        share = exact_tile * max(1, min(4, triton.cdiv(coded, TILE) // (4 * most)))
+        exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
         splits = min(triton.cdiv(coded, TILE), most - exact_splits)
-    fast = None if dtype == torch.float32 or INTERPRETED else _ASM[dtype]
+    keys, values = pieces(layout.key, _HALFWORDS), pieces(layout.value, _HALFWORDS)
+    fast = not INTERPRETED and dtype in _ROTATE
+    # weights may be as far from 1 as scores from their reference, for which float16 has no exponents
+    mixed = torch.bfloat16 if dtype == torch.float16 else dtype
     return {
         "M": tile,
         "SPLITS": splits,
         "EXACT_SPLITS": exact_splits,
-        "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
+        "EXACT_N": exact_tile,
+        "K_PIECES": keys,
+        "V_PIECES": values,
+        "DTYPE": _TRITON[dtype],
+        "V_DTYPE": _TRITON[mixed],
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-        "UNPACK": fast and fast.unpack,
-        "ROTATE": fast and fast.rotate,
+        "K_UNPACK": tuple(unpack(dtype, bits) for bits in (2, 4)) if fast else None,
+        "V_UNPACK": tuple(unpack(mixed, bits) for bits in (2, 4)) if fast else None,
+        "SCALED": scaled(dtype),
+        "ROTATE": _ROTATE[dtype] if fast else None,
         "STAGES": 3,
         "num_warps": 4,
     }

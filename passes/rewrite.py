@@ -67,13 +67,13 @@ def rewrite(trace: Trace) -> None:
     padding = next((site.padding for site in sites if site.padding is not None), None)
     last = [next(reversed(arguments))]
 
-    def placeholder(name: str, source: tuple[Any, ...], value: torch.Tensor) -> Node:
+    def placeholder(name: str, source: tuple[Any, ...], value: torch.Tensor, static: bool = True) -> Node:
         with graph.inserting_after(last[0]):
             node = graph.placeholder(name)
         last[0] = node
         node._dynamo_source = None
-        # an address that never changes, which is what CUDA graphs ask of a buffer that is mutated
-        node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+        # an address that hardly ever changes is what CUDA graphs ask of a buffer that is mutated; a new one is recorded anew
+        node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"} if static else {}}
         inputs[node], trace.examples[node] = source, value
         return node
 
@@ -85,7 +85,7 @@ def rewrite(trace: Trace) -> None:
     positions = placeholder("spectral_positions", ("positions",), empty(batch, 1, dtype=torch.int32))
     valid = columns = None
     if padding is not None:
-        valid = placeholder("spectral_valid", ("valid",), empty(batch, count, dtype=torch.bool))
+        valid = placeholder("spectral_valid", ("valid",), empty(batch, count, dtype=torch.bool), static=False)
     if any(site.mask_kind == "tensor" and site.edge.past for site in sites):
         columns = placeholder("spectral_columns", ("columns",), empty(batch, 1, dtype=torch.bool))
 

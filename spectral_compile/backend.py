@@ -103,11 +103,16 @@ def compile_inner(
     if plan is not None:
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
         patches["size_asserts"] = False
-        # only decode never waits for the GPU; sizes that are still symbolic there would be recorded again at each step
-        wanted = patches.get("triton.cudagraphs", config.cudagraphs)
-        patches["triton.cudagraphs"] = wanted and plan.kind == "decode" and plan.sites[0].device.type == "cuda"
-        patches["triton.cudagraph_skip_dynamic_graphs"] = True
+        # only decode never waits for the GPU; a size that is still symbolic there would be recorded again at each step
+        recordable = plan.kind == "decode" and plan.sites[0].device.type == "cuda" and not any(map(_symbolic, examples))
+        patches["triton.cudagraphs"] = patches.get("triton.cudagraphs", config.cudagraphs) and recordable
     return compile_fx(gm, examples, config_patches=patches or None)
+
+
+def _symbolic(example: Any) -> bool:
+    """Whether an argument of a graph is a size that varies, or a tensor that has one."""
+    sizes = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:

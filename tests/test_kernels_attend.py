@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spectral_compile.codec import PRESETS, Rotary, Tiers
 from spectral_compile.kernels import fused
-from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
+from spectral_compile.kernels.digits import pieces
 from spectral_compile.kernels.rotary import TILE
 from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 
@@ -127,12 +128,52 @@ def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
 
 
-@pytest.mark.parametrize("tiers", [Tiers(3, 5, 9), Tiers(0, 0, 7), Tiers(1, 0, 0), Tiers(0, 16, 0), Tiers(16, 30, 18)])
-def test_pieces_cover_every_byte_once(tiers: Tiers) -> None:
-    parts = fused.pieces(tiers)
-    covered = [byte for first, count, padded, _ in parts for byte in range(first, first + count)]
-    assert covered == list(range(tiers.row_bytes))
-    assert all(count <= padded and padded & (padded - 1) == 0 and padded * digits >= 16 for _, count, padded, digits in parts)
+@pytest.mark.parametrize("scale", [3.0, 40.0])
+@pytest.mark.parametrize("preset", ["seed", "balanced"])
+def test_scores_far_from_any_reference(preset: str, scale: float) -> None:
+    """Exponentials count from a reference that is not the maximum: one that is too far off must be found and replaced."""
+    books, chunk = store(preset, 64, past=190, chunk=3)
+    assert_same(fused_attend(books, chunk, scale), books.attend(chunk, scale), chunk)
+
+
+@pytest.mark.parametrize("past", [190, 211, 212, 213])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_step_of_one_column_attends_and_enters(preset: str, past: int) -> None:
+    books, chunk = store(preset, 64, past=past, chunk=1, batch=2)
+    expected = books.attend(chunk, 0.1)
+    ledger, positions, buffers = on_device(books)
+    tokens = (x.to(DEVICE) for x in (chunk.query, chunk.key, chunk.value))
+    got = fused.attend(*tokens, None, None, ledger, positions, None, buffers, books.layout, 0.1, 0, enters=True)
+    assert_same(got.cpu(), expected, chunk)
+    books.append(chunk, None)
+    for name, mine, theirs in zip(Buffers._fields, buffers, books.buffers, strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, msg=name)
+
+
+def test_a_step_with_one_basis_for_all_tokens_leaves_its_product_for_the_end() -> None:
+    books, chunk = store("balanced", 64, past=190, chunk=1, batch=2)
+    assert books.buffers.starts.shape[1] > 1
+    one = Capacity(books.buffers.k_codes.shape[2], books.buffers.k_exact.shape[2] - books.layout.sinks, 1)
+    fewer = allocate(books.layout, 2, one, torch.float32, "cpu")
+    books.buffers = Buffers(*(x[tuple(map(slice, y.shape))] for x, y in zip(books.buffers, fewer, strict=True)))
+    books.buffers = Buffers(*(x.contiguous() for x in books.buffers))
+    assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
+
+
+TIERS = [Tiers(3, 5, 9), Tiers(0, 0, 7), Tiers(1, 0, 0), Tiers(0, 16, 0), Tiers(16, 30, 18), Tiers(4, 24, 48), Tiers(0, 8, 80)]
+
+
+@pytest.mark.parametrize("least", [1, 8])
+@pytest.mark.parametrize("tiers", TIERS)
+def test_pieces_cover_every_halfword_once(tiers: Tiers, least: int) -> None:
+    parts = pieces(tiers, least)
+    covered = [halfword for first, count, _, _ in parts for halfword in range(first, first + count)]
+    assert covered == list(range(tiers.row_bytes // 2))
+    for first, count, padded, bits in parts:
+        assert least <= padded >= count
+        assert padded & (padded - 1) == 0
+        assert padded * 16 // bits >= 16
+        assert bits == 2 or 2 * (first + count) <= tiers.bits8 + -(-tiers.bits4 // 2) or not tiers.bits2
 
 
 @pytest.mark.gpu

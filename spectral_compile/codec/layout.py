@@ -21,8 +21,8 @@ class Tiers:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's packed codes; each tier starts on a byte."""
-        return self.bits8 + -(-self.bits4 // 2) + -(-self.bits2 // 4)
+        """Bytes of one token's packed codes; each tier starts on a byte, and rows on a word of four, as a GPU copies them."""
+        return -(-(self.bits8 + -(-self.bits4 // 2) + -(-self.bits2 // 4)) // 4) * 4
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ _JOINT_WIDTH = 192  # wider groups cost attention more than they save: every key
 def _tiers(parts: tuple[int, int, int], width: int) -> Tiers:
     # Rounding the running sums down, not the parts, keeps the total within the width.
     ends = [width * sum(parts[:count]) // 32 for count in range(4)]
-    return Tiers(*(end - start for start, end in pairwise(ends)))
+    bits8, bits4, bits2 = (end - start for start, end in pairwise(ends))
+    if bits2:  # GPUs copy words of four bytes: the tier of 2 bits fills whole ones, the nearest number, if there is room
+        fixed = bits8 + -(-bits4 // 2)
+        row, begin = max(fixed // 4 + 1, (fixed + -(-bits2 // 4) + 2) // 4), (fixed + 2) // 4
+        if bits8 < 4 * begin < 4 * row:
+            bits4, fixed = 2 * (4 * begin - bits8), 4 * begin
+        bits2 = min(4 * (4 * row - fixed), width - bits8 - bits4)
+    return Tiers(bits8, bits4, bits2)
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,19 @@ def _part(packed: Tensor, bits: int, count: int) -> Tensor:
 def pack(codes: Tensor, tiers: Tiers) -> Tensor:
     """Lay a token's codes out in bytes: the 8-bit tier, the 4-bit tier two to a byte, the 2-bit tier four to a byte.
 
-    Fields fill a byte from the low bits up; each tier starts on a byte and is padded with zeros.
+    Fields fill a byte from the low bits up; each tier starts on a byte and is padded with zeros, and so is the row.
 
     codes: any integer dtype, ``[..., rank]``, each below ``2**bits`` of its tier -> uint8 ``[..., row_bytes]``.
     """
     codes8, codes4, codes2 = codes.to(torch.uint8).split((tiers.bits8, tiers.bits4, tiers.bits2), dim=-1)
-    return torch.cat([codes8, _join(codes4, 4), _join(codes2, 2)], dim=-1)
+    row = torch.cat([codes8, _join(codes4, 4), _join(codes2, 2)], dim=-1)
+    return F.pad(row, (0, tiers.row_bytes - row.shape[-1]))
 
 
 def unpack(packed: Tensor, tiers: Tiers) -> Tensor:
     """Undo ``pack``: uint8 ``[..., row_bytes]`` -> uint8 ``[..., rank]``."""
     bytes4 = -(-tiers.bits4 // 2)
-    packed8, packed4, packed2 = packed.split((tiers.bits8, bytes4, tiers.row_bytes - tiers.bits8 - bytes4), dim=-1)
+    packed8, packed4, packed2 = packed.tensor_split((tiers.bits8, tiers.bits8 + bytes4), dim=-1)
     return torch.cat([packed8, _part(packed4, 4, tiers.bits4), _part(packed2, 2, tiers.bits2)], dim=-1)
 
 

@@ -41,7 +41,7 @@ def test_greedy_tokens_equal_dense(name: str, inner: str) -> None:
 
 
 def test_decode_is_recorded_and_replayed() -> None:
-    """One recording after each growth of the buffers, and the same tokens as without any."""
+    """One recording for a conversation, whose buffers grow no more here, and the same tokens as without any."""
     prompt, made = tokens(1, 300).cuda(), []
     for cudagraphs in (False, True):
         sc.reset()
@@ -55,19 +55,23 @@ def test_decode_is_recorded_and_replayed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("preset", ["seed", "quality", "balanced", "compact"])
-def test_presets_give_what_they_give_on_the_cpu(preset: str, dtype: torch.dtype) -> None:
-    """The same keys and values, coded here and there, differ by no more than rounding can move a code."""
+def test_presets_lose_what_they_lose_on_the_cpu(preset: str, dtype: torch.dtype) -> None:
+    """Bases come from another solver, so codes differ, but not how well they stand for the values."""
     prompt = tokens(1, 900)
     model = build("llama").to(dtype)
-    held = []
+    with torch.no_grad():
+        dense = torch.stack([layer.values.float() for layer in model(prompt, use_cache=True).past_key_values.layers])
+    lost = []
     for device in ("cpu", "cuda"):
         model.to(device)
         model.compile(backend=sc.spectral, options={"preset": preset, "strict": True, "inner": "eager", "warmup": 256})
         with torch.no_grad():
             cache = model(prompt.to(device), use_cache=True).past_key_values
-        held.append(torch.stack([layer.values.dense().cpu().float() for layer in cache.layers]))
+        held = torch.stack([layer.values.dense().cpu().float() for layer in cache.layers])
+        lost.append(((held - dense).norm() / dense.norm()).item())
         assert cache.layers[0].keys.device.type == device
-    assert (held[0] - held[1]).norm() < 0.2 * held[0].norm()
+    assert 0.5 > lost[0] > 0.005
+    assert lost[1] == pytest.approx(lost[0], rel=0.03)
 
 
 def test_peak_memory_of_a_long_prefill_is_near_the_compressed_cache() -> None:

@@ -1,0 +1,194 @@
+"""Rows of codes as digits that tensor cores multiply, and the matrix from digits to channels.
+
+All tiers look alike as digits: a code of 8, 4 or 2 bits is a number to the base 16 or 4, and what it stands for is the sum of
+its digits, each less the middle of its range, times its power of the base, in steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from spectral_compile.codec.layout import Tiers
+
+Piece = tuple[int, int, int, int]  # first halfword, halfwords, padded halfwords, bits of a digit
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_LEAST = 16  # the smallest extent of a matrix product
+_MANTISSA = {torch.bfloat16: ("bf16", 7), torch.float16: ("f16", 10)}
+
+
+@functools.cache
+def pieces(tiers: Tiers, least: int) -> tuple[Piece, ...]:
+    """A row of codes as parts whose extents are powers of two, none of fewer than ``least`` halfwords.
+
+    Digits have 2 bits, or 4 where no code of 2 bits stands, in a part of its own where that leaves fewer digits.
+    """
+    wide, row = tiers.bits8 + -(-tiers.bits4 // 2), tiers.row_bytes // 2
+    if not tiers.bits2:
+        return _parts(0, row, 4, least)
+    whole = _parts(0, row, 2, least)
+    if wide == 0 or wide % 4:
+        return whole
+    split = _parts(0, wide // 2, 4, least) + _parts(wide // 2, row, 2, least)
+    return min(whole, split, key=lambda parts: (sum(padded * (16 // bits) for _, _, padded, bits in parts), len(parts)))
+
+
+def _parts(at: int, end: int, bits: int, least: int) -> tuple[Piece, ...]:
+    parts, least = [], max(least, _LEAST * bits // 16)
+    while at < end:
+        left = end - at
+        padded = max(least, triton.next_power_of_2(left))
+        if left - padded // 2 <= padded // 4 >= least:
+            padded //= 2  # two parts with little padding instead of one with much
+        parts.append((at, min(left, padded), padded, bits))
+        at += padded
+    return tuple(parts)
+
+
+@functools.cache
+def unpack(dtype: torch.dtype, bits: int) -> str | None:
+    """Instructions that make two halfwords into digits, two to a register, field by field; None where Triton's own must do.
+
+    A digit is written into the mantissa of a power of two, where it counts the ones; then the power and the middle of the
+    digit's range are taken off. What Triton makes of such arithmetic is several times as long.
+    """
+    if INTERPRETED or dtype not in _MANTISSA:
+        return None
+    kind, mantissa = _MANTISSA[dtype]
+
+    def both(value: float) -> str:
+        half = torch.tensor(value, dtype=dtype).view(torch.int16).item() & 0xFFFF
+        return f"0x{half:04x}{half:04x}"
+
+    code, shift = [f"{{ .reg .b32 s, x, c, one; mov.b32 one, {both(1.0)};"], None
+    for field in range(16 // bits):
+        power = 64 >> 2 * (field % 3) if bits == 2 else 16
+        one = mantissa - (power.bit_length() - 1)  # the bit of the mantissa that counts ones
+        if one - bits * field != shift:
+            shift = one - bits * field
+            code.append(f"{'shl' if shift >= 0 else 'shr'}.b32 s, ${16 // bits}, {abs(shift)};")
+        mask = f"{(1 << bits) - 1 << one:04x}"
+        code.append(f"lop3.b32 x, s, 0x{mask}{mask}, {both(power)}, 0xEA;")
+        code.append(f"mov.b32 c, {both(-power - ((1 << bits) - 1) / 2)}; fma.rn.{kind}x2 ${field}, x, one, c;")
+    return "\n".join([*code, "}"])
+
+
+@functools.cache
+def scaled(dtype: torch.dtype) -> str | None:
+    """Instructions that scale four signed bytes, the same way as ``unpack``; None where Triton's own must do."""
+    if INTERPRETED or dtype not in _MANTISSA:
+        return None
+    code = ["{ .reg .b32 x, y, h; .reg .f32 a, b, c; xor.b32 x, $2, 0x80808080; mov.b32 h, 0x00004700;"]
+    for i in range(2):  # a byte in the second place of 2**15 counts ones; the sign bit stands for 128 of them
+        for name, byte in (("a", 2 * i), ("b", 2 * i + 1)):
+            code.append(f"prmt.b32 y, x, h, 0x54{byte}4; mov.b32 {name}, y;")
+            code.append(f"mul.f32 c, ${3 + byte}, 0fC7008000; fma.rn.f32 {name}, {name}, ${3 + byte}, c;")
+        code.append(f"cvt.rn.{_MANTISSA[dtype][0]}x2.f32 ${i}, b, a;")
+    return "\n".join([*code, "}"])
+
+
+@triton.jit
+def pair(a, b):
+    """[N, K] and [N, K] side by side: [N, 2 * K]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _four(a, b, c, d):
+    return pair(pair(a, b), pair(c, d))
+
+
+@triton.jit
+def _field(x, AT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    return (((x >> AT) & ((1 << BITS) - 1)).to(tl.float32) - ((1 << BITS) - 1) * 0.5).to(DTYPE)
+
+
+@triton.jit
+def load(ptr, slots, ok, ROW: tl.constexpr, PIECES: tl.constexpr):
+    """Rows of ``ROW`` halfwords of some tokens, one tensor [N, halfwords] a piece."""
+    out = ()
+    for i in tl.static_range(len(PIECES)):
+        j = tl.arange(0, PIECES[i][2])
+        held = ok[:, None] & (j < PIECES[i][1])[None, :]
+        x = tl.load(ptr + slots[:, None] * ROW + (PIECES[i][0] + j)[None, :], mask=held, other=0)
+        out = out + (x,)
+    return out
+
+
+@triton.jit
+def digits(rows, PIECES: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
+    """Loaded rows as digits, one tensor [N, digits] a piece, lowest fields of all halfwords first."""
+    out = ()
+    for i in tl.static_range(len(PIECES)):
+        x = rows[i]
+        if UNPACK is None:
+            x = x.to(tl.int32)
+            if PIECES[i][3] == 4:
+                x = _four(_field(x, 0, 4, DTYPE), _field(x, 4, 4, DTYPE), _field(x, 8, 4, DTYPE), _field(x, 12, 4, DTYPE))
+            else:
+                low = _four(_field(x, 0, 2, DTYPE), _field(x, 2, 2, DTYPE), _field(x, 4, 2, DTYPE), _field(x, 6, 2, DTYPE))
+                high = _four(_field(x, 8, 2, DTYPE), _field(x, 10, 2, DTYPE), _field(x, 12, 2, DTYPE), _field(x, 14, 2, DTYPE))
+                x = pair(low, high)
+        elif PIECES[i][3] == 4:
+            a, b, c, d = tl.inline_asm_elementwise(UNPACK[1], "=r,=r,=r,=r,r", [x], (DTYPE.value,) * 4, True, 2)
+            x = _four(a, b, c, d)
+        else:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                UNPACK[0], "=r,=r,=r,=r,=r,=r,=r,=r,r", [x], (DTYPE.value,) * 8, True, 2
+            )
+            x = pair(_four(a, b, c, d), _four(e, f, g, h))
+        out = out + (x,)
+    return out
+
+
+@triton.jit
+def opaque(parts, UNPACK: tl.constexpr):
+    """The same tensors, to Triton of unknown origin: it lays out an operand that was joined in a way that costs moves."""
+    out = parts
+    if UNPACK is not None:
+        out = ()
+        for i in tl.static_range(len(parts)):
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [parts[i]], parts[i].dtype, False, 2)
+            out = out + (x,)
+    return out
+
+
+@triton.jit
+def rows(
+    basis, affine, channels, live, R: tl.constexpr, W: tl.constexpr, TIERS: tl.constexpr, FIRST: tl.constexpr,
+    HELD: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Of one piece the basis' bytes [digits, channels] and what they are times [digits], zero where there is padding."""
+    digit = tl.arange(0, PADDED * (16 // BITS))
+    at, field = digit % PADDED, digit // PADDED
+    byte, bit = 2 * (FIRST + at) + field * BITS // 8, field * BITS % 8
+    in8, in4 = byte < TIERS[0], byte < TIERS[0] + (TIERS[1] + 1) // 2
+    nibble, crumb = (byte - TIERS[0]) * 2 + bit // 4, (byte - TIERS[0] - (TIERS[1] + 1) // 2) * 4 + bit // 2
+    real = (at < HELD) & (in8 | (in4 & (nibble < TIERS[1])) | (~in4 & (crumb < TIERS[2])))
+    r = tl.where(in8, byte, TIERS[0] + tl.where(in4, nibble, TIERS[1] + crumb))
+    x = tl.load(basis + r[:, None] * W + channels[None, :], mask=real[:, None] & live[None, :], other=0)
+    place = tl.exp2(tl.where(in8, bit, tl.where(in4, bit % 4, 0)).to(tl.float32))
+    return x, tl.load(affine + r, mask=real, other=0.0) * tl.load(affine + R + r, mask=real, other=0.0) * place
+
+
+@triton.jit
+def matrix(
+    basis, affine, channels, live, R: tl.constexpr, W: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """The matrix from digits to some channels times their weights, one tensor [digits, channels] a piece."""
+    out = ()
+    for i in tl.static_range(len(PIECES)):
+        x, scale = rows(basis, affine, channels, live, R, W, TIERS, PIECES[i][0], PIECES[i][1], PIECES[i][2], PIECES[i][3])
+        if SCALED is None:
+            x = (x.to(tl.float32) * scale[:, None]).to(DTYPE)
+        else:
+            scale = tl.broadcast_to(scale[:, None], x.shape)
+            x = tl.inline_asm_elementwise(SCALED, "=r,=r,r,f,f,f,f", [x, scale], DTYPE.value, True, 4)
+        out = out + (x,)
+    return out
