@@ -193,14 +193,14 @@ def _keep(
 
 @triton.jit
 def enter(
-    tile, pair, side, query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment,
-    ledger, index, n, code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
+    tile, pair, side, query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact,
+    starts, moment, ledger, index, n, code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
     H: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
     K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
     LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
     ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of what one group and side store: the first ``code_tiles`` parts code N tokens each, the others keep what stays."""
+    """Of what one group and side store the part ``tile``: the first ``code_tiles`` code N tokens each, others keep."""
     GROUPS: tl.constexpr = H // HEADS
     W: tl.constexpr = HEADS * D
     b, g = (pair // GROUPS).to(tl.int64), pair % GROUPS

@@ -195,7 +195,7 @@ def _past(
             if RESTP > 0:
                 held = live[:, None] & (rest < D)[None, :]
                 r3 = (q3 / tl.load(weights_at[:, None] + rest[None, :], mask=held, other=1.0)).to(DTYPE)
-            # a step ahead: to hide latency, and since Triton lays out an operand for the narrowest type that one step makes it of
+            # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
             v_rows = load(v_codes + first_row * V_ROW, low + t, low + t < end, V_ROW, V_PIECES)
             gone, size = _ahead(v_norms + first_row, low + t, end, NORMALISED)
             for start in tl.range(low, end, N, num_stages=STAGES):
@@ -290,12 +290,12 @@ def _exact(at, ok, channels, live):
 
 @triton.jit
 def _present(
-    q_row, head, live, own, part, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
+    q_row, head, live, own, part, parts, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
     row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, EXACT_SPLITS: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention to one part of what is held exactly: sums ([M, DP],), their maxima [M] and sums of weights [M].
 
@@ -320,7 +320,7 @@ def _present(
     ring_first = codes_first + in_sinks
     new_first = ring_first + tl.maximum(before - SINKS - coded, 0)
     count = new_first + n
-    share = tl.cdiv(tl.cdiv(count, N), EXACT_SPLITS) * N
+    share = tl.cdiv(tl.cdiv(count, N), parts) * N
     low = part * share
     ring = exact_cap - SINKS
     oldest = coded % ring
@@ -382,11 +382,11 @@ def _present(
     return (out,), highest, tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "exact_splits", "exact_cap", "slots_cap"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts,
     ledger, positions, index, seen, turns, table, entering, code_jobs, out_ptr, max_ptr, sum_ptr,
-    n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
+    splits, exact_splits, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr,
@@ -394,7 +394,7 @@ def _attend_kernel(
     K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, ONE: tl.constexpr, SLIDES: tl.constexpr,
-    SPLITS: tl.constexpr, EXACT_SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
     DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
     ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr, EXACT_N: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr,
@@ -422,8 +422,8 @@ def _attend_kernel(
     q_row = q_ptr + b * q_b + (g * ROWS + qh) * q_h + qi * q_n
     scale = scale * 1.4426950408889634
     row_positions = positions + b * slots_cap
-    at = ((pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (SPLITS + EXACT_SPLITS) + split
-    if not LOSSLESS and split < SPLITS:
+    at = ((pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits) + split
+    if not LOSSLESS and split < splits:
         basis = ()
         if not HAS_SEGMENTS:
             basis = _key_basis(k_basis, k_affine, b * GROUPS + g, D, P, PQ, PARTS, RESTP, INTERLEAVED, HEADS, RK, K_TIERS,
@@ -431,46 +431,47 @@ def _attend_kernel(
         low = 0
         if SLIDES:
             low = tl.maximum(tl.min(tl.where(live, own, 2147483647)) - slide + 1 - SINKS, 0) // N * N
-        share = tl.cdiv(tl.cdiv(tl.maximum(coded - low, 0), N), SPLITS) * N
+        share = tl.cdiv(tl.cdiv(tl.maximum(coded - low, 0), N), splits) * N
         low += split * share
         high = tl.minimum(low + share, coded)
         if tl.load(ledger + b * COLUMNS + 5) == 0:
             sums, highest, total = _past(
                 basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
                 v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
-                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
-                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
-                STAGES, LATE, False,
-            )
+                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW,
+                V_ROW, NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK,
+                ROTATE, STAGES, LATE, False,
+            )  # fmt: skip
         else:
             sums, highest, total = _past(
                 basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
                 v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
-                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
-                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
-                STAGES, LATE, True,
-            )
+                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW,
+                V_ROW, NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK,
+                ROTATE, STAGES, LATE, True,
+            )  # fmt: skip
         _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
     else:
         own_sums, own_highest, own_total = _present(
-            q_row, head, live, own, split - SPLITS, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact,
-            v_exact, row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS,
-            HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, EXACT_SPLITS, M,
-            EXACT_N, DTYPE, PRECISION,
-        )
+            q_row, head, live, own, split - splits, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
+            k_exact, v_exact, row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
+            GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, M, EXACT_N,
+            DTYPE, PRECISION,
+        )  # fmt: skip
         _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
         if ENTERS and tile == 0:
             C: tl.constexpr = CONSTANTS
-            for job in range(split - SPLITS, code_jobs, EXACT_SPLITS):
+            for job in range(split - splits, code_jobs, exact_splits):
                 enter(job // 2, pair, job % 2, *entering, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10],
                       C[11], C[12], C[13], C[14], True, False, True, C[15], PRECISION)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "exact_splits", "first", "stride", "merged"])
 def _merge_kernel(
-    out_ptr, max_ptr, sum_ptr, result, count, first, stride, merged, entering, code_tiles, v_basis, v_affine,
+    out_ptr, max_ptr, sum_ptr, result, splits, exact_splits, count, first, stride, merged, entering, code_tiles,
+    v_basis, v_affine,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr,
-    SPLITS: tl.constexpr, EXACT_SPLITS: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    CODED: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr, LATE: tl.constexpr, RV: tl.constexpr, V_TIERS: tl.constexpr, V_PIECES: tl.constexpr,
     ENTERS: tl.constexpr, CONSTANTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -482,27 +483,27 @@ def _merge_kernel(
     m, pair = tl.program_id(0), tl.program_id(1)
     if m < merged:
         g = pair % GROUPS
-        at = (pair.to(tl.int64) * stride + m) * (SPLITS + EXACT_SPLITS)
+        at = (pair.to(tl.int64) * stride + m) * (splits + exact_splits)
         m += first
         s, e = tl.arange(0, SP), tl.arange(0, EP)
-        highest = tl.load(max_ptr + at + s, mask=s < SPLITS, other=float("-inf"))
-        exact = tl.load(max_ptr + at + SPLITS + e, mask=e < EXACT_SPLITS, other=float("-inf"))
+        highest = tl.load(max_ptr + at + s, mask=s < splits, other=float("-inf"))
+        exact = tl.load(max_ptr + at + splits + e, mask=e < exact_splits, other=float("-inf"))
         top = tl.maximum(tl.max(highest, 0), tl.max(exact, 0))
         top = tl.where(top == float("-inf"), 0.0, top)
         weight, own = tl.exp2(highest - top), tl.exp2(exact - top)
-        norm = tl.sum(weight * tl.load(sum_ptr + at + s, mask=s < SPLITS, other=0.0), 0)
-        norm += tl.sum(own * tl.load(sum_ptr + at + SPLITS + e, mask=e < EXACT_SPLITS, other=0.0), 0)
+        norm = tl.sum(weight * tl.load(sum_ptr + at + s, mask=s < splits, other=0.0), 0)
+        norm += tl.sum(own * tl.load(sum_ptr + at + splits + e, mask=e < exact_splits, other=0.0), 0)
         norm = tl.where(norm == 0, 1.0, norm)
         latent = ()
         if LATE:
             for i in tl.static_range(len(V_PIECES)):
                 c = PLACES[i] + tl.arange(0, V_PIECES[i][2] * (16 // V_PIECES[i][3]))
-                parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + c[None, :], mask=(s < SPLITS)[:, None], other=0.0)
+                parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + c[None, :], mask=(s < splits)[:, None], other=0.0)
                 latent = latent + (tl.sum(parts * weight[:, None], 0),)
         place = ((pair // GROUPS * count + m // ROWS) * GROUPS + g) * ROWS + m % ROWS
         d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-        held = (e < EXACT_SPLITS)[:, None]
-        parts = tl.load(out_ptr + (at + SPLITS + e)[:, None] * WIDTH + d[None, :], mask=held, other=0.0)
+        held = (e < exact_splits)[:, None]
+        parts = tl.load(out_ptr + (at + splits + e)[:, None] * WIDTH + d[None, :], mask=held, other=0.0)
         mixed = tl.sum(parts * own[:, None], 0)
         if LATE:
             channel = m % ROWS // (ROWS // HEADS) * D + d
@@ -513,8 +514,8 @@ def _merge_kernel(
                                 V_PIECES[i][0], V_PIECES[i][1], V_PIECES[i][2], V_PIECES[i][3])  # fmt: skip
                 valued += tl.sum(x.to(tl.float32) * (latent[i] * scale)[:, None], 0)
             mixed += valued / tl.load(affine + 2 * RV + channel, mask=d < D, other=1.0)
-        elif SPLITS > 0:
-            parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + d[None, :], mask=(s < SPLITS)[:, None], other=0.0)
+        elif CODED:
+            parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + d[None, :], mask=(s < splits)[:, None], other=0.0)
             mixed += tl.sum(parts * weight[:, None], 0)
         tl.store(result + place * D + d, (mixed / norm).to(result.dtype.element_ty), mask=d < D)
     else:
@@ -558,8 +559,8 @@ def attend(
     plan = _plan(layout, batch, rows, coded_cap, exact_cap + count, query.dtype)
     tile = plan["M"]
     tiles = triton.cdiv(rows, tile)
-    shares = {name: plan[name] for name in ("SPLITS", "EXACT_SPLITS")}
-    splits = sum(shares.values())
+    shares = plan.pop("shares")
+    splits = sum(shares)
     padded = triton.next_power_of_2(dim)
     # where one basis serves all tokens, its product with what values came to is left for the end
     late = count == 1 and segments == 1 and not layout.lossless
@@ -588,7 +589,7 @@ def attend(
             query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis,
             buffers.k_affine, buffers.v_affine, buffers.k_exact, buffers.v_exact, buffers.starts,
             ledger, positions, index, seen, turns, table, entering, 2 * code_tiles, part, top, total,
-            count, first, coded_cap, exact_cap, segments, positions.shape[1],
+            *shares, count, first, coded_cap, exact_cap, segments, positions.shape[1],
             0 if seen is None else seen.shape[2], window, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
@@ -604,12 +605,13 @@ def attend(
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         _merge_kernel[(merged + 2 * now, batch * groups, padded // channels)](
-            part, top, total, out, count, first * tile, held * tile, merged, entering, code_tiles,
+            part, top, total, out, *shares, count, first * tile, held * tile, merged, entering, code_tiles,
             buffers.v_basis, buffers.v_affine,
             GROUPS=groups, ROWS=heads * gqa, HEADS=heads, D=dim, DP=padded, CHANNELS=channels,
-            SP=triton.next_power_of_2(max(1, plan["SPLITS"])), EP=triton.next_power_of_2(max(1, plan["EXACT_SPLITS"])),
+            CODED=not layout.lossless, SP=triton.next_power_of_2(max(1, shares[0])),
+            EP=triton.next_power_of_2(max(1, shares[1])),
             RV=layout.value.rank, V_TIERS=_tiers(layout.value), V_PIECES=plan["V_PIECES"],
-            ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **shares, **left,
+            ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
         )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -633,8 +635,7 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
     mixed = torch.bfloat16 if dtype == torch.float16 else dtype
     return {
         "M": tile,
-        "SPLITS": splits,
-        "EXACT_SPLITS": exact_splits,
+        "shares": (splits, exact_splits),
         "EXACT_N": exact_tile,
         "K_PIECES": keys,
         "V_PIECES": values,

@@ -69,10 +69,11 @@ def evaluate(size: Any, symbols: dict[Any, int]) -> Any:
 class _Run(Interpreter):
     """Evaluates single nodes on demand, in float32 where the model computes in half precision."""
 
-    def __init__(self, gm: GraphModule, known: dict[Node, Any], values: Callable[[Node], Any]) -> None:
+    def __init__(self, gm: GraphModule, known: dict[Node, Any], values: Callable[[Node], Any], numbers: dict[int, int]) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.env = dict(known)
         self.values = values
+        self.numbers = numbers
 
     def fetch(self, node: Node) -> Any:
         order, stack = [], [node]
@@ -90,38 +91,54 @@ class _Run(Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return tree_map(_float, args), tree_map(_float, kwargs)
+        return tree_map(self._other, args), tree_map(self._other, kwargs)
 
-
-def _float(x: Any) -> Any:
-    return torch.float32 if isinstance(x, torch.dtype) and x in _HALF else x
+    def _other(self, x: Any) -> Any:
+        if isinstance(x, torch.dtype) and x in _HALF:
+            return torch.float32
+        return self.numbers.get(x, x) if type(x) is int else x
 
 
 def lift(
-    gm: GraphModule, inputs: list[Node], output: Node, values: Callable[[Node], Any] = real_value
+    gm: GraphModule,
+    inputs: list[Node],
+    output: Node,
+    values: Callable[[Node], Any] = real_value,
+    numbers: dict[int, int] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """The function from ``inputs`` to ``output`` that the graph computes.
 
-    Placeholders that are no input take what ``values`` gives for them: by default what they had while tracing. The function
-    raises ``Unliftable``, or whatever the operations raise.
+    Placeholders that are no input take what ``values`` gives for them: by default what they had while tracing. ``numbers``
+    stand in for constants of the graph, such as sizes. The function raises ``Unliftable``, or whatever the operations raise.
     """
 
     def run(*given: Any) -> torch.Tensor:
         with torch.no_grad():
-            return _Run(gm, dict(zip(inputs, given, strict=True)), values).fetch(output)
+            return _Run(gm, dict(zip(inputs, given, strict=True)), values, numbers or {}).fetch(output)
 
     return run
 
 
 def placeholders_of(node: Node) -> set[Node]:
     """The placeholders whose values, not only sizes, ``node`` is computed from."""
-    found, seen, stack = set(), set(), [node]
+    return {at for at in _piece(node) if at.op in ("placeholder", "get_attr")}
+
+
+def numbers_in(node: Node) -> set[float]:
+    """The constants among what ``node`` is computed from, sizes left out where they are read off a tensor."""
+    found: set[float] = set()
+    for at in _piece(node):
+        if not is_size(at):
+            tree_map(lambda x: found.add(x) if type(x) in (int, float) else None, (at.args, at.kwargs))
+    return found
+
+
+def _piece(node: Node) -> set[Node]:
+    """``node`` and the nodes whose values, not only sizes, it is computed from."""
+    seen, stack = set(), [node]
     while stack:
         at = stack.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        if at.op in ("placeholder", "get_attr"):
-            found.add(at)
-        stack.extend(() if is_size(at) else at.all_input_nodes)
-    return found
+        if at not in seen:
+            seen.add(at)
+            stack.extend(() if is_size(at) else at.all_input_nodes)
+    return seen

@@ -18,6 +18,7 @@ from spectral_compile.passes.lift import (
     hint,
     is_size,
     lift,
+    numbers_in,
     placeholders_of,
     real_value,
     symbol_hints,
@@ -25,7 +26,8 @@ from spectral_compile.passes.lift import (
 from spectral_compile.passes.trace import Site, Trace, fake
 
 _WIDEST = 1 << 19  # a window is looked for up to this many columns
-_CELLS = 1 << 26  # and a mask is computed up to this many cells
+_CELLS = 1 << 26  # and a mask is computed up to this many cells, four times as many where nothing is cached
+_FEWEST = 1025  # columns of a prompt that stand for more than that
 
 
 def classify_masks(trace: Trace) -> None:
@@ -85,26 +87,32 @@ def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
     """The window of the mask with a past ``extra`` columns longer, 0 where it hides nothing; None if it is not causal."""
     count = hint(fake(site.query).shape[2])
     past = hint(fake(site.edge.past[0]).shape[2]) if site.edge.past else 0
-    if count * (past + extra + count) > 4 * _CELLS:
-        raise Unliftable("the mask is too large to be probed")
     graph = site.sdpa.graph.owning_module
-    fixed, sizes = free_symbols(fake(site.query).shape[2]), symbol_hints(graph)
+    fixed, sizes, numbers = free_symbols(fake(site.query).shape[2]), symbol_hints(graph), {}
+    if count * (past + extra + count) > 4 * _CELLS:
+        if past + extra:
+            raise Unliftable("the mask is too large to be probed")
+        whole, count = count, _fewer(site, count)
+        numbers = {whole: count}
+        sizes = {symbol: count if size == whole else size for symbol, size in sizes.items()}
     for symbol, size in sizes.items():
         if size in (past, past + count) and symbol not in fixed:
             sizes[symbol] = size + extra
 
     def value(node: Node) -> Any:
         if is_size(node):
-            return evaluate(fake(node), sizes)
+            size = evaluate(fake(node), sizes)
+            return numbers.get(size, size) if isinstance(size, int) else torch.Size(numbers.get(n, n) for n in size)
         if extra:
             raise Unliftable("the mask depends on a tensor that may grow")
         return real_value(node)
 
     total = past + extra + count
     q, k = torch.arange(past + extra, total)[:, None], torch.arange(total)[None]
-    run = lift(graph, [padding] if padding else [], site.mask, value)
+    run = lift(graph, [padding] if padding else [], site.mask, value, numbers)
     rows = hint(fake(padding).shape[0]) if padding else 1
     columns = hint(fake(padding).shape[1]) + extra if padding else total
+    columns = numbers.get(columns, columns)
     if columns != total:
         return None
     window = 0
@@ -127,3 +135,12 @@ def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
         if not torch.equal(*torch.broadcast_tensors(seen & real, expected & real)):
             return None
     return window
+
+
+def _fewer(site: Site, count: int) -> int:
+    """How many columns show what a mask does to ``count``, if its sizes are replaced: more than any number in it reaches."""
+    reach = max((abs(x) for x in numbers_in(site.mask) if abs(x) < count), default=0)
+    fewer = max(_FEWEST, 2 * int(reach) + 1)
+    if fewer >= count or fewer * fewer > 4 * _CELLS:
+        raise Unliftable("the mask is too large to be probed")
+    return fewer

@@ -91,9 +91,7 @@ def own_copy(gm: GraphModule) -> GraphModule:
     return new
 
 
-def compile_inner(
-    gm: GraphModule, examples: list[Any], config: SpectralConfig, plan: Plan | None = None
-) -> Callable[..., Any]:
+def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, plan: Plan | None = None) -> Callable[..., Any]:
     """Hand a graph to the inner compiler that the options name; ``plan`` is there if it was rewritten."""
     if config.inner == "eager":
         return gm.forward

@@ -128,6 +128,7 @@ def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, of what is done again
 @pytest.mark.parametrize("scale", [3.0, 40.0])
 @pytest.mark.parametrize("preset", ["seed", "balanced"])
 def test_scores_far_from_any_reference(preset: str, scale: float) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+import transformers as hf
 
 import spectral_compile as sc
 from spectral_compile import report
+from spectral_compile.passes import masks
 from spectral_compile.tensor import SpectralTensor
-from tests.tiny import GREEDY, WINDOWS, build, tokens
+from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -215,3 +219,29 @@ def test_decode_keeps_one_timeline_for_all_layers_and_steps() -> None:
         for at in range(30, 50):
             model(torch.tensor([[at]]), past_key_values=cache, position_ids=torch.tensor([[at]]))
         assert {id(x.store.timeline) for layer in cache.layers for x in (layer.keys, layer.values)} == {id(timeline)}
+
+
+@pytest.mark.parametrize("window", [None, 50, 290])
+def test_a_mask_too_large_to_be_computed_is_still_known(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """Past 16384 tokens the mask of a prompt could not be probed, and decode then refused the cache."""
+    monkeypatch.setattr(masks, "_CELLS", 1 << 15)
+    monkeypatch.setattr(masks, "_FEWEST", 257)
+    torch.manual_seed(0)
+    config = hf.MistralConfig(**GROUPED, sliding_window=window) if window else hf.LlamaConfig(**GROUPED)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    prompt = tokens(2, 600)
+    mask = torch.ones_like(prompt)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        expected = model(prompt, attention_mask=mask).logits
+        sc.reset()
+        model.compile(backend=sc.spectral, options={"preset": "exact", "inner": "eager", **WINDOWS})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", report.SpectralWarning)
+            out = model(prompt, attention_mask=mask, use_cache=True)
+        torch.testing.assert_close(out.logits[1], expected[1], atol=1e-4, rtol=1e-4)
+        if window is None:
+            assert [(graph.kind, graph.matched) for graph in sc.reports()] == [("prefill", 2)]
+            step = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), 1)
+            model(tokens(2, 1), attention_mask=step, past_key_values=out.past_key_values)
+            assert sc.reports()[-1].kind == "decode"
