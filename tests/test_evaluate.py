@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from spectral_compile import evaluate, models
 from spectral_compile.cli import app
 from spectral_compile.evaluate import Agreement, Needle, Result, compare, contender, read, require_matched, table, weigh
 from spectral_compile.report import GraphReport
-from tests.tiny import build, tokens
+from tests.tiny import GROUPED, tokens
 
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding
 PRESETS = ("exact", "quality", "balanced", "compact", "seed")
@@ -27,8 +27,9 @@ PRESETS = ("exact", "quality", "balanced", "compact", "seed")
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
-    """A tiny Llama whose attention is sharp enough to depend on its cache."""
-    model = build("llama")
+    """A tiny Llama whose attention is sharp enough to depend on its cache, with heads wide enough to tell presets apart."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**GROUPED, head_dim=32)).eval()
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
             projection.weight.data *= 10
@@ -72,7 +73,7 @@ def test_decoding_predicts_what_extending_predicts(results: dict[str, Result], n
 
 
 def test_bytes_are_those_that_are_held(results: dict[str, Result], llama: PreTrainedModel) -> None:
-    keys = llama.config.num_key_value_heads * llama.config.hidden_size // llama.config.num_attention_heads
+    keys = llama.config.num_key_value_heads * llama.config.head_dim
     assert results["dense"].size.stored_bytes == llama.config.num_hidden_layers * 2 * keys * PROMPT * 4
     for name in PRESETS:
         size = results[name].size
