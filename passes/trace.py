@@ -63,6 +63,7 @@ class Trace:
     config: SpectralConfig
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    notes: list[Refusal] = field(default_factory=list)
     plan: Any = None
 
     @property

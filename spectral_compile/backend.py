@@ -60,6 +60,8 @@ def spectral(
         compiled = compile_densely(gm, example_inputs, config)
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
+        if (why := not_recorded(trace.plan, examples, config)) is not None:
+            trace.notes.append(Refusal("graph", why))
         inner = compile_inner(trace.gm, examples, config, trace.plan)
         compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)])
     done = time.perf_counter()
@@ -101,16 +103,24 @@ def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, 
     if plan is not None:
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
         patches["size_asserts"] = False
-        # only decode never waits for the GPU; a size that is still symbolic there would be recorded again at each step
-        recordable = plan.kind == "decode" and plan.sites[0].device.type == "cuda" and not any(map(_symbolic, examples))
-        patches["triton.cudagraphs"] = patches.get("triton.cudagraphs", config.cudagraphs) and recordable
+        # only decode never waits for the GPU
+        wanted = plan.kind == "decode" and patches.get("triton.cudagraphs", config.cudagraphs)
+        patches["triton.cudagraphs"] = wanted and _on_gpu(plan) and not_recorded(plan, examples, config) is None
     return compile_fx(gm, examples, config_patches=patches or None)
 
 
-def _symbolic(example: Any) -> bool:
-    """Whether an argument of a graph is a size that varies, or a tensor that has one."""
-    sizes = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
-    return any(isinstance(size, torch.SymInt) for size in sizes)
+def not_recorded(plan: Plan, examples: list[Any], config: SpectralConfig) -> str | None:
+    """Why a decode graph that should be a CUDA graph cannot be one, if so: with each new size it would be recorded again."""
+    if config.cudagraphs and config.inner == "inductor" and plan.kind == "decode" and _on_gpu(plan):
+        for example in examples:
+            sizes = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
+            if any(isinstance(size, torch.SymInt) for size in sizes):
+                return "it has inputs whose sizes vary, such as a mask or a batch, so it is not recorded as a CUDA graph"
+    return None
+
+
+def _on_gpu(plan: Plan) -> bool:
+    return plan.sites[0].device.type == "cuda"
 
 
 def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:
@@ -129,7 +139,7 @@ def make_report(trace: Trace, refusal: Refusal | None, seconds: dict[str, float]
     """What happened to a graph; a warning where sites of a cached model stay dense."""
     refusals = ([refusal] if refusal else []) + trace.refusals
     refusals += [Refusal(site.where, site.refusal) for site in trace.sites if site.refusal]
-    notes = tuple(Refusal(site.where, site.note) for site in trace.matched if site.note)
+    notes = (*trace.notes, *(Refusal(site.where, site.note) for site in trace.matched if site.note))
     made = GraphReport(trace.kind, len(trace.sites), len(trace.matched), tuple(refusals), notes, seconds)
     if refusals and not trace.matched:
         message = f"nothing in this graph was compressed; {refusals[0]}"

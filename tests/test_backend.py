@@ -6,13 +6,17 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import spectral_compile as sc
 from spectral_compile import report
+from spectral_compile.backend import not_recorded
 from spectral_compile.config import SpectralConfig
 from spectral_compile.report import SpectralWarning
 from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
@@ -266,3 +270,17 @@ assert before == after
 
 def test_nothing_of_torch_or_transformers_is_assigned_to() -> None:
     subprocess.run([sys.executable, "-c", ASSIGNMENTS], check=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.parametrize("cudagraphs", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_a_decode_graph_that_cannot_be_recorded_says_so(kind: str, device: str, cudagraphs: bool) -> None:
+    plan = SimpleNamespace(kind=kind, sites=[SimpleNamespace(device=torch.device(device))])
+    config = SpectralConfig(cudagraphs=cudagraphs)
+    varies = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    mask = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.zeros(3, 4), symbolic_context=varies)
+    wanted = (kind, device, cudagraphs) == ("decode", "cuda", True)
+    for example in (mask, mask.shape[0]):
+        assert (not_recorded(plan, [torch.zeros(2), example], config) is not None) == wanted
+    assert not_recorded(plan, [torch.zeros(2), 7], config) is None
