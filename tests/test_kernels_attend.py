@@ -180,7 +180,7 @@ def test_pieces_cover_every_halfword_once(tiers: Tiers, least: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "f16"])
-@pytest.mark.parametrize("count, dim", [(1, 64), (1, 128), (40, 64)])
+@pytest.mark.parametrize("count, dim", [(1, 64), (1, 128), (40, 64), (40, 256)])
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_half_precision_is_near_the_reference_in_single(
     preset: str, count: int, dim: int, dtype: torch.dtype, bound: float
