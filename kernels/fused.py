@@ -618,7 +618,7 @@ def attend(
 
 def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: torch.dtype) -> dict[str, Any]:
     """How the work is split: programs along the coded tokens and along the exact ones, and query rows a program."""
-    wide = layout.head_dim > 128  # whose bases leave too little shared memory for more queries
+    wide = layout.width > 192  # whose bases leave too little shared memory for more queries
     tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
     others = batch * layout.groups * triton.cdiv(rows, tile)
     most = max(2, _PROGRAMS // others)  # all programs run at once: the last ones would wait for the first to end

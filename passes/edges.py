@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from spectral_compile.codec.layout import Layout
 from spectral_compile.passes.trace import Edge, Site, Trace, argument, fake, is_call
 from spectral_compile.tensor import SpectralTensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_WIDEST = 256  # channels of a group whose basis fits the shared memory of a GPU, beside what else attention holds there
 
 
 def classify_edges(trace: Trace) -> None:
@@ -23,9 +25,19 @@ def classify_edges(trace: Trace) -> None:
         else:
             site.edge = edge
             site.layout = _layout(trace, site)
+            site.refusal = too_wide(site.layout, fake(site.key).device)
 
 
-def _layout(trace: Trace, site: Site):
+def too_wide(layout: Layout, device: torch.device) -> str | None:
+    """Why the kernels cannot attend to this layout, if so."""
+    if device.type == "cpu" or layout.lossless or layout.width <= _WIDEST:
+        return None
+    if layout.head_group > 1:
+        return f"head_group={layout.head_group} joins {layout.width} channels: on a GPU lower it to at most {_WIDEST} of them"
+    return f"its heads have {layout.head_dim} channels: on a GPU at most {_WIDEST} can be compressed"
+
+
+def _layout(trace: Trace, site: Site) -> Layout:
     if site.edge.past is not None:
         return fake(site.edge.past[0]).store_layout
     key = fake(site.edge.new[0])

@@ -18,6 +18,7 @@ import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.backend import not_recorded
 from spectral_compile.config import SpectralConfig
+from spectral_compile.passes.edges import too_wide
 from spectral_compile.report import SpectralWarning
 from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
 
@@ -284,3 +285,14 @@ def test_a_decode_graph_that_cannot_be_recorded_says_so(kind: str, device: str, 
     for example in (mask, mask.shape[0]):
         assert (not_recorded(plan, [torch.zeros(2), example], config) is not None) == wanted
     assert not_recorded(plan, [torch.zeros(2), 7], config) is None
+
+
+def test_groups_too_wide_for_a_gpu_are_refused() -> None:
+    for heads, dim, group in ((8, 128, 2), (4, 256, 1), (8, 64, 4)):
+        layout = SpectralConfig(head_group=group).layout(heads, dim, None)
+        assert too_wide(layout, torch.device("cuda")) is None
+    wide = SpectralConfig(head_group=4).layout(8, 128, None)
+    assert too_wide(wide, torch.device("cpu")) is None
+    assert "lower" in too_wide(wide, torch.device("cuda"))
+    assert "at most" in too_wide(SpectralConfig().layout(2, 512, None), torch.device("cuda"))
+    assert too_wide(SpectralConfig("exact").layout(2, 512, None), torch.device("cuda")) is None
