@@ -1,8 +1,9 @@
 """Attention over a compressed past, in Triton.
 
 The tokens of a row are split among programs. Most take coded tokens: a tile of codes times the basis gives keys in registers,
-which are rotated and scored; values stay in the latent until a split ends. The others take what is exact: sinks, window and
-chunk. A second kernel merges all of them by log-sum-exp.
+which are rotated and scored; values stay in the latent until a split ends or, where one basis serves all tokens, until splits
+are merged. The others take what is exact: sinks, window and chunk. A second kernel merges all of them by log-sum-exp. In a step
+of one column these two launches also store it: the first codes what leaves the window, the second writes to the window.
 """
 
 from __future__ import annotations
