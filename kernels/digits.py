@@ -17,33 +17,33 @@ from spectral_compile.codec.layout import Tiers
 
 Piece = tuple[int, int, int, int]  # first halfword, halfwords, padded halfwords, bits of a digit
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_LEAST = 16  # the smallest extent of a matrix product
-_MANTISSA = {torch.bfloat16: ("bf16", 7), torch.float16: ("f16", 10)}
+HALFWORDS = 8  # the fewest of a piece, of which a lane's part of an operand is just what it has loaded
+_PTX = {torch.bfloat16: ("bf16", 7), torch.float16: ("f16", 10)}  # names, and bits of the mantissa
+PACKED = {} if os.environ.get("TRITON_INTERPRET") == "1" else _PTX  # for which there are instructions on two numbers at a time
 
 
 @functools.cache
-def pieces(tiers: Tiers, least: int) -> tuple[Piece, ...]:
-    """A row of codes as parts whose extents are powers of two, none of fewer than ``least`` halfwords.
+def pieces(tiers: Tiers) -> tuple[Piece, ...]:
+    """A row of codes as parts whose extents are powers of two, none of fewer than ``HALFWORDS``.
 
     Digits have 2 bits, or 4 where no code of 2 bits stands, in a part of its own where that leaves fewer digits.
     """
     wide, row = tiers.bits8 + -(-tiers.bits4 // 2), tiers.row_bytes // 2
     if not tiers.bits2:
-        return _parts(0, row, 4, least)
-    whole = _parts(0, row, 2, least)
+        return _parts(0, row, 4)
+    whole = _parts(0, row, 2)
     if wide == 0 or wide % 4:
         return whole
-    split = _parts(0, wide // 2, 4, least) + _parts(wide // 2, row, 2, least)
+    split = _parts(0, wide // 2, 4) + _parts(wide // 2, row, 2)
     return min(whole, split, key=lambda parts: (sum(padded * (16 // bits) for _, _, padded, bits in parts), len(parts)))
 
 
-def _parts(at: int, end: int, bits: int, least: int) -> tuple[Piece, ...]:
-    parts, least = [], max(least, _LEAST * bits // 16)
+def _parts(at: int, end: int, bits: int) -> tuple[Piece, ...]:
+    parts = []
     while at < end:
         left = end - at
-        padded = max(least, triton.next_power_of_2(left))
-        if left - padded // 2 <= padded // 4 >= least:
+        padded = max(HALFWORDS, triton.next_power_of_2(left))
+        if left - padded // 2 <= padded // 4 >= HALFWORDS:
             padded //= 2  # two parts with little padding instead of one with much
         parts.append((at, min(left, padded), padded, bits))
         at += padded
@@ -51,15 +51,17 @@ def _parts(at: int, end: int, bits: int, least: int) -> tuple[Piece, ...]:
 
 
 @functools.cache
-def unpack(dtype: torch.dtype, bits: int) -> str | None:
-    """Instructions that make two halfwords into digits, two to a register, field by field; None where Triton's own must do.
+def unpack(dtype: torch.dtype) -> tuple[str, str] | None:
+    """Instructions that make two halfwords into digits of 2 bits and of 4, two to a register, field by field.
 
     A digit is written into the mantissa of a power of two, where it counts the ones; then the power and the middle of the
-    digit's range are taken off. What Triton makes of such arithmetic is several times as long.
+    digit's range are taken off. What Triton makes of such arithmetic is several times as long. None where it must do.
     """
-    if INTERPRETED or dtype not in _MANTISSA:
-        return None
-    kind, mantissa = _MANTISSA[dtype]
+    return None if dtype not in PACKED else (_unpack(dtype, 2), _unpack(dtype, 4))
+
+
+def _unpack(dtype: torch.dtype, bits: int) -> str:
+    kind, mantissa = PACKED[dtype]
 
     def both(value: float) -> str:
         half = torch.tensor(value, dtype=dtype).view(torch.int16).item() & 0xFFFF
@@ -81,14 +83,14 @@ def unpack(dtype: torch.dtype, bits: int) -> str | None:
 @functools.cache
 def scaled(dtype: torch.dtype) -> str | None:
     """Instructions that scale four signed bytes, the same way as ``unpack``; None where Triton's own must do."""
-    if INTERPRETED or dtype not in _MANTISSA:
+    if dtype not in PACKED:
         return None
     code = ["{ .reg .b32 x, y, h; .reg .f32 a, b, c; xor.b32 x, $2, 0x80808080; mov.b32 h, 0x00004700;"]
     for i in range(2):  # a byte in the second place of 2**15 counts ones; the sign bit stands for 128 of them
         for name, byte in (("a", 2 * i), ("b", 2 * i + 1)):
             code.append(f"prmt.b32 y, x, h, 0x54{byte}4; mov.b32 {name}, y;")
             code.append(f"mul.f32 c, ${3 + byte}, 0fC7008000; fma.rn.f32 {name}, {name}, ${3 + byte}, c;")
-        code.append(f"cvt.rn.{_MANTISSA[dtype][0]}x2.f32 ${i}, b, a;")
+        code.append(f"cvt.rn.{PACKED[dtype][0]}x2.f32 ${i}, b, a;")
     return "\n".join([*code, "}"])
 
 

@@ -240,6 +240,16 @@ def enter(
                       H, HEADS, D, WP, SINKS, HAS_INDEX, ONE, N)  # fmt: skip
 
 
+@triton.jit
+def enter_one(
+    tile, pair, side, pointers, CONSTANTS: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """``enter`` in a step of one column, from what ``Tokens.pointers`` and ``Tokens.step`` give."""
+    C: tl.constexpr = CONSTANTS
+    enter(tile, pair, side, *pointers, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10], C[11], C[12], C[13],
+          C[14], CODE, KEEP, True, C[15], PRECISION)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["n", "code_tiles", "segments"])
 def _append_kernel(
     query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment,
@@ -418,7 +428,8 @@ class Tokens:
         """The constants of ``enter`` that are not the same for every step of one column, in its order."""
         last = ("LOSSLESS", "NORMALISED", "HAS_INDEX", "N")
         order = ("H", "HEADS", "GQA", "D", "WP", "SINKS", "K8", "K4", "K2", "V8", "V4", "V2", *last)
-        return tuple(self.constants[name] for name in order)
+        constants = self.constants
+        return tuple(constants[name] for name in order)
 
     @property
     def constants(self) -> dict[str, Any]:

@@ -17,13 +17,12 @@ import triton.language as tl
 
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.kernels.digits import INTERPRETED, digits, load, matrix, opaque, pair, pieces, rows, scaled, unpack
-from spectral_compile.kernels.encode import Tokens, enter, tiles_of
+from spectral_compile.kernels.digits import PACKED, digits, load, matrix, opaque, pair, pieces, rows, scaled, unpack
+from spectral_compile.kernels.encode import Tokens, enter_one, tiles_of
 from spectral_compile.kernels.ledger import COLUMNS, books
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _LEAST = 16  # the smallest extent of a matrix product
-_HALFWORDS = 8  # of codes, in which a warp's part of an operand is the same as what its lanes have loaded
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
@@ -40,7 +39,7 @@ def _turned(kind: str) -> str:
         fma.rn.{kind}x2 t, a, $7, z; fma.rn.{kind}x2 $1, b, $6, t; }}"""
 
 
-_ROTATE = {torch.bfloat16: _turned("bf16"), torch.float16: _turned("f16")}
+_ROTATE = {dtype: _turned(kind) for dtype, (kind, _) in PACKED.items()}
 
 
 @triton.jit
@@ -290,6 +289,21 @@ def _exact(at, ok, channels, live):
 
 
 @triton.jit
+def _address(
+    codes, exact, new, e, kept, column, is_code, is_new, b, g, h, coded_cap, exact_cap, by_row, by_head, by_column,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, LOSSLESS: tl.constexpr,
+):  # fmt: skip
+    """Where each of the exact keys or values begins: among a lossless store's codes, in the window or in the chunk."""
+    kv = g * HEADS + h
+    at = exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
+    at = tl.where(is_new, new + b * by_row + kv * by_head + column * by_column, at)
+    if LOSSLESS:
+        first_row = (b * GROUPS + g).to(tl.int64) * coded_cap
+        at = tl.where(is_code, codes + (first_row + e) * (HEADS * D) + h * D, at)
+    return at
+
+
+@triton.jit
 def _present(
     q_row, head, live, own, part, parts, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
     row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
@@ -345,12 +359,8 @@ def _present(
             sin, cos = sincos(where[:, None], turn[None, :])
         scores = tl.zeros([N, M], tl.float32)
         for h in tl.static_range(HEADS):
-            kv = g * HEADS + h
-            k_at = k_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
-            k_at = tl.where(is_new, k_ptr + b * k_b + kv * k_h + column * k_n, k_at)
-            if LOSSLESS:
-                first_row = (b * GROUPS + g).to(tl.int64) * coded_cap
-                k_at = tl.where(is_code, k_codes + (first_row + e) * (HEADS * D) + h * D, k_at)
+            k_at = _address(k_codes, k_exact, k_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, exact_cap, k_b, k_h,
+                            k_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
             if P > 0:
                 k1 = _exact(k_at, ok, first, real)
                 k2 = _exact(k_at, ok, second, real)
@@ -372,12 +382,8 @@ def _present(
         out = out * alpha[:, None]
         mixing = tl.trans(weights.to(DTYPE))
         for h in tl.static_range(HEADS):
-            kv = g * HEADS + h
-            v_at = v_exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
-            v_at = tl.where(is_new, v_ptr + b * v_b + kv * v_h + column * v_n, v_at)
-            if LOSSLESS:
-                first_row = (b * GROUPS + g).to(tl.int64) * coded_cap
-                v_at = tl.where(is_code, v_codes + (first_row + e) * (HEADS * D) + h * D, v_at)
+            v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, exact_cap, v_b, v_h,
+                            v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
             x = _exact(v_at, ok, d, d < D).to(DTYPE)
             out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
     return (out,), highest, tl.sum(total, 0)
@@ -461,10 +467,8 @@ def _attend_kernel(
         )  # fmt: skip
         _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
         if ENTERS and tile == 0:
-            C: tl.constexpr = CONSTANTS
             for job in range(split - splits, code_jobs, exact_splits):
-                enter(job // 2, pair, job % 2, *entering, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10],
-                      C[11], C[12], C[13], C[14], True, False, True, C[15], PRECISION)  # fmt: skip
+                enter_one(job // 2, pair, job % 2, entering, CONSTANTS, True, False, PRECISION)
 
 
 @triton.jit(do_not_specialize=["splits", "exact_splits", "first", "stride", "merged"])
@@ -521,9 +525,7 @@ def _merge_kernel(
         tl.store(result + place * D + d, (mixed / norm).to(result.dtype.element_ty), mask=d < D)
     else:
         if ENTERS and tl.program_id(2) == 0:
-            C: tl.constexpr = CONSTANTS
-            enter(code_tiles, pair, m - merged, *entering, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10],
-                  C[11], C[12], C[13], C[14], False, True, True, C[15], PRECISION)  # fmt: skip
+            enter_one(code_tiles, pair, m - merged, entering, CONSTANTS, False, True, PRECISION)
 
 
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -631,23 +633,21 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
         share = exact_tile * max(1, min(4, triton.cdiv(coded, TILE) // (4 * most)))
         exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
         splits = min(triton.cdiv(coded, TILE), most - exact_splits)
-    keys, values = pieces(layout.key, _HALFWORDS), pieces(layout.value, _HALFWORDS)
-    fast = not INTERPRETED and dtype in _ROTATE
     # weights may be as far from 1 as scores from their reference, for which float16 has no exponents
     mixed = torch.bfloat16 if dtype == torch.float16 else dtype
     return {
         "M": tile,
         "shares": (splits, exact_splits),
         "EXACT_N": exact_tile,
-        "K_PIECES": keys,
-        "V_PIECES": values,
+        "K_PIECES": pieces(layout.key),
+        "V_PIECES": pieces(layout.value),
         "DTYPE": _TRITON[dtype],
         "V_DTYPE": _TRITON[mixed],
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-        "K_UNPACK": tuple(unpack(dtype, bits) for bits in (2, 4)) if fast else None,
-        "V_UNPACK": tuple(unpack(mixed, bits) for bits in (2, 4)) if fast else None,
+        "K_UNPACK": unpack(dtype),
+        "V_UNPACK": unpack(mixed),
         "SCALED": scaled(dtype),
-        "ROTATE": _ROTATE[dtype] if fast else None,
+        "ROTATE": _ROTATE.get(dtype),
         "STAGES": 3,
         "num_warps": 4,
     }

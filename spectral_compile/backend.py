@@ -103,24 +103,23 @@ def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, 
     if plan is not None:
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
         patches["size_asserts"] = False
-        # only decode never waits for the GPU
-        wanted = plan.kind == "decode" and patches.get("triton.cudagraphs", config.cudagraphs)
-        patches["triton.cudagraphs"] = wanted and _on_gpu(plan) and not_recorded(plan, examples, config) is None
+        patches["triton.cudagraphs"] = _records(plan, config) and not_recorded(plan, examples, config) is None
     return compile_fx(gm, examples, config_patches=patches or None)
+
+
+def _records(plan: Plan, config: SpectralConfig) -> bool:
+    """Whether a graph should become a CUDA graph; only decode never waits for the GPU."""
+    wanted = config.inner == "inductor" and dict(config.inductor).get("triton.cudagraphs", config.cudagraphs)
+    return wanted and plan.kind == "decode" and plan.sites[0].device.type == "cuda"
 
 
 def not_recorded(plan: Plan, examples: list[Any], config: SpectralConfig) -> str | None:
     """Why a decode graph that should be a CUDA graph cannot be one, if so: with each new size it would be recorded again."""
-    if config.cudagraphs and config.inner == "inductor" and plan.kind == "decode" and _on_gpu(plan):
-        for example in examples:
-            sizes = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
-            if any(isinstance(size, torch.SymInt) for size in sizes):
-                return "it has inputs whose sizes vary, such as a mask or a batch, so it is not recorded as a CUDA graph"
+    for example in examples if _records(plan, config) else ():
+        sizes = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            return "it has inputs whose sizes vary, such as a mask or a batch, so it is not recorded as a CUDA graph"
     return None
-
-
-def _on_gpu(plan: Plan) -> bool:
-    return plan.sites[0].device.type == "cuda"
 
 
 def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:

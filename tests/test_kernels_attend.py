@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_compile.codec import PRESETS, Rotary, Tiers
 from spectral_compile.kernels import fused
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
-from spectral_compile.kernels.digits import pieces
+from spectral_compile.kernels.digits import HALFWORDS, pieces
 from spectral_compile.kernels.rotary import TILE
 from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 
@@ -164,14 +164,13 @@ def test_a_step_with_one_basis_for_all_tokens_leaves_its_product_for_the_end() -
 TIERS = [Tiers(3, 5, 9), Tiers(0, 0, 7), Tiers(1, 0, 0), Tiers(0, 16, 0), Tiers(16, 30, 18), Tiers(4, 24, 48), Tiers(0, 8, 80)]
 
 
-@pytest.mark.parametrize("least", [1, 8])
 @pytest.mark.parametrize("tiers", TIERS)
-def test_pieces_cover_every_halfword_once(tiers: Tiers, least: int) -> None:
-    parts = pieces(tiers, least)
+def test_pieces_cover_every_halfword_once(tiers: Tiers) -> None:
+    parts = pieces(tiers)
     covered = [halfword for first, count, _, _ in parts for halfword in range(first, first + count)]
     assert covered == list(range(tiers.row_bytes // 2))
     for first, count, padded, bits in parts:
-        assert least <= padded >= count
+        assert HALFWORDS <= padded >= count
         assert padded & (padded - 1) == 0
         assert padded * 16 // bits >= 16
         assert bits == 2 or 2 * (first + count) <= tiers.bits8 + -(-tiers.bits4 // 2) or not tiers.bits2
