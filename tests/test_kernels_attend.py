@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectral_compile.codec import PRESETS, Rotary, Tiers
 from spectral_compile.kernels import fused
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from spectral_compile.kernels.digits import HALFWORDS, pieces
 from spectral_compile.kernels.rotary import TILE
+from spectral_compile.models import prompt as real_text
 from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 
+Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=12, deadline=None)  # the interpreter is slow
 
@@ -85,8 +90,9 @@ def store(
     """A store with ``past`` tokens and a chunk that has been entered in its books."""
     generator = torch.Generator().manual_seed(dim + past)
     rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)))
-    layout = PRESETS[preset].layout(2, dim, rotary)
-    layout = type(layout)(**{**vars(layout), "recent": 20, "block": 32, "warmup": 64, "segment": 64 * (layout.segment > 0)})
+    chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
+    layout = chosen.layout(2, dim, rotary)
+    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0))
 
     def some(count: int) -> Chunk:
         def randn(heads: int) -> Tensor:
@@ -176,21 +182,89 @@ def test_pieces_cover_every_halfword_once(tiers: Tiers) -> None:
         assert bits == 2 or 2 * (first + count) <= tiers.bits8 + -(-tiers.bits4 // 2) or not tiers.bits2
 
 
+def close_in(dtype: torch.dtype, bound: float, books: Books, chunk: Chunk, scale: float) -> None:
+    """The relative error of attention in ``dtype`` is under ``bound``, against the reference in single on what it is given."""
+    halves = ("k_exact", "v_exact", *(("k_codes", "v_codes") if books.layout.lossless else ()))
+    rounded = {name: getattr(books.buffers, name).to(dtype) for name in halves}
+    books.buffers = books.buffers._replace(**{name: x.float() for name, x in rounded.items()})
+    half = Chunk(*(x.to(dtype) for x in (chunk.query, chunk.key, chunk.value)), None, None)
+    expected = books.attend(Chunk(*(x.float() for x in (half.query, half.key, half.value)), None, None), scale)
+    books.buffers = books.buffers._replace(**rounded)
+    got = fused_attend(books, half, scale).float()
+    assert (got - expected).norm() < bound * expected.norm()
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+in_half = pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "f16"])
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "f16"])
+@on_gpu
+@in_half
 @pytest.mark.parametrize("count, dim", [(1, 64), (1, 128), (40, 64), (40, 256)])
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_half_precision_is_near_the_reference_in_single(
     preset: str, count: int, dim: int, dtype: torch.dtype, bound: float
 ) -> None:
-    books, chunk = store(preset, dim, past=500, chunk=count, batch=2)
-    halves = ("k_exact", "v_exact", *(("k_codes", "v_codes") if books.layout.lossless else ()))
-    rounded = {name: getattr(books.buffers, name).to(dtype) for name in halves}
-    books.buffers = books.buffers._replace(**{name: x.float() for name, x in rounded.items()})
-    chunk = Chunk(*(x.to(dtype).float() for x in (chunk.query, chunk.key, chunk.value)), None, None)
-    expected = books.attend(chunk, 0.1)
-    books.buffers = books.buffers._replace(**rounded)
-    half = Chunk(*(x.to(dtype) for x in (chunk.query, chunk.key, chunk.value)), None, None)
-    got = fused_attend(books, half, 0.1).float()
-    assert (got - expected).norm() < bound * expected.norm()
+    close_in(dtype, bound, *store(preset, dim, past=500, chunk=count, batch=2), 0.1)
+
+
+@pytest.mark.gpu
+@on_gpu
+@in_half
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("dim, head_group", [(80, 1), (80, 2), (96, 1), (96, 2), (128, 1), (128, 2), (256, 1)])
+def test_half_precision_of_other_head_dims(dim: int, count: int, head_group: int, dtype: torch.dtype, bound: float) -> None:
+    close_in(dtype, bound, *store("balanced", dim, past=500, chunk=count, head_group=head_group), 0.1)
+
+
+def smollm2_tokens(model: PreTrainedModel, ids: Tensor, number: int) -> Chunk:
+    """What attention in layer ``number`` is given, before RoPE."""
+    seen: dict[str, Tensor] = {}
+    attention = model.model.layers[number].self_attn
+    hooks = [
+        getattr(attention, name).register_forward_hook(lambda module, given, out, name=name: seen.update({name: out}))
+        for name in ("q_proj", "k_proj", "v_proj")
+    ]
+    with torch.no_grad():
+        model(ids, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return Chunk(
+        *(seen[name].float().unflatten(-1, (-1, 64)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj")), None, None
+    )
+
+
+def real_store(smollm2: Real, preset: str, number: int, past: int, count: int) -> tuple[Books, Chunk]:
+    """A store of SmolLM2's keys and values, and a chunk that follows."""
+    model, tokenizer = smollm2
+    chunk = smollm2_tokens(model, real_text(tokenizer, past + count)[:, : past + count], number)
+    frequencies = tuple(model.config.rope_parameters["rope_theta"] ** (-2 * i / 64) for i in range(32))
+    layout = replace(PRESETS[preset].layout(3, 64, Rotary(frequencies)), warmup=256, segment=0)
+    books = Books.blank(layout, 1, past + count)
+    first, second = (
+        Chunk(*(x[:, :, part].contiguous() for x in (chunk.query, chunk.key, chunk.value)), None, None)
+        for part in (slice(past), slice(past, None))
+    )
+    books.advance(first)
+    books.append(first, None)
+    books.advance(second)
+    return books, second
+
+
+@pytest.mark.parametrize("preset", ["seed", "balanced"])
+def test_a_step_over_a_real_cache(smollm2: Real, preset: str) -> None:
+    books, chunk = real_store(smollm2, preset, 12, past=700, count=1)
+    assert_same(fused_attend(books, chunk, 0.125), books.attend(chunk, 0.125), chunk)
+
+
+@pytest.mark.gpu
+@on_gpu
+@in_half
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("number", [0, 12, 29])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_half_precision_over_a_real_cache(
+    smollm2: Real, preset: str, number: int, count: int, dtype: torch.dtype, bound: float
+) -> None:
+    close_in(dtype, bound, *real_store(smollm2, preset, number, past=2000, count=count), 0.125)
