@@ -9,6 +9,7 @@ import torch
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import reference
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.ledger import on_host
 
 listeners: list[Callable[[], None]] = []  # told of each layer that a prefill has stored: how else to see how far one call is
 
@@ -41,7 +42,6 @@ def append_triton(
     """``reference.append`` in Triton. One column is one launch that waits for nothing; more columns, or none, may wait."""
     from spectral_compile.kernels.encode import Tokens, tiles_of  # Triton is there only where a GPU is
     from spectral_compile.kernels.fit import fit
-    from spectral_compile.kernels.ledger import on_host
 
     tokens = Tokens(query, key, value, ledger, valid, buffers, layout)
     if tokens.count == 1:

@@ -6,6 +6,9 @@ import torch
 
 _SHIFT = 1e-6  # of the trace: below it float32 sums of products hold little but noise, and may be indefinite
 _POWERS = (1, 2, 2, 2, 2)  # products with the matrix before each orthogonalisation; the error falls as 1 / sum squared
+_RECORDED = 1 << 20  # numbers in the matrices of which a graph is kept: it keeps some fifty bytes for each
+_KEPT = 4
+_graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
 _RIDGE = 1e-14  # of each squared length: above the rounding of float64, so that no factorisation can fail
 
 
@@ -20,7 +23,13 @@ def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
     float32 [..., W, W], positive semidefinite up to ``_SHIFT`` -> float32 [..., W, rank].
     """
     width = gram.shape[-1]
-    a = gram.reshape(-1, width, width).double()
+    found = (_recorded if gram.is_cuda else _leading)(gram.reshape(-1, width, width), rank)
+    return found.reshape(*gram.shape[:-1], rank)
+
+
+def _leading(gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """Of one matrix after another: float32 [N, W, W] -> float32 [N, W, rank]."""
+    a = gram.double()
     trace = a.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     a = a / trace.clamp_min(torch.finfo(torch.float32).tiny)
     diagonal = a.diagonal(dim1=-2, dim2=-1)
@@ -34,7 +43,35 @@ def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
         basis = _orthonormal(basis)
     energy = (basis * (a @ basis)).sum(-2, keepdim=True)
     basis = basis.gather(-1, energy.argsort(-1, descending=True).expand_as(basis)).float()
-    return torch.empty_like(basis).scatter_(-2, order.expand_as(basis), basis).reshape(*gram.shape[:-1], rank)
+    return torch.empty_like(basis).scatter_(-2, order.expand_as(basis), basis)
+
+
+def _recorded(gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """``_leading`` as a CUDA graph: launched one by one, its some hundred kernels take the host longer than the device."""
+    key = (gram.shape, rank, gram.device, torch.cuda.current_stream(gram.device))
+    if gram.numel() > _RECORDED or torch.cuda.is_current_stream_capturing():
+        return _leading(gram, rank)
+    if key not in _graphs:
+        while len(_graphs) >= _KEPT:
+            del _graphs[next(iter(_graphs))]
+        _graphs[key] = _record(gram, rank)
+    graph, given, found = _graphs[key]
+    given.copy_(gram)
+    graph.replay()
+    return found.clone()
+
+
+def _record(gram: torch.Tensor, rank: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+    """A graph, and where it finds its matrices and leaves their eigenvectors."""
+    given, here, aside = gram.clone(), torch.cuda.current_stream(gram.device), torch.cuda.Stream(gram.device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        _leading(given, rank)  # libraries set themselves up in a first call, which must not be recorded
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = _leading(given, rank)
+    return graph, given, found
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,21 @@ import triton
 import triton.language as tl
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.kernels.ledger import COLUMNS, books, forget
+from spectral_compile.kernels.buffers import LEDGER, Buffers
+from spectral_compile.kernels.ledger import forget
 
+COLUMNS: tl.constexpr = tl.constexpr(LEDGER)
 _TILE = 32  # tokens that a program takes
 _LEAST = 16  # the smallest extent of a matrix product
 _SPAN = 512  # tokens whose squared queries one program sums
+
+
+@triton.jit
+def books(ledger, b):
+    """Of one row: tokens and coded tokens before this step, and the same after it, int32."""
+    row = ledger + b * COLUMNS
+    before, coded = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
+    return before, coded, tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["n", "slots"])

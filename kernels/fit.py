@@ -9,6 +9,7 @@ from spectral_compile.kernels import eigen
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.encode import Tokens
 from spectral_compile.kernels.reference import REFRESH
+from spectral_compile.kernels.steps import search_step
 
 _PIECE = 4096  # tokens that are gathered at a time
 
@@ -28,19 +29,20 @@ def fit(tokens: Tokens, books: list[list[int]], o_weight: torch.Tensor | None) -
         return
     longest, weight = max(counts), _weights(tokens, o_weight)
     current = (tokens.buffers.starts <= tokens.ledger[:, 1:2]).sum(1, keepdim=True) - 1
+    anew = all(coded == 0 for _, coded, *_ in books)
     if not layout.segment:
         gram = torch.zeros((), device=weight.device)
         for at in range(0, longest, _PIECE):
             gram = gram + _gram(tokens.gather(at, min(_PIECE, longest - at))[:, :, :, None])
         most = max(-(-count // max(1, count // codec.SAMPLE)) for count in counts)
-        _begin(tokens, current, 0, longest, gram, tokens.gather(0, most, codec.SAMPLE)[:, :, :, None], weight)
+        _begin(tokens, current, 0, longest, gram, tokens.gather(0, most, codec.SAMPLE)[:, :, :, None], weight, anew)
         return
     length = layout.segment
     run = length * max(1, _PIECE // length)
     for at in range(0, longest, run):
         parts = -(-min(run, longest - at) // length)
         x = tokens.gather(at, parts * length).unflatten(3, (parts, length))
-        _begin(tokens, current, at // length, length, _gram(x), x[..., :: max(1, length // codec.SAMPLE), :], weight)
+        _begin(tokens, current, at // length, length, _gram(x), x[..., :: max(1, length // codec.SAMPLE), :], weight, anew)
 
 
 def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
@@ -78,19 +80,27 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def _begin(
-    tokens: Tokens, current: torch.Tensor, at: int, length: int, gram: torch.Tensor, sample: torch.Tensor, weight: torch.Tensor
+    tokens: Tokens,
+    current: torch.Tensor,
+    at: int,
+    length: int,
+    gram: torch.Tensor,
+    sample: torch.Tensor,
+    weight: torch.Tensor,
+    anew: bool,
 ) -> None:
     """Write the bases of parts ``at``, ``at + 1``, ... of ``length`` coded tokens each, in rows where they begin a segment.
 
-    ``current`` int64 [B, 1] is the segment that a row had before this step. gram: float32 [2, B, G, parts, W, W]; sample: the
-    model's dtype [2, B, G, parts, n, W]; weight: float32 [2, B, G, W].
+    ``current`` int64 [B, 1] is the segment that a row had before this step, and ``anew`` says that none had one. gram: float32
+    [2, B, G, parts, W, W]; sample: the model's dtype [2, B, G, parts, n, W]; weight: float32 [2, B, G, W].
     """
     buffers, layout, ledger = tokens.buffers, tokens.layout, tokens.ledger
     parts, segments = gram.shape[3], buffers.starts.shape[1]
     weight = weight[:, :, :, None].expand(gram.shape[:-1])
+    search = search_step if gram.is_cuda else codec.search_step
     vectors = eigenbasis(gram * weight[..., None, :] * weight[..., None], max(layout.key.rank, layout.value.rank))
     fits = [
-        codec.rounded(vectors[i, ..., : tiers.rank], sample[i].float() * weight[i, ..., None, :], weight[i], tiers)
+        codec.rounded(vectors[i, ..., : tiers.rank], sample[i].float() * weight[i, ..., None, :], weight[i], tiers, search)
         for i, tiers in enumerate((layout.key, layout.value))
     ]
 
@@ -99,7 +109,7 @@ def _begin(
     count = (ledger[:, 3:4] - first).clamp(max=length)
     new = current + 1 + part
     takes = (count > 0) & (new < segments)
-    if not layout.segment:
+    if not layout.segment and not anew:
         takes &= (current < 0) | ((count >= layout.warmup) & ~_serves(buffers, current, gram, fits))
 
     # the part that each segment begins with, if one of these does: what is written depends on no order of writing

@@ -18,8 +18,7 @@ import triton.language as tl
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.digits import PACKED, digits, load, matrix, opaque, pair, pieces, rows, scaled, unpack
-from spectral_compile.kernels.encode import Tokens, enter_one, tiles_of
-from spectral_compile.kernels.ledger import COLUMNS, books
+from spectral_compile.kernels.encode import COLUMNS, Tokens, books, enter_one, tiles_of
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _LEAST = 16  # the smallest extent of a matrix product

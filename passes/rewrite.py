@@ -1,6 +1,6 @@
 """Rewrite: matched sites run on the store's buffers, and the graph is told nothing of how long the cache is.
 
-prefill keeps its attention, and stores keys and values in the same layer, so that one layer's dense ones die before the
+prefill attends to its own tokens, and stores keys and values in the same layer, so that one layer's dense ones die before the
 next's are born; extend and decode attend to the compressed past. What runs outside of the graph is left in ``trace.plan``.
 """
 
@@ -18,6 +18,7 @@ from spectral_compile.kernels.advance import advance_
 from spectral_compile.kernels.append import append_
 from spectral_compile.kernels.attend import attend_
 from spectral_compile.kernels.buffers import LEDGER, Buffers, Capacity, allocate
+from spectral_compile.kernels.causal import causal
 from spectral_compile.passes.trace import Site, Trace, fake
 
 
@@ -149,11 +150,18 @@ def _substitute(
             )
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True):
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
+        if site.mask is not None and site.mask_kind == "causal" and not site.window:
+            _replace(site, causal._opoverload, (site.query, site.key, site.value, ledger, valid, float(site.scale)))
         return
     mask = site.mask if site.mask_kind == "tensor" else None
     head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid, o_weight)
+    _replace(site, attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window))
+
+
+def _replace(site: Site, operation: Any, arguments: tuple[Any, ...]) -> None:
+    graph = site.sdpa.graph
     with graph.inserting_before(site.sdpa):
-        attended = graph.call_function(attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window))
+        attended = graph.call_function(operation, arguments)
     attended.meta = {"example_value": fake(site.sdpa), "nn_module_stack": site.sdpa.meta.get("nn_module_stack")}
     site.sdpa.replace_all_uses_with(attended)
     graph.erase_node(site.sdpa)

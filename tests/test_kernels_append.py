@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 
 from spectral_compile.kernels import fit
 from spectral_compile.kernels.append import append_triton
+from spectral_compile.kernels.steps import search_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -272,3 +273,14 @@ def lost(coded: Coded, buffers: Buffers) -> float:
     held = codec.decode(packed[:, coded.slots], basis[:, coded.segment], affine[:, coded.segment], coded.tiers)
     weight = affine[:, coded.segment, None, 2 * coded.tiers.rank :]
     return float(((held - coded.x) * weight).square().sum() / (coded.x * weight).square().sum())
+
+
+@given(st.integers(1, 200), st.sampled_from([(1, 5, 9), (0, 2, 30), (3, 0, 0), (0, 16, 2)]), st.integers(0, 2**31))
+@settings(max_examples=15, deadline=None)
+def test_steps_are_those_of_the_codec(count: int, bits: tuple[int, int, int], seed: int) -> None:
+    tiers, generator = Tiers(*bits), torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 2, count, tiers.rank, generator=generator) * torch.logspace(1, -3, tiers.rank)
+    x[0, :, count // 2 :] = 0
+    steps = search_step(x.to(DEVICE), tiers).cpu()
+    expected = codec.search_step(x, tiers)
+    torch.testing.assert_close(steps, expected, rtol=1e-5, atol=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,14 +53,17 @@ def even(weight: Tensor) -> Tensor:
     return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
 
 
-def rounded(vectors: Tensor, sample: Tensor, weight: Tensor, tiers: Tiers) -> tuple[Tensor, Tensor]:
+def rounded(
+    vectors: Tensor, sample: Tensor, weight: Tensor, tiers: Tiers, search: Callable[[Tensor, Tiers], Tensor] = search_step
+) -> tuple[Tensor, Tensor]:
     """The basis and the steps that ``fit`` gives, from eigenvectors and from a sample of the weighted tokens.
 
-    vectors: float32 ``[..., W, R]``; sample: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, made ``even``.
+    vectors: float32 ``[..., W, R]``; sample: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, made ``even``; ``search``
+    computes ``search_step``.
     """
     scale = vectors.abs().amax(-2) / 127
     basis = (vectors / scale[..., None, :]).round().to(torch.int8)
-    step = _STEP_MARGIN * search_step(_analyse(sample, _matrix(basis, scale)), tiers)
+    step = _STEP_MARGIN * search(_analyse(sample, _matrix(basis, scale)), tiers)
     return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
 
 

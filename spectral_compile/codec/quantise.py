@@ -9,12 +9,13 @@ from torch import Tensor
 from .layout import Tiers
 
 # Steps to try, in units of the channel's RMS, one row a tier: from "hardly clips" over the Gaussian optimum to heavy tails.
-_FACTORS = (
+FACTORS = (
     (0.0085, 0.013, 0.02, 0.031, 0.045, 0.065),
     (0.17, 0.23, 0.29, 0.335, 0.4, 0.5),
     (0.65, 0.8, 0.9, 1.0, 1.15, 1.4),
 )
 _TINY = torch.finfo(torch.float32).tiny
+LEAST_RMS = _TINY**0.5  # of a channel, so that its step can be divided by
 _OCTAVE, _UNIT = 8, 128
 
 
@@ -88,10 +89,10 @@ def search_step(coefficients: Tensor, tiers: Tiers) -> Tensor:
     Rows of zeros (padding) do not count. coefficients: float32 ``[..., n, R]`` -> float32 ``[..., R]``, positive.
     """
     live = (coefficients != 0).any(-1, keepdim=True)
-    rms = (coefficients.square().sum(-2) / live.sum(-2).clamp_min(1)).sqrt().clamp_min(_TINY**0.5)
+    rms = (coefficients.square().sum(-2) / live.sum(-2).clamp_min(1)).sqrt().clamp_min(LEAST_RMS)
     half = _half(tiers, coefficients)
     best = least = None
-    for factors in zip(*_FACTORS, strict=True):
+    for factors in zip(*FACTORS, strict=True):
         step = rms * _by_channel(tiers, factors, coefficients)
         error = ((_values(_codes(coefficients, step, half), step, half) - coefficients).square() * live).sum(-2)
         if best is None:
