@@ -20,13 +20,13 @@ def append(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    o_weight: torch.Tensor | None,
+    importance: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
 ) -> None:
     """See ``reference.append``; on a GPU it is ``append_triton``."""
     run = append_triton if key.is_cuda else reference.append
-    run(query, key, value, ledger, valid, o_weight, buffers, layout)
+    run(query, key, value, ledger, valid, importance, buffers, layout)
 
 
 def append_triton(
@@ -35,7 +35,7 @@ def append_triton(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    o_weight: torch.Tensor | None,
+    importance: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
 ) -> None:
@@ -51,7 +51,7 @@ def append_triton(
         tokens.add_moment()
     books = on_host(ledger)
     if not layout.lossless:
-        fit(tokens, books, o_weight)
+        fit(tokens, books, importance)
     # coding reads the places in the window that new tokens are then written to
     tokens.write(tiles_of(max(coded_after - coded for _, coded, _, coded_after, *_ in books)), keep=False)
     if tokens.count:
@@ -65,7 +65,7 @@ def append_(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    o_weight: torch.Tensor | None,
+    importance: torch.Tensor | None,
     k_codes: torch.Tensor,
     v_codes: torch.Tensor,
     v_norms: torch.Tensor,
@@ -81,11 +81,11 @@ def append_(
 ) -> None:
     """See ``reference.append``; ``layout`` is ``Layout.spec()``."""
     buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
-    append(query, key, value, ledger, valid, o_weight, buffers, Layout.parse(layout))
+    append(query, key, value, ledger, valid, importance, buffers, Layout.parse(layout))
     for listener in listeners:
         listener()
 
 
 @append_.register_fake
-def _(query, key, value, ledger, valid, o_weight, *rest) -> None:
+def _(query, key, value, ledger, valid, importance, *rest) -> None:
     return None

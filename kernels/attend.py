@@ -20,7 +20,6 @@ def attend_(
     ledger: torch.Tensor,
     positions: torch.Tensor,
     valid: torch.Tensor | None,
-    o_weight: torch.Tensor | None,
     k_codes: torch.Tensor,
     v_codes: torch.Tensor,
     v_norms: torch.Tensor,
@@ -49,7 +48,7 @@ def attend_(
         if query.shape[2] == 1:
             return attend(*chunk, enters=True)
         out = attend(*chunk)
-    append(query, key, value, ledger, valid, o_weight, buffers, parsed)
+    append(query, key, value, ledger, valid, None, buffers, parsed)
     return out
 
 

@@ -14,7 +14,7 @@ from spectral_compile.kernels.steps import search_step
 _PIECE = 4096  # tokens that are gathered at a time
 
 
-def fit(tokens: Tokens, books: list[list[int]], o_weight: torch.Tensor | None) -> None:
+def fit(tokens: Tokens, books: list[list[int]], importance: torch.Tensor | None) -> None:
     """Begin the segments that are due, as ``reference.append`` does before it codes; ``books`` is the ledger on the host.
 
     What is decided by the tokens themselves is decided on the device.
@@ -27,13 +27,15 @@ def fit(tokens: Tokens, books: list[list[int]], o_weight: torch.Tensor | None) -
     ]
     if not any(may):
         return
-    longest, weight = max(counts), _weights(tokens, o_weight)
+    longest, weight = max(counts), _weights(tokens)
+    loudness = None if importance is None or not layout.weighted else _loudness(tokens, importance, longest)
     current = (tokens.buffers.starts <= tokens.ledger[:, 1:2]).sum(1, keepdim=True) - 1
     anew = all(coded == 0 for _, coded, *_ in books)
     if not layout.segment:
         gram = torch.zeros((), device=weight.device)
         for at in range(0, longest, _PIECE):
-            gram = gram + _gram(tokens.gather(at, min(_PIECE, longest - at))[:, :, :, None])
+            x = tokens.gather(at, min(_PIECE, longest - at))[:, :, :, None]
+            gram = gram + _gram(x if loudness is None else x * loudness[:, :, None, at : at + _PIECE, None])
         most = max(-(-count // max(1, count // codec.SAMPLE)) for count in counts)
         _begin(tokens, current, 0, longest, gram, tokens.gather(0, most, codec.SAMPLE)[:, :, :, None], weight, anew)
         return
@@ -55,17 +57,23 @@ def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
 
 
-def _weights(tokens: Tokens, o_weight: torch.Tensor | None) -> torch.Tensor:
+def _weights(tokens: Tokens) -> torch.Tensor:
     """How much each channel of keys and values counts, with mean 1: float32 [2, B, G, W]."""
     layout, moment = tokens.layout, tokens.buffers.moment
     key, value = torch.ones_like(moment), torch.ones_like(moment)
     if layout.weighted:
         key = codec.key_weight(moment, layout.rotary)
-        if o_weight is not None:
-            columns = torch.linalg.vector_norm(o_weight, dim=0, dtype=torch.float32).square()  # without a float32 copy
-            value = columns.unflatten(0, (layout.kv_heads, -1, layout.head_dim)).sum(1).sqrt().expand_as(moment)
     both = torch.stack((key, value)).unflatten(2, (layout.groups, layout.head_group)).flatten(-2)
     return codec.even(both)
+
+
+def _loudness(tokens: Tokens, importance: torch.Tensor, longest: int) -> torch.Tensor:
+    """Of the first ``longest`` tokens that a row of a prompt codes, in the model's dtype [B, G, longest]."""
+    token = tokens.layout.sinks + torch.arange(longest, device=importance.device)
+    counted = token < tokens.layout.sinks + tokens.ledger[:, 3:4]
+    column = token.expand(len(counted), -1) if tokens.index is None else tokens.index.gather(1, counted * token).long()
+    judged = importance.gather(2, column[:, None].expand(-1, importance.shape[1], -1))
+    return codec.loudness(judged, counted[:, None]).to(tokens.key.dtype)
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:

@@ -100,15 +100,16 @@ def append(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    o_weight: torch.Tensor | None,
+    importance: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
 ) -> None:
     """Store one chunk: sinks, then the exact window, and code what falls out of it.
 
     ``query`` [B, Hq, n, D] (as attention sees it), ``key`` [B, H, n, D] (as stored, before RoPE where the layout has a
-    rotary), ``value`` [B, H, n, D]; ``o_weight`` [hidden, Hq * D] weights the values. ``ledger`` has been advanced. With n = 0
-    only what is due is coded, out of the exact window; with n = 1 no basis is computed.
+    rotary), ``value`` [B, H, n, D]; ``importance`` float32 [B, G, n] counts in the bases of a prompt (see ``codec.loudness``),
+    the first tokens of a store. ``ledger`` has been advanced. With n = 0 only what is due is coded, out of the exact window;
+    with n = 1 no basis is computed.
     """
     may_fit = key.shape[2] != 1
     sinks, window = layout.sinks, buffers.k_exact.shape[2] - layout.sinks
@@ -130,7 +131,10 @@ def append(
                 torch.cat((exact[:, held], new[:, fresh]), 1) if len(held) else new[:, fresh]
                 for exact, new in ((k_exact, k), (v_exact, v))
             ]
-            _code(row, coded, *tails, o_weight, buffers, layout, may_fit)
+            judged = None if importance is None else importance[row]
+            if judged is not None:
+                judged = (judged if valid is None else judged[:, valid[row]])[:, fresh]
+            _code(row, coded, *tails, judged, buffers, layout, may_fit)
         slots = torch.arange(max(first, coded_after), max(after - sinks, 0), device=k.device)
         k_exact[:, sinks + slots % window] = k[:, slots - first + in_sinks]
         v_exact[:, sinks + slots % window] = v[:, slots - first + in_sinks]
@@ -141,21 +145,22 @@ def _code(
     start: int,
     key: torch.Tensor,
     value: torch.Tensor,
-    o_weight: torch.Tensor | None,
+    importance: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
     may_fit: bool,
 ) -> None:
-    """Code tokens [H, n, D] of one row into the slots from ``start`` on."""
+    """Code tokens [H, n, D] of one row, as important as [G, n], into the slots from ``start`` on."""
     if layout.lossless:
         span = slice(start, start + key.shape[1])
         buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = group(key, layout), group(value, layout)
         return
     k_weight = v_weight = buffers.moment.new_ones(layout.groups, layout.width)
+    loudness = None
     if layout.weighted:
         k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
-        if o_weight is not None:
-            v_weight = codec.value_weight(o_weight, layout.kv_heads, layout.head_dim).reshape(layout.groups, layout.width)
+        if importance is not None:
+            loudness = codec.loudness(importance, torch.ones_like(importance, dtype=torch.bool))
     length = layout.segment or key.shape[1]
     for at in range(0, key.shape[1], length):
         part = slice(at, at + length)
@@ -165,7 +170,8 @@ def _code(
             _Side(_normalised(row, slots, group(value[:, part], layout).float(), buffers, layout), v_weight,
                   *_coded("v", row, buffers), layout.value),
         )  # fmt: skip
-        segment = _segment(row, start + at, sides, buffers, layout, may_fit)
+        heard = None if loudness is None else loudness[:, part]
+        segment = _segment(row, start + at, sides, heard, buffers, layout, may_fit)
         for side in sides:
             for piece in torch.arange(side.x.shape[1]).split(_PIECE):
                 here = slice(int(piece[0]), int(piece[-1]) + 1)
@@ -198,7 +204,15 @@ def _normalised(row: int, slots: slice, value: torch.Tensor, buffers: Buffers, l
     return value / codec.norm_value(norms)[..., None]
 
 
-def _segment(row: int, start: int, sides: tuple[_Side, _Side], buffers: Buffers, layout: Layout, may_fit: bool) -> int:
+def _segment(
+    row: int,
+    start: int,
+    sides: tuple[_Side, _Side],
+    loudness: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+    may_fit: bool,
+) -> int:
     """The segment whose basis codes these tokens: the current one, or a new one where that is due."""
     starts = buffers.starts[row].tolist()
     current = sum(first <= start for first in starts) - 1
@@ -207,7 +221,7 @@ def _segment(row: int, start: int, sides: tuple[_Side, _Side], buffers: Buffers,
     candidate = sides[0].x.shape[1] >= layout.warmup and room
     if not may_fit or (not fresh and not candidate):
         return current
-    fits = [codec.fit(side.x, side.weight, side.tiers) for side in sides]
+    fits = [codec.fit(side.x, side.weight, side.tiers, loudness) for side in sides]
     if not fresh and all(_serves(side, current, fit) for side, fit in zip(sides, fits, strict=True)):
         return current
     segment = current + 1

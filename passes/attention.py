@@ -6,10 +6,8 @@ import math
 
 from torch.fx import Node
 
-from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call, is_float
+from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call
 from spectral_compile.report import Refusal
-
-_SHAPING = ("reshape", "view", "contiguous", "transpose", "flatten", "permute", "dropout", "to", "clone")
 
 
 def canonicalise_attention(trace: Trace) -> None:
@@ -37,7 +35,6 @@ def _site(sdpa: Node) -> Site:
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         where=_module(sdpa),
     )
-    site.o_weight, site.o_transposed = _output_projection(sdpa)
     if argument(sdpa, 4, "dropout_p", 0.0):
         site.refusal = "attention dropout is on: call model.eval()"
     elif not q.ndim == k.ndim == v.ndim == 4:
@@ -84,27 +81,3 @@ def _whole(index: object) -> bool:
 def _module(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else node.name
-
-
-def _output_projection(sdpa: Node) -> tuple[Node | None, bool]:
-    """The weight that the attended values are multiplied with, where the graph shows one, and whether it is transposed.
-
-    Not transposed it is [hidden, heads * head_dim], as ``linear`` takes it.
-    """
-    node, width = sdpa, fake(sdpa).shape[1] * fake(sdpa).shape[3]
-    for _ in range(12):
-        if len(node.users) != 1:
-            break
-        node, before = next(iter(node.users)), node
-        for name, index, transposed in (("linear", 1, False), ("addmm", 2, True)):
-            if is_call(node, name):
-                weight = node.args[index] if len(node.args) > index else None
-                fits = _plain(weight) and node.args[index - 1] is before and fake(weight).shape[0 if transposed else 1] == width
-                return (weight, transposed) if fits else (None, False)
-        if not is_call(node, *_SHAPING):
-            break
-    return None, False
-
-
-def _plain(weight: object) -> bool:
-    return isinstance(weight, Node) and weight.op == "placeholder" and is_float(weight) and fake(weight).ndim == 2

@@ -19,19 +19,18 @@ from spectral_compile.kernels.append import append_
 from spectral_compile.kernels.attend import attend_
 from spectral_compile.kernels.buffers import LEDGER, Buffers, Capacity, allocate
 from spectral_compile.kernels.causal import causal
+from spectral_compile.kernels.importance import importance
 from spectral_compile.passes.trace import Site, Trace, fake
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A matched site for the runtime: its store, and which arguments of the graph as it came hold its past and o_proj."""
+    """A matched site for the runtime: its store, and which arguments of the graph as it came hold its past."""
 
     layout: Layout
     dtype: torch.dtype
     device: torch.device
     past: tuple[int, int] | None
-    o_weight: int | None = None
-    o_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,6 @@ def rewrite(trace: Trace) -> None:
                 dtype=fake(site.query).dtype,
                 device=fake(site.query).device,
                 past=tuple(arguments[n] for n in site.edge.past) if site.edge.past else None,
-                o_weight=None if site.o_weight is None else arguments[site.o_weight],
-                o_transposed=site.o_transposed,
             )
             for site in sites
         ),
@@ -139,14 +136,15 @@ def _substitute(
 ) -> None:
     graph, spec, value = trace.gm.graph, site.layout.spec(), site.edge.new[1]
     assert len(buffers) == len(Buffers._fields)
-    o_weight = site.o_weight
-    if site.o_transposed:
-        with graph.inserting_before(site.sdpa):
-            o_weight = graph.call_method("t", (o_weight,))
     if site.edge.past is None:
+        judged = None
+        if site.layout.weighted:
+            judging = (site.query, site.key, valid, float(site.scale), site.layout.head_group)
+            with graph.inserting_before(site.sdpa):
+                judged = graph.call_function(importance._opoverload, judging)
         with graph.inserting_after(site.sdpa):
             graph.call_function(
-                append_._opoverload, (site.query, site.stored_key, value, ledger, valid, o_weight, *buffers, spec)
+                append_._opoverload, (site.query, site.stored_key, value, ledger, valid, judged, *buffers, spec)
             )
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True):
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
@@ -154,7 +152,7 @@ def _substitute(
             _replace(site, causal._opoverload, (site.query, site.key, site.value, ledger, valid, float(site.scale)))
         return
     mask = site.mask if site.mask_kind == "tensor" else None
-    head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid, o_weight)
+    head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid)
     _replace(site, attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window))
 
 

@@ -40,8 +40,6 @@ class Site:
     causal: bool
     scale: float
     where: str
-    o_weight: Node | None = None
-    o_transposed: bool = False
     edge: Edge | None = None
     layout: Layout | None = None
     stored_key: Node | None = None

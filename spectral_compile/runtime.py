@@ -9,7 +9,7 @@ import torch
 
 from spectral_compile.config import SpectralConfig
 from spectral_compile.passes.clean_up import shape_of
-from spectral_compile.passes.rewrite import Plan, SitePlan
+from spectral_compile.passes.rewrite import Plan
 from spectral_compile.report import count_decode
 from spectral_compile.store import SpectralStore, Timeline
 from spectral_compile.tensor import SpectralTensor
@@ -64,8 +64,8 @@ class BoundGraph:
         results = self.compiled(*(self._feed(source, arguments, stores, valid) for source in self.sources))
         timeline.enter(count, valid)
         if count == 1 and timeline.catch_up():
-            for site, store in zip(self.plan.sites, stores, strict=True):
-                store.catch_up(self._o_weight(site, arguments))
+            for store in stores:
+                store.catch_up()
         if count != 1 or timeline.next_due <= timeline.length:
             self._settle(timeline, stores)
         return tuple(
@@ -119,13 +119,6 @@ class BoundGraph:
         if compare and valid is not None:
             timeline.padded |= not bool(valid.all())
         return stores, valid
-
-    @staticmethod
-    def _o_weight(site: SitePlan, arguments: tuple[Any, ...]) -> torch.Tensor | None:
-        if site.o_weight is None:
-            return None
-        weight = arguments[site.o_weight]
-        return weight.t() if site.o_transposed else weight
 
     @staticmethod
     def _settle(timeline: Timeline, stores: list[SpectralStore]) -> None:

@@ -353,14 +353,14 @@ class SpectralStore:
         no_query, entered = key.new_zeros(key.shape), store.timeline.entered
         append.append(no_query, key, value, entered, None, None, store.buffers, layout)
         if not torch.equal(entered, store.timeline.ledger):
-            store.catch_up(None)
+            store.catch_up()
         return store
 
-    def catch_up(self, o_weight: torch.Tensor | None) -> None:
+    def catch_up(self) -> None:
         """Code what the timeline's step of no columns has made due, out of the exact window."""
         layout = self.layout
         nothing = torch.empty(self.timeline.batch, layout.kv_heads, 0, layout.head_dim, dtype=self.dtype, device=self.device)
-        append.append(nothing, nothing, nothing, self.timeline.ledger, None, o_weight, self.buffers, layout)
+        append.append(nothing, nothing, nothing, self.timeline.ledger, None, None, self.buffers, layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralStore:
         key = id(self.timeline)

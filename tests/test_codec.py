@@ -18,6 +18,7 @@ from spectral_compile.codec import (
     fit,
     key_weight,
     latent,
+    loudness,
     norm_code,
     norm_value,
     pack,
@@ -26,7 +27,6 @@ from spectral_compile.codec import (
     search_step,
     synthesis,
     unpack,
-    value_weight,
 )
 
 counts = st.integers(0, 17)
@@ -217,12 +217,27 @@ def test_key_weight_without_rope_or_queries() -> None:
     assert torch.equal(key_weight(torch.zeros(2, 3, 4), Rotary((1.0,))), torch.ones(2, 3, 4))
 
 
-def test_value_weight_is_the_column_norm_over_a_heads_queries() -> None:
-    o_weight = torch.randn(10, 2 * 3 * 4, dtype=torch.bfloat16)
-    weight = value_weight(o_weight, kv_heads=2, head_dim=4)
-    columns = o_weight.float().reshape(10, 2, 3, 4)[:, 1, :, 2]
-    assert weight.shape == (2, 4)
-    torch.testing.assert_close(weight[1, 2], columns.norm())
+def test_loudness_is_the_fourth_root_within_bounds() -> None:
+    importance = torch.tensor([[16.0, 1.0, 0.0, 1e9, 3.0]])
+    counted = torch.tensor([[True, True, False, False, False]])
+    expected = torch.tensor([[16 / 8.5, 1 / 8.5, 0.1, 50.0, 3 / 8.5]]) ** 0.25
+    torch.testing.assert_close(loudness(importance, counted), expected)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_a_loud_token_is_coded_better(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 32, generator=generator) * torch.logspace(0, -spread, 32)
+    x[:8] = torch.randn(8, 32, generator=generator)
+    heard = torch.ones(400)
+    heard[:8] = 3.0
+    tiers = Tiers(0, 4, 8)
+
+    def lost(loudness: torch.Tensor | None) -> torch.Tensor:
+        basis, affine = fit(x, torch.ones(32), tiers, loudness)
+        return (decode(encode(x, basis, affine, tiers), basis, affine, tiers) - x).square().sum(1)
+
+    assert lost(heard)[:8].mean() < 0.8 * lost(None)[:8].mean()
 
 
 def nominal_bytes(layout: Layout, tokens: int) -> int:

@@ -42,7 +42,7 @@ class Case:
     counts: list[int]
     padded: bool
     numbered: bool
-    weighs_values: bool
+    judged: bool
     seed: int
 
 
@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), most: int 
         counts=[draw(st.sampled_from([1, 5, most])), *rest],
         padded=draw(st.booleans()),
         numbered=draw(st.booleans()),
-        weighs_values=draw(st.booleans()),
+        judged=draw(st.booleans()),
         seed=draw(st.integers(0, 1 << 16)),
     )
 
@@ -164,13 +164,14 @@ def test_coded_store(case: Case) -> None:
     """Both begin the same segments; bases lose as little, and with the same bases the codes are the same."""
     layout, store = case.layout, Store(case)
     generator = torch.Generator().manual_seed(case.seed)
-    o_weight = torch.randn(5, layout.kv_heads * case.groups * layout.head_dim, generator=generator).to(DEVICE, case.dtype)
-    o_weight = o_weight if case.weighs_values else None
     flips = fields = 0
     for step in steps(case):
         advance_triton(store.ledger, store.positions, step.ids, step.valid, step.key, layout)
         expected, again, ours = copied(store), copied(store), store.buffers
-        rest = store.ledger, step.valid, o_weight
+        importance = None
+        if case.judged and int(store.ledger[:, 0].max()) == 0:
+            importance = torch.rand(case.batch, layout.groups, step.key.shape[2], generator=generator).square().to(DEVICE)
+        rest = store.ledger, step.valid, importance
         append_triton(step.query, step.key, step.value, *rest, ours, layout)
         reference.append(step.query, step.key, step.value, *rest, expected, layout)
         for name in ("k_exact", "v_exact", "starts"):

@@ -51,7 +51,7 @@ def test_attend_equals_the_reference(case: Case) -> None:
     for chunk in case.chunks:
         books.advance(chunk)
         assert_same(fused_attend(books, chunk, case.scale), books.attend(chunk, case.scale), chunk)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
 
 
 @FEW
@@ -62,7 +62,7 @@ def test_windows_hide_the_same_tokens(case: Case, window: int) -> None:
         books.advance(chunk)
         expected = books.attend(chunk, case.scale, window=window)
         assert_same(fused_attend(books, chunk, case.scale, window=window), expected, chunk)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
 
 
 @FEW
@@ -79,7 +79,7 @@ def test_masks_hide_the_same_tokens(case: Case, seed: int) -> None:
         books.advance(chunk)
         expected = books.attend(chunk, case.scale, mask, held)
         assert_same(fused_attend(books, chunk, case.scale, mask, held), expected, chunk)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
         held[:, at : at + count] = True if chunk.valid is None else chunk.valid
         at += count
 
@@ -105,7 +105,7 @@ def store(
     first.ids = None if ids is None else ids[None, :past]
     second.ids = None if ids is None else ids[None, past:]
     books.advance(first)
-    books.append(first, None)
+    books.append(first)
     books.advance(second)
     return books, second
 
@@ -152,7 +152,7 @@ def test_a_step_of_one_column_attends_and_enters(preset: str, past: int) -> None
     tokens = (x.to(DEVICE) for x in (chunk.query, chunk.key, chunk.value))
     got = fused.attend(*tokens, None, None, ledger, positions, None, buffers, books.layout, 0.1, 0, enters=True)
     assert_same(got.cpu(), expected, chunk)
-    books.append(chunk, None)
+    books.append(chunk)
     for name, mine, theirs in zip(Buffers._fields, buffers, books.buffers, strict=True):
         torch.testing.assert_close(mine.cpu(), theirs, msg=name)
 
@@ -247,7 +247,7 @@ def real_store(smollm2: Real, preset: str, number: int, past: int, count: int) -
         for part in (slice(past), slice(past, None))
     )
     books.advance(first)
-    books.append(first, None)
+    books.append(first)
     books.advance(second)
     return books, second
 

@@ -60,6 +60,7 @@ class Chunk:
     value: Tensor
     ids: Tensor | None
     valid: Tensor | None
+    importance: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Chunk({self.key.shape[2]} columns, ids={self.ids}, valid={self.valid})"
@@ -71,7 +72,6 @@ class Case:
     batch: int
     groups: int
     chunks: list[Chunk]
-    o_weight: Tensor | None
     scale: float
 
     @property
@@ -116,8 +116,9 @@ def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), padded: bo
             )
         )
         at += count
-    o_weight = randn(5, heads * groups * dim) if draw(st.booleans()) else None
-    return Case(layout, batch, groups, chunks, o_weight, draw(st.sampled_from([dim**-0.5, 0.3])))
+    if draw(st.booleans()):
+        chunks[0].importance = torch.rand(batch, layout.groups, counts[0], generator=generator).square()
+    return Case(layout, batch, groups, chunks, draw(st.sampled_from([dim**-0.5, 0.3])))
 
 
 @dataclass
@@ -149,12 +150,13 @@ class Books:
         parts = chunk.query, chunk.key, chunk.value, mask, columns
         return reference.attend(*parts, self.ledger, self.positions, chunk.valid, self.buffers, self.layout, scale, window)
 
-    def append(self, chunk: Chunk, o_weight: Tensor | None) -> None:
-        reference.append(chunk.query, chunk.key, chunk.value, self.ledger, chunk.valid, o_weight, self.buffers, self.layout)
+    def append(self, chunk: Chunk) -> None:
+        tokens = chunk.query, chunk.key, chunk.value
+        reference.append(*tokens, self.ledger, chunk.valid, chunk.importance, self.buffers, self.layout)
         if chunk.key.shape[2] == 1:
             self.catch_up(chunk)
             nothing = (x[:, :, :0] for x in (chunk.query, chunk.key, chunk.value))
-            reference.append(*nothing, self.ledger, None, o_weight, self.buffers, self.layout)
+            reference.append(*nothing, self.ledger, None, None, self.buffers, self.layout)
 
     def catch_up(self, chunk: Chunk) -> None:
         """The step of no columns that follows one of one column."""
@@ -236,7 +238,7 @@ def test_attend_equals_decode_then_attention(case: Case) -> None:
             causal = torch.arange(after)[None] <= torch.arange(before, after)[:, None]
             expected = plain_attention(chunk.query[row][:, keep], key, value, causal, case.scale)
             torch.testing.assert_close(out[row][:, keep], expected, **CLOSE)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
 
 
 @PROPERTY
@@ -246,7 +248,7 @@ def test_lossless_attend_equals_causal_attention(case: Case) -> None:
     for chunk in case.chunks:
         books.advance(chunk)
         out = books.attend(chunk, case.scale)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
         dense.append(chunk)
         for row in range(case.batch):
             expected = dense.attend(chunk, row, lambda query, key: key <= query)
@@ -260,7 +262,7 @@ def test_window_hides_what_is_farther_behind(case: Case, window: int) -> None:
     for chunk in case.chunks:
         books.advance(chunk)
         out = books.attend(chunk, case.scale, window=window)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
         dense.append(chunk)
         for row in range(case.batch):
             expected = dense.attend(chunk, row, lambda query, key: (key <= query) & (query - key < window))
@@ -279,7 +281,7 @@ def test_bool_mask_replaces_causality(case: Case, shared: bool, seed: int) -> No
         mask = torch.rand(1 if shared else case.batch, 1, count, past + count, generator=generator) < 0.5
         books.advance(chunk)
         out = books.attend(chunk, case.scale, mask, columns)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
         dense.append(chunk)
         for row in range(case.batch):
             keep = tokens_of(chunk, row)
@@ -303,8 +305,8 @@ def test_a_row_does_not_depend_on_its_neighbours(case: Case, data: st.DataObject
         together.advance(chunk)
         alone.advance(single)
         assert torch.equal(together.attend(chunk, case.scale)[row], alone.attend(single, case.scale)[0])
-        together.append(chunk, case.o_weight)
-        alone.append(single, case.o_weight)
+        together.append(chunk)
+        alone.append(single)
         for mine, own in zip(together.row(row), alone.row(0), strict=True):
             assert torch.equal(mine, own)
 
@@ -320,7 +322,7 @@ def test_padding_does_not_reach_the_codes(case: Case) -> None:
         other = replace(chunk, **{name: getattr(chunk, name).masked_fill(hidden, 1e4) for name in ("query", "key", "value")})
         for books, given_chunk in ((first, chunk), (second, other)):
             books.advance(given_chunk)
-            books.append(given_chunk, case.o_weight)
+            books.append(given_chunk)
     for row in range(case.batch):
         for a, b in zip(first.row(row), second.row(row), strict=True):
             assert torch.equal(a, b)
@@ -377,7 +379,7 @@ def test_what_is_not_coded_stays_exact(case: Case) -> None:
     layout, books, dense = case.layout, Books.blank(case.layout, case.batch, case.columns), Dense(case)
     for chunk in case.chunks:
         books.advance(chunk)
-        books.append(chunk, case.o_weight)
+        books.append(chunk)
         dense.append(chunk)
     for row, (_, _, after, coded, *_) in enumerate(books.ledger.tolist()):
         key, value = reference.materialise(row, after, coded, books.positions[row], books.buffers, layout)

@@ -59,9 +59,6 @@ class Layer:
         self.layout: Layout = SpectralConfig(preset).layout(geometry.kv_heads, geometry.head_dim, geometry.rotary)
         self.timeline = Timeline(self.layout, batch, count, count, settings.device)
         self.store = SpectralStore(self.layout, self.timeline, settings.dtype)
-        shape = geometry.hidden, geometry.query_heads * geometry.head_dim
-        weight = torch.randn(shape, generator=settings.generator(), device=settings.device) * 0.02
-        self.o_weight = weight.to(settings.dtype)
 
     def advance(self, key: torch.Tensor) -> None:
         """Enter the columns of ``key`` [B, H, n, D] in the books."""
@@ -71,7 +68,13 @@ class Layer:
 
     def append(self, tokens: dict[str, torch.Tensor]) -> None:
         """Store tokens whose columns have been entered."""
-        torch.ops.spectral.append_(**tokens, **self._shared())
+        torch.ops.spectral.append_(**tokens, **self._shared(), importance=self._importance(tokens))
+
+    def _importance(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if not self.layout.weighted:
+            return None
+        judging = tokens["query"], tokens["key"], None, self.layout.head_dim**-0.5, self.layout.head_group
+        return torch.ops.spectral.importance(*judging)
 
     def attend(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """Attention [B, Hq, n, D] over the store and the tokens themselves, which are stored; their columns have been entered.
@@ -83,7 +86,7 @@ class Layer:
         return torch.ops.spectral.attend_(**tokens, **self._shared(), **absent, positions=positions, scale=scale)
 
     def _shared(self) -> dict[str, Any]:
-        books = {"ledger": self.timeline.ledger, "valid": None, "o_weight": self.o_weight}
+        books = {"ledger": self.timeline.ledger, "valid": None}
         return {**books, **self.store.buffers._asdict(), "layout": self.layout.spec()}
 
     def prefill(self, tokens: dict[str, torch.Tensor]) -> None:

@@ -9,10 +9,10 @@ from .basis import (
     gram_residual,
     key_weight,
     latent,
+    loudness,
     residual,
     rounded,
     synthesis,
-    value_weight,
 )
 from .layout import Layout, Rotary, Tiers
 from .presets import PRESETS, Preset
@@ -33,6 +33,7 @@ __all__ = [
     "gram_residual",
     "key_weight",
     "latent",
+    "loudness",
     "norm_code",
     "norm_value",
     "pack",
@@ -42,5 +43,4 @@ __all__ = [
     "search_step",
     "synthesis",
     "unpack",
-    "value_weight",
 ]

@@ -14,6 +14,7 @@ _LEAST_WEIGHT = 1e-3
 SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
 # Clipped outliers hurt attention more than their energy says, and later tokens spread wider than those of the fit.
 _STEP_MARGIN = 1.25
+_IMPORTANCE = (0.1, 50.0)  # of a token against the mean: what a few queries show is noisy, and others come later
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -32,25 +33,37 @@ def _analyse(y: Tensor, matrix: Tensor) -> Tensor:
     return coefficients + (y - coefficients @ matrix.mT) @ matrix
 
 
-def fit(x: Tensor, weight: Tensor, tiers: Tiers) -> tuple[Tensor, Tensor]:
+def fit(x: Tensor, weight: Tensor, tiers: Tiers, loudness: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Choose the basis and the steps for a segment of tokens.
 
-    The basis holds the leading eigenvectors of ``y.mT @ y`` with ``y = x * weight`` (uncentred Karhunen-Loeve transform),
-    rounded to int8 with a scale a column; steps are a margin above those of least error on tokens at even distances.
-    ``weight`` counts up to a factor: its mean becomes 1. Rows of zeros do not count.
+    The basis holds the leading eigenvectors of ``y.mT @ y`` with ``y = x * weight`` (uncentred Karhunen-Loeve transform), each
+    token times its ``loudness``, rounded to int8 with a scale a column; steps are a margin above those of least error on tokens
+    at even distances. ``weight`` counts up to a factor: its mean becomes 1. Rows of zeros do not count.
 
-    x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative
+    x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative; loudness: float32 ``[..., n]``
     -> basis int8 ``[..., W, R]``, affine float32 ``[..., 2 * R + W]`` = step ``[R]``, column scale ``[R]``, weight ``[W]``.
     """
     weight = even(weight)
     y = x * weight[..., None, :]
-    vectors = torch.linalg.eigh(y.mT @ y).eigenvectors.flip(-1)[..., : tiers.rank]
+    heard = y if loudness is None else y * loudness[..., None]
+    vectors = torch.linalg.eigh(heard.mT @ heard).eigenvectors.flip(-1)[..., : tiers.rank]
     return rounded(vectors, y[..., :: max(1, y.shape[-2] // SAMPLE), :], weight, tiers)
 
 
 def even(weight: Tensor) -> Tensor:
     """Weights [..., W] with mean 1, and none so small that it could not be divided by."""
     return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
+
+
+def loudness(importance: Tensor, counted: Tensor) -> Tensor:
+    """What to multiply each token by where a basis is chosen: the fourth root of its importance over the mean one.
+
+    Of what few tokens attend to all is forgotten else, so nothing is ever a tenth as important as the mean, or fifty times.
+
+    importance: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean -> ``[..., n]``.
+    """
+    mean = (importance * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
+    return (importance / mean.clamp_min(_TINY)).clamp(*_IMPORTANCE) ** 0.25
 
 
 def rounded(
@@ -127,11 +140,3 @@ def key_weight(moment: Tensor, rotary: Rotary | None) -> Tensor:
         pairs = rotated.unflatten(-1, shape)
         moment = torch.cat([pairs.mean(axis, keepdim=True).expand_as(pairs).flatten(-2), rest], dim=-1)
     return torch.where(moment.sum((-2, -1), keepdim=True) > 0, moment.sqrt(), 1.0)
-
-
-def value_weight(o_weight: Tensor, kv_heads: int, head_dim: int) -> Tensor:
-    """How much each value channel counts: the norm of its columns in the output projection, over the KV head's query heads.
-
-    o_weight: ``[hidden, Hq * D]`` as in ``torch.nn.Linear`` -> float32 ``[kv_heads, D]``.
-    """
-    return o_weight.float().unflatten(-1, (kv_heads, -1, head_dim)).square().sum((0, 2)).sqrt()

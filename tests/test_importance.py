@@ -1,0 +1,64 @@
+"""How much attention the tokens of a prompt get, against attention written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectral_compile.kernels import importance as judging
+from spectral_compile.kernels.importance import importance
+
+
+def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Tensor:
+    """Of one row without padding: [Hq, n, D], [H, n, D] -> [G, n]."""
+    count, per_key = key.shape[1], query.shape[0] // key.shape[0]
+    sample = -(-judging.SAMPLE // (per_key * head_group))
+    total, seen = torch.zeros(key.shape[0], count), torch.zeros(count)
+    for i in range(1, sample + 1):
+        judge = max(i * count // sample - 1, 0)
+        for head in range(query.shape[0]):
+            scores = query[head, judge] @ key[head // per_key, : judge + 1].mT * scale
+            total[head // per_key, : judge + 1] += scores.softmax(-1) * (judge + 1)
+        seen[: judge + 1] += per_key * head_group
+    return total.unflatten(0, (-1, head_group)).sum(1) / seen
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(1, 1, 1), (2, 2, 1), (4, 2, 2), (6, 3, 3)]),
+    st.integers(1, 60),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_it_is_the_mean_share_of_attention(
+    batch: int, heads: tuple[int, int, int], count: int, padded: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q_heads, kv_heads, head_group = heads
+    query = 2 * torch.randn(batch, q_heads, count, 8, generator=generator)
+    key = torch.randn(batch, kv_heads, count, 8, generator=generator)
+    valid = torch.rand(batch, count, generator=generator) < 0.7 if padded else None
+    got = importance(query, key, valid, 0.3, head_group)
+    assert got.shape == (batch, kv_heads // head_group, count)
+    for row in range(batch):
+        keep = torch.ones(count, dtype=torch.bool) if valid is None else valid[row]
+        if keep.any():
+            expected = written_out(query[row][:, keep], key[row][:, keep], 0.3, head_group)
+            torch.testing.assert_close(got[row][:, keep], expected, rtol=1e-4, atol=1e-5)
+        assert (got[row][:, ~keep] == 0).all()
+
+
+def test_scores_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8)
+    whole = importance(query, key, None, 0.3, 2)
+    monkeypatch.setattr(judging, "_SCORES", 1)
+    torch.testing.assert_close(importance(query, key, None, 0.3, 2), whole)
+
+
+def test_tokens_that_all_look_alike_count_one() -> None:
+    query, key = torch.randn(1, 4, 500, 8), torch.ones(1, 2, 500, 8)
+    torch.testing.assert_close(importance(query, key, None, 0.3, 1), torch.ones(1, 2, 500))
