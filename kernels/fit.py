@@ -28,7 +28,7 @@ def fit(tokens: Tokens, books: list[list[int]], importance: torch.Tensor | None)
     if not any(may):
         return
     longest, weight = max(counts), _weights(tokens)
-    loudness = None if importance is None or not layout.weighted else _loudness(tokens, importance, longest)
+    loudness = None if importance is None or not layout.judged else _loudness(tokens, importance, longest)
     current = (tokens.buffers.starts <= tokens.ledger[:, 1:2]).sum(1, keepdim=True) - 1
     anew = all(coded == 0 for _, coded, *_ in books)
     if not layout.segment:
@@ -108,7 +108,9 @@ def _begin(
     search = search_step if gram.is_cuda else codec.search_step
     vectors = eigenbasis(gram * weight[..., None, :] * weight[..., None], max(layout.key.rank, layout.value.rank))
     fits = [
-        codec.rounded(vectors[i, ..., : tiers.rank], sample[i].float() * weight[i, ..., None, :], weight[i], tiers, search)
+        codec.rounded(
+            vectors[i, ..., : tiers.rank], sample[i].float() * weight[i, ..., None, :], weight[i], tiers, layout.margin, search
+        )
         for i, tiers in enumerate((layout.key, layout.value))
     ]
 

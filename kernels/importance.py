@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 SAMPLE = 576  # queries that judge a token, over all heads of its group
-_SCORES = 1 << 22  # that are there at a time
+_SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}  # that are there at a time: launches cost a GPU more than memory
 
 
 @torch.library.custom_op("spectral::importance", mutates_args=())
@@ -28,13 +28,14 @@ def importance(
     hidden = ~shown[:, None] | (number[:, None] > judges[..., None])
     judged = (~hidden).sum(1).clamp(min=1) * (per_key * head_group)
     got = torch.zeros(batch, kv_heads, count, dtype=torch.float32, device=key.device)
-    for part in torch.arange(sample).split(max(1, _SCORES // (batch * per_key * count))):
+    for part in torch.arange(sample).split(max(1, _SCORES.get(key.device.type, 1 << 19) // (batch * per_key * count))):
         some = slice(int(part[0]), int(part[-1]) + 1)
         for h in range(kv_heads):
             asked = query[:, h * per_key : (h + 1) * per_key].gather(2, column[:, :, some].clamp(max=count - 1))
-            scores = (asked @ key[:, h, None].mT).float() * scale
-            shares = scores.masked_fill_(hidden[:, None, some], float("-inf")).softmax(-1).nan_to_num_(0.0)
-            got[:, h] += (shares * (judges[:, some] + 1)[:, None, :, None]).sum((1, 2))
+            scores = (asked @ key[:, h, None].mT).float().mul_(scale).masked_fill_(hidden[:, None, some], float("-inf"))
+            shares = scores.sub_(scores.amax(-1, keepdim=True)).exp_().nan_to_num_(0.0)  # of nothing, where nothing is seen
+            each = (judges[:, some] + 1)[:, None] / shares.sum(-1).clamp_min(1)
+            got[:, h] += torch.einsum("bqmn,bqm->bn", shares, each)
     return got.unflatten(1, (-1, head_group)).sum(2) / judged[:, None]
 
 

@@ -159,8 +159,8 @@ def _code(
     loudness = None
     if layout.weighted:
         k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
-        if importance is not None:
-            loudness = codec.loudness(importance, torch.ones_like(importance, dtype=torch.bool))
+    if layout.judged and importance is not None:
+        loudness = codec.loudness(importance, torch.ones_like(importance, dtype=torch.bool))
     length = layout.segment or key.shape[1]
     for at in range(0, key.shape[1], length):
         part = slice(at, at + length)
@@ -221,7 +221,7 @@ def _segment(
     candidate = sides[0].x.shape[1] >= layout.warmup and room
     if not may_fit or (not fresh and not candidate):
         return current
-    fits = [codec.fit(side.x, side.weight, side.tiers, loudness) for side in sides]
+    fits = [codec.fit(side.x, side.weight, side.tiers, layout.margin, loudness) for side in sides]
     if not fresh and all(_serves(side, current, fit) for side, fit in zip(sides, fits, strict=True)):
         return current
     segment = current + 1

@@ -16,7 +16,9 @@ _WIDEST = 256  # channels of a group whose basis fits the shared memory of a GPU
 def classify_edges(trace: Trace) -> None:
     """Give every site its ``Edge`` and layout, or a refusal. All edges of one graph are of one kind."""
     leaving = set(trace.output.all_input_nodes)
-    for site in trace.matched:
+    for layer, site in enumerate(trace.sites):
+        if site.refusal is not None:
+            continue
         edge = _edge(site, leaving)
         if isinstance(edge, str):
             site.refusal = edge
@@ -24,8 +26,7 @@ def classify_edges(trace: Trace) -> None:
             site.refusal = f"its cache edge is {edge.kind}, the graph's first is {trace.matched[0].edge.kind}"
         else:
             site.edge = edge
-            site.layout = _layout(trace, site)
-            site.refusal = too_wide(site.layout, fake(site.key).device)
+            site.refusal = _give_layout(trace, site, layer)
 
 
 def too_wide(layout: Layout, device: torch.device) -> str | None:
@@ -37,11 +38,16 @@ def too_wide(layout: Layout, device: torch.device) -> str | None:
     return f"its heads have {layout.head_dim} channels: on a GPU at most {_WIDEST} can be compressed"
 
 
-def _layout(trace: Trace, site: Site) -> Layout:
+def _give_layout(trace: Trace, site: Site, layer: int) -> str | None:
+    """Set the layout that a site's store has, or is to have; why there can be none, if so."""
+    key, profile = fake(site.edge.new[0]), trace.config.profile
     if site.edge.past is not None:
-        return fake(site.edge.past[0]).store_layout
-    key = fake(site.edge.new[0])
-    return trace.config.layout(key.shape[1], key.shape[3], None)
+        site.layout = fake(site.edge.past[0]).store_layout
+    elif profile and (reason := profile.misfit(key.shape[1], key.shape[3], len(trace.sites))):
+        return reason
+    else:
+        site.layout = trace.config.layout(key.shape[1], key.shape[3], None, layer)
+    return too_wide(site.layout, key.device)
 
 
 def _edge(site: Site, leaving: set[Node]) -> Edge | str:

@@ -138,7 +138,7 @@ def _substitute(
     assert len(buffers) == len(Buffers._fields)
     if site.edge.past is None:
         judged = None
-        if site.layout.weighted:
+        if site.layout.judged:
             judging = (site.query, site.key, valid, float(site.scale), site.layout.head_group)
             with graph.inserting_before(site.sdpa):
                 judged = graph.call_function(importance._opoverload, judging)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import typer
 
 from spectral_compile.bench.verb import bench
-from spectral_compile.evaluate import evaluate
+from spectral_compile.evaluation.calibrate import verb as calibrate
+from spectral_compile.evaluation.verb import evaluate
 from spectral_compile.generate import generate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command("calibrate")(calibrate)
 app.command()(bench)
 
 

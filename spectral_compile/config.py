@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
+from spectral_compile.codec import PRESETS, Layout, Preset, Profile, Rotary, Tiers
 
 INNER = ("inductor", "aot_eager", "eager")
 
@@ -19,19 +19,21 @@ class SpectralConfig:
     """What ``torch.compile(..., backend="spectral", options=...)`` understands.
 
     ``preset`` names a codec: ``quality`` (about 6x), ``balanced`` (about 8.5x), ``compact`` (about 14x), ``seed`` (the
-    rank-16/32 int8 codec that everything is compared with) or ``exact`` (lossless). ``strict`` turns every silent loss of
-    compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where None). ``key_ranks`` and
-    ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``sinks`` first and ``recent`` last tokens stay exact, ``block``
-    tokens are coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's.
-    ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph.
-    ``inductor`` holds options that are Inductor's own.
+    rank-16/32 int8 codec that everything is compared with) or ``exact`` (lossless); or it is a ``codec.Preset``. ``strict``
+    turns every silent loss of compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where
+    None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile``, a file that
+    ``spectral-compile calibrate`` wrote or its content, spends the preset's bytes on the layers that need them. ``sinks`` first
+    and ``recent`` last tokens stay exact, ``block`` tokens are coded at a time, ``warmup`` tokens are awaited before a basis is
+    computed; None keeps the preset's. ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner`` compiles the
+    rewritten graph. ``inductor`` holds options that are Inductor's own.
     """
 
-    preset: str = "balanced"
+    preset: str | Preset = "balanced"
     strict: bool = False
     head_group: int | None = None
     key_ranks: tuple[int, int, int] | None = None
     value_ranks: tuple[int, int, int] | None = None
+    profile: Profile | None = None
     sinks: int | None = None
     recent: int | None = None
     block: int | None = None
@@ -41,7 +43,7 @@ class SpectralConfig:
     inductor: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
+        if not isinstance(self.preset, Preset) and self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}{_nearest(self.preset, PRESETS)}")
         if self.inner not in INNER:
             raise ValueError(f"unknown inner compiler {self.inner!r}{_nearest(self.inner, INNER)}")
@@ -59,10 +61,20 @@ class SpectralConfig:
             if len(value) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in value) or not sum(value):
                 raise ValueError(f"{name} must be three counts, of channels at 8, 4 and 2 bits per head, not {value!r}")
             object.__setattr__(self, name, tuple(value))
+        if self.profile is not None:
+            if self.codec.lossless or self.codec.segment or self.key_ranks or self.value_ranks:
+                raise ValueError("a profile divides the bytes of quality, balanced or compact: leave it, or the ranks, out")
+            if not isinstance(self.profile, Profile):
+                object.__setattr__(self, "profile", Profile.load(self.profile))
 
-    def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None) -> Layout:
-        """The layout of a layer with ``kv_heads`` KV heads of ``head_dim`` channels under these options."""
-        preset = PRESETS[self.preset]
+    @property
+    def codec(self) -> Preset:
+        """The preset itself."""
+        return self.preset if isinstance(self.preset, Preset) else PRESETS[self.preset]
+
+    def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None, layer: int = 0) -> Layout:
+        """The layout of attention layer ``layer``, with ``kv_heads`` KV heads of ``head_dim`` channels, under these options."""
+        preset = self.codec
         chosen = {
             name: getattr(self, name)
             for name in ("head_group", "sinks", "recent", "block", "warmup")
@@ -77,6 +89,8 @@ class SpectralConfig:
             if sum(ranks) > head_dim:
                 raise ValueError(f"{name}_ranks {ranks} sum to more than head_dim {head_dim}: lower them")
             layout = replace(layout, **{name: Tiers(*(n * layout.head_group for n in ranks))})
+        if self.profile is not None:
+            layout = self.profile.apply(layout, layer)
         return Layout.parse(layout.spec())  # interned, so that guards compare it by identity
 
     @classmethod

@@ -234,7 +234,7 @@ def test_a_loud_token_is_coded_better(spread: float) -> None:
     tiers = Tiers(0, 4, 8)
 
     def lost(loudness: torch.Tensor | None) -> torch.Tensor:
-        basis, affine = fit(x, torch.ones(32), tiers, loudness)
+        basis, affine = fit(x, torch.ones(32), tiers, loudness=loudness)
         return (decode(encode(x, basis, affine, tiers), basis, affine, tiers) - x).square().sum(1)
 
     assert lost(heard)[:8].mean() < 0.8 * lost(None)[:8].mean()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +17,17 @@ from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from spectral_compile import evaluate, models
+from spectral_compile import models
 from spectral_compile.cli import app
-from spectral_compile.evaluate import Agreement, Needle, Result, compare, contender, read, require_matched, table, weigh
+from spectral_compile.codec import PRESETS as CODECS
+from spectral_compile.codec import Profile
+from spectral_compile.evaluation import contenders, simulated, size, tasks
+from spectral_compile.evaluation import texts as built_in
+from spectral_compile.evaluation.calibrate import calibrate
+from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched
+from spectral_compile.evaluation.measure import Agreement, Result, compare, read
+from spectral_compile.evaluation.size import weigh
+from spectral_compile.evaluation.verb import split, table
 from spectral_compile.report import GraphReport
 from tests.tiny import GROUPED, tokens
 
@@ -39,7 +49,7 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def results(llama: PreTrainedModel) -> dict[str, Result]:
     texts = {name: tokens(1, PROMPT + SCORED + 1, seed) for seed, name in enumerate(("one", "two"))}
-    names = (*PRESETS, *(name for name in evaluate.installed_rivals(llama.config) if name == "fp8"))
+    names = (*PRESETS, "kivi-4", "turbo-2", *(name for name in contenders.installed_rivals(llama.config) if name == "fp8"))
     return {result.name: result for result in compare(llama, None, names, texts, PROMPT, DECODED)}
 
 
@@ -84,7 +94,7 @@ def test_bytes_are_those_that_are_held(results: dict[str, Result], llama: PreTra
 
 def test_storages_are_counted_once_and_whole() -> None:
     base = torch.zeros(10, dtype=torch.int16)
-    assert evaluate.storage_bytes({"a": (base[:2], [base[3:]]), "b": 7, "c": torch.zeros(3)}) == 20 + 12
+    assert size.storage_bytes({"a": (base[:2], [base[3:]]), "b": 7, "c": torch.zeros(3)}) == 20 + 12
 
 
 def dense_cache(llama: PreTrainedModel) -> DynamicCache:
@@ -132,15 +142,16 @@ def test_a_cache_that_stays_dense_fails_loudly(llama: PreTrainedModel) -> None:
 
 
 def test_a_site_that_does_not_match_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "reports", lambda: [GraphReport("prefill", 2, 1)])
+    monkeypatch.setattr(contenders, "reports", lambda: [GraphReport("prefill", 2, 1)])
     with pytest.raises(RuntimeError, match="prefill: 1 of 2 attention sites compressed"):
         require_matched({"prefill"})
 
 
-def test_built_in_texts_do_not_overlap_and_are_prose_and_code(tiny_folder: Path) -> None:
+def test_built_in_texts_do_not_overlap_and_are_of_three_kinds(tiny_folder: Path) -> None:
     _, tokenizer = models.load(str(tiny_folder))
-    assert list(evaluate.texts(tokenizer, 5, 100)) == ["topics 0", "topics 1", "topics 2", "argparse.py", "inspect.py"]
-    pieces = evaluate.prose(3)
+    expected = ["topics 0", "topics 1", "argparse.py", "inspect.py", "dialogue 0"]
+    assert list(built_in.texts(tokenizer, 5, 100)) == expected
+    pieces = built_in.prose(3)
     assert len(set(pieces)) == 3 and all(len(piece) == len(pieces[0]) for piece in pieces)
 
 
@@ -149,15 +160,26 @@ def test_a_text_that_is_too_short_is_named(tiny_folder: Path, tmp_path: Path) ->
     file = tmp_path / "short.txt"
     file.write_text("w2 w3")
     with pytest.raises(ValueError, match=r"short\.txt has only 2 of 100 tokens"):
-        evaluate.texts(tokenizer, 1, 100, [file])
+        built_in.texts(tokenizer, 1, 100, [file])
 
 
-def test_needles_stand_at_their_depth_and_repeat(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_questions_stand_at_their_depth_and_repeat(tiny_folder: Path, task: str) -> None:
     _, tokenizer = models.load(str(tiny_folder))
-    first, again = (evaluate.needles(tokenizer, 200, 4) for _ in range(2))
-    assert [needle.depth for needle in first] == [0.125, 0.375, 0.625, 0.875]
-    assert all(a.key == b.key and len(a.key) == 5 and torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
-    assert len({needle.key for needle in first}) == 4
+    first, again = (tasks.questions(tokenizer, task, 200, 4) for _ in range(2))
+    assert [question.depth for question in first] == [0.125, 0.375, 0.625, 0.875]
+    assert all(a.answer == b.answer and torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
+    assert len({question.answer for question in first}) > 1
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_what_is_asked_for_stands_in_the_text(task: str) -> None:
+    hidden = tasks.TASKS[task](random.Random(0))
+    told = "\n".join(hidden.lines)
+    assert hidden.answer in told and hidden.answer not in hidden.question + hidden.begun
+    if task == "count":
+        words = [line.split()[-1].strip(".") for line in hidden.lines]
+        assert max(set(words), key=words.count) == hidden.answer
 
 
 @pytest.mark.parametrize("key", ["w7", "w8"])
@@ -170,8 +192,8 @@ def test_a_key_is_found_in_what_the_model_says(tiny_folder: Path, key: str) -> N
         def __call__(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
             return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.full((1, 1), 7), 128))
 
-    says_seven = evaluate.Contender("says seven", SaysSeven(), DynamicCache)
-    assert evaluate.retrieves(says_seven, tokenizer, Needle(tokens(1, 5), key, 0.5)) == (key == "w7")
+    says_seven = Contender("says seven", SaysSeven(), DynamicCache)
+    assert tasks.answers(says_seven, tokenizer, tasks.Question("key", tokens(1, 5), key, 0.5)) == (key == "w7")
 
 
 def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
@@ -182,26 +204,32 @@ def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
 
 
 def test_the_verb_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
-    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text, out, plot = (tmp_path / name for name in ("text.txt", "out.json", "plot.png"))
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
     caches = ("--presets", "balanced", "--rivals", "", "--device", "cpu", "--dtype", "float32")
-    work = ("--tokens", 1124, "--scored", 16, "--text", text, "--needle", "--json", out)
+    work = ("--tokens", 1124, "--scored", 16, "--text", text, "--tasks", "key", "--json", out, "--plot", plot)
     arguments = ("eval", "--model", tiny_folder, *caches, *work)
     result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
-    assert all(word in result.stdout for word in ("ratio, all bytes", "ratio, coded part", "balanced", "needle", "/16"))
+    assert all(word in result.stdout for word in ("ratio, all bytes", "ratio, coded part", "balanced", "key 3000", "/16"))
     written = json.loads(out.read_text())
     assert set(written) == {"settings", "caches"} and written["settings"]["tokens"] == 1124
     assert [cache["cache"] for cache in written["caches"]] == ["dense", "balanced"]
-    fields = {"cache", "ratio", "dense_bytes", "stored_bytes", "parts", "coded_ratio", "span", "needle", "texts"}
+    fields = {"cache", "ratio", "dense_bytes", "stored_bytes", "parts", "coded_ratio", "span", "tasks", "texts"}
     assert all(set(cache) == fields for cache in written["caches"])
-    assert all(cache["needle"]["cases"] == 16 for cache in written["caches"])
+    assert all(cache["tasks"]["key 3000"]["cases"] == 16 for cache in written["caches"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert set(written["caches"][1]["texts"]) == {"text.txt"}
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [(("--presets", "balance"), "unknown cache 'balance'"), (("--scored", "4", "--decode", "5"), "cannot exceed --scored")],
+    [
+        (("--presets", "balance"), "unknown cache 'balance'"),
+        (("--presets", "balanced+profile"), "needs --profile"),
+        (("--tasks", "riddle"), "unknown task 'riddle'"),
+        (("--scored", "4", "--decode", "5"), "cannot exceed --scored"),
+    ],
 )
 def test_bad_options_leave_before_a_model_is_loaded(
     options: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
@@ -209,3 +237,56 @@ def test_bad_options_leave_before_a_model_is_loaded(
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     result = CliRunner().invoke(app, ["eval", *options], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
     assert result.exit_code == 2 and sentence in result.stderr
+
+
+def test_a_preset_can_go_without_an_ingredient() -> None:
+    whole, without = CODECS["balanced"], options_of("balanced-margin-joint")["preset"]
+    assert (without.margin, without.head_group) == (1.0, 1) and without.key == whole.key
+    assert options_of("balanced")["preset"] == whole
+    assert options_of('{"preset": "compact", "recent": 8}') == {"preset": "compact", "recent": 8}
+    assert options_of("balanced-luck") is None and options_of("kivi-4") is None
+    assert split('quality,{"a": 1, "b": 2},seed') == ["quality", '{"a": 1, "b": 2}', "seed"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("kivi-4", 0.1), ("kivi-2", 0.45), ("turbo-4", 0.11), ("turbo-2", 0.36)])
+def test_a_simulated_codec_loses_and_weighs_what_its_bits_say(name: str, most: float) -> None:
+    x = torch.randn(2, 3, 320, 64, generator=torch.Generator().manual_seed(0))
+    bits = int(name[-1])
+    for codec in simulated.SIMULATED[name]:
+        restored, stored = codec(x)
+        assert restored.shape == x.shape and 0.005 < (restored - x).norm() / x.norm() < most
+        assert bits / 8 < stored / x.numel() <= bits / 8 + 1 / 8
+
+
+def test_a_simulated_cache_loses_of_the_prompt_alone(llama: PreTrainedModel) -> None:
+    trial = contender(llama, "turbo-2")
+    cache = trial.empty()
+    ids = tokens(1, 200)
+    assert torch.equal(trial.feed(cache, ids), contender(llama, "dense").feed(contender(llama, "dense").empty(), ids))
+    keys = cache.layers[0].keys.clone()
+    trial.feed(cache, ids[:, :3])
+    assert torch.equal(cache.layers[0].keys[:, :, :200], keys) and cache.get_seq_length() == 203
+    whole = 2 * keys.numel() * keys.element_size() * len(cache.layers)
+    assert whole / 16 < weigh(cache).stored_bytes < whole / 2
+
+
+def test_calibration_finds_the_layer_that_matters(llama: PreTrainedModel) -> None:
+    model = copy.deepcopy(llama)
+    model.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    profile = calibrate(model, [tokens(1, PROMPT + 40)], PROMPT)
+    assert (profile.kv_heads, profile.head_dim) == (llama.config.num_key_value_heads, llama.config.head_dim)
+    assert min(profile.key[1], profile.value[1]) > 100 * max(profile.key[0], profile.value[0])
+
+
+def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "profile.json"
+    text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
+    work = ("--tokens", 1124, "--scored", 16, "--text", text, "--device", "cpu")
+    result = CliRunner().invoke(app, list(map(str, ("calibrate", out, "--model", tiny_folder, *work))))
+    assert result.exit_code == 0, result.output
+    profile = Profile.load(out)
+    model = models.load(str(tiny_folder), torch.float32)[0]
+    assert len(profile.key) == model.config.num_hidden_layers
+    trial = contender(model, "compact+profile", profile=profile)
+    read(trial, tokens(1, PROMPT + 4) % model.config.vocab_size, PROMPT)
+    require_matched({"prefill", "extend"})

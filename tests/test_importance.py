@@ -55,7 +55,7 @@ def test_it_is_the_mean_share_of_attention(
 def test_scores_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8)
     whole = importance(query, key, None, 0.3, 2)
-    monkeypatch.setattr(judging, "_SCORES", 1)
+    monkeypatch.setattr(judging, "_SCORES", {"cpu": 1})
     torch.testing.assert_close(importance(query, key, None, 0.3, 2), whole)
 
 

@@ -32,7 +32,8 @@ from spectral_compile.bench.measure import (
     times,
     wait,
 )
-from spectral_compile.evaluate import require_matched, weigh
+from spectral_compile.evaluation.contenders import require_matched
+from spectral_compile.evaluation.size import weigh
 from spectral_compile.generate import compile_seconds
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor

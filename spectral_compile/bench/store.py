@@ -71,7 +71,7 @@ class Layer:
         torch.ops.spectral.append_(**tokens, **self._shared(), importance=self._importance(tokens))
 
     def _importance(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        if not self.layout.weighted:
+        if not self.layout.judged:
             return None
         judging = tokens["query"], tokens["key"], None, self.layout.head_dim**-0.5, self.layout.head_group
         return torch.ops.spectral.importance(*judging)

@@ -12,8 +12,6 @@ from .quantise import dequantise, quantise, search_step
 
 _LEAST_WEIGHT = 1e-3
 SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
-# Clipped outliers hurt attention more than their energy says, and later tokens spread wider than those of the fit.
-_STEP_MARGIN = 1.25
 _IMPORTANCE = (0.1, 50.0)  # of a token against the mean: what a few queries show is noisy, and others come later
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -33,21 +31,27 @@ def _analyse(y: Tensor, matrix: Tensor) -> Tensor:
     return coefficients + (y - coefficients @ matrix.mT) @ matrix
 
 
-def fit(x: Tensor, weight: Tensor, tiers: Tiers, loudness: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fit(x: Tensor, weight: Tensor, tiers: Tiers, margin: float = 1.0, loudness: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Choose the basis and the steps for a segment of tokens.
 
     The basis holds the leading eigenvectors of ``y.mT @ y`` with ``y = x * weight`` (uncentred Karhunen-Loeve transform), each
-    token times its ``loudness``, rounded to int8 with a scale a column; steps are a margin above those of least error on tokens
-    at even distances. ``weight`` counts up to a factor: its mean becomes 1. Rows of zeros do not count.
+    token times its ``loudness``, rounded to int8 with a scale a column; steps are ``margin`` times those of least error on
+    tokens at even distances. ``weight`` counts up to a factor: its mean becomes 1. Rows of zeros do not count.
 
     x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative; loudness: float32 ``[..., n]``
     -> basis int8 ``[..., W, R]``, affine float32 ``[..., 2 * R + W]`` = step ``[R]``, column scale ``[R]``, weight ``[W]``.
     """
     weight = even(weight)
     y = x * weight[..., None, :]
-    heard = y if loudness is None else y * loudness[..., None]
-    vectors = torch.linalg.eigh(heard.mT @ heard).eigenvectors.flip(-1)[..., : tiers.rank]
-    return rounded(vectors, y[..., :: max(1, y.shape[-2] // SAMPLE), :], weight, tiers)
+    vectors = torch.linalg.eigh(_gram(y, loudness)).eigenvectors.flip(-1)[..., : tiers.rank]
+    return rounded(vectors, y[..., :: max(1, y.shape[-2] // SAMPLE), :], weight, tiers, margin)
+
+
+def _gram(y: Tensor, loudness: Tensor | None) -> Tensor:
+    if loudness is None:
+        return y.mT @ y
+    parts = zip(y.split(SAMPLE, -2), loudness.square().split(SAMPLE, -1), strict=True)  # for there is no room for another copy
+    return sum(part.mT @ (part * heard[..., None]) for part, heard in parts)
 
 
 def even(weight: Tensor) -> Tensor:
@@ -67,7 +71,12 @@ def loudness(importance: Tensor, counted: Tensor) -> Tensor:
 
 
 def rounded(
-    vectors: Tensor, sample: Tensor, weight: Tensor, tiers: Tiers, search: Callable[[Tensor, Tiers], Tensor] = search_step
+    vectors: Tensor,
+    sample: Tensor,
+    weight: Tensor,
+    tiers: Tiers,
+    margin: float,
+    search: Callable[[Tensor, Tiers], Tensor] = search_step,
 ) -> tuple[Tensor, Tensor]:
     """The basis and the steps that ``fit`` gives, from eigenvectors and from a sample of the weighted tokens.
 
@@ -76,7 +85,7 @@ def rounded(
     """
     scale = vectors.abs().amax(-2) / 127
     basis = (vectors / scale[..., None, :]).round().to(torch.int8)
-    step = _STEP_MARGIN * search(_analyse(sample, _matrix(basis, scale)), tiers)
+    step = margin * search(_analyse(sample, _matrix(basis, scale)), tiers)
     return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
 
 

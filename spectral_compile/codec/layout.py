@@ -50,6 +50,8 @@ class Layout:
     ``sinks`` exact ones, then coded ones, then an exact recent window of ``recent`` to ``recent + block - 1``. Coding moves
     ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With ``segment`` > 0 every
     ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures new tokens.
+    ``weighted`` counts key channels by their queries, ``judged`` the tokens of a prompt by the attention they get, and
+    ``normalised`` takes the norm out of each token's values. Steps are ``margin`` times those of least squared error.
     """
 
     kv_heads: int
@@ -59,7 +61,9 @@ class Layout:
     value: Tiers
     lossless: bool = False
     weighted: bool = True
+    judged: bool = True
     normalised: bool = True
+    margin: float = 1.25  # clipped outliers hurt more than their energy says, and later tokens spread wider
     sinks: int = 4
     recent: int = 64
     block: int = 32

@@ -10,7 +10,8 @@ from .layout import Layout, Rotary, Tiers
 _JOINT_WIDTH = 192  # wider groups cost attention more than they save: every key is rebuilt from all of its group's codes
 
 
-def _tiers(parts: tuple[int, int, int], width: int) -> Tiers:
+def tiers(parts: tuple[int, int, int], width: int) -> Tiers:
+    """Channels at 8, 4 and 2 bits in a group of ``width``, from 32ths of it."""
     # Rounding the running sums down, not the parts, keeps the total within the width.
     ends = [width * sum(parts[:count]) // 32 for count in range(4)]
     bits8, bits4, bits2 = (end - start for start, end in pairwise(ends))
@@ -35,7 +36,9 @@ class Preset:
     head_group: int | None = None
     lossless: bool = False
     weighted: bool = True
+    judged: bool = True
     normalised: bool = True
+    margin: float = 1.25
     sinks: int = 4
     recent: int = 64
     block: int = 32
@@ -49,13 +52,13 @@ class Preset:
         if kv_heads % head_group:
             raise ValueError(f"head_group={head_group} does not divide the {kv_heads} KV heads")
         width = head_group * head_dim
-        tiers = {"key": _tiers(self.key, width), "value": _tiers(self.value, width)}
+        sides = {"key": tiers(self.key, width), "value": tiers(self.value, width)}
         geometry = {"kv_heads": kv_heads, "head_dim": head_dim, "head_group": head_group, "rotary": rotary}
-        return Layout(**vars(self) | tiers | geometry)
+        return Layout(**vars(self) | sides | geometry)
 
 
 PRESETS: dict[str, Preset] = {
-    "exact": Preset(key=(0, 0, 0), value=(0, 0, 0), lossless=True, weighted=False, normalised=False),
+    "exact": Preset(key=(0, 0, 0), value=(0, 0, 0), lossless=True, weighted=False, judged=False, normalised=False),
     "quality": Preset(key=(2, 8, 12), value=(0, 6, 22)),
     "balanced": Preset(key=(1, 5, 12), value=(0, 2, 20)),
     "compact": Preset(key=(1, 3, 7), value=(0, 1, 12)),
@@ -64,6 +67,7 @@ PRESETS: dict[str, Preset] = {
         value=(16, 0, 0),
         head_group=1,
         weighted=False,
+        judged=False,
         normalised=False,
         block=512,
         warmup=512,

@@ -1,0 +1,113 @@
+"""Bits where they matter: which layers a preset codes finely and which coarsely, for the bytes that it has."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+from .layout import Layout
+from .presets import tiers
+
+_MOST = 4  # grades in one model: kernels are compiled for each
+_TOKENS = 4096  # over which the bytes of a basis are spread
+_HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Channels at (8, 4, 2) bits in 32ths of the width, and what that loses of a layer's fidelity, where ``balanced`` loses 1.
+
+    Losses are geometric means over the layers of SmolLM2-135M of the squared error of coefficients.
+    """
+
+    key: tuple[int, int, int]
+    value: tuple[int, int, int]
+    key_loss: float
+    value_loss: float
+
+
+GRADES = (
+    Grade((1, 0, 3), (0, 0, 4), 5.15, 3.83),
+    Grade((1, 3, 7), (0, 1, 10), 1.63, 1.93),
+    Grade((1, 4, 9), (0, 2, 17), 1.34, 1.14),
+    Grade((1, 5, 12), (0, 2, 20), 1.0, 1.0),
+    Grade((2, 6, 14), (0, 4, 22), 0.60, 0.75),
+    Grade((2, 8, 14), (0, 7, 22), 0.52, 0.50),
+    Grade((3, 10, 16), (0, 12, 20), 0.28, 0.32),
+    Grade((4, 14, 14), (1, 18, 13), 0.15, 0.17),
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a model suffers where ``balanced`` codes the keys, or the values, of one attention layer alone.
+
+    ``key`` and ``value`` hold the mean KL divergence from the dense model, in nats a token, for each layer in the order of the
+    graph. Layers of one model differ by orders of magnitude, and losses of several layers nearly add up.
+    """
+
+    kv_heads: int
+    head_dim: int
+    key: tuple[float, ...]
+    value: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.key) != len(self.value) or not self.key or any(not x >= 0 for x in (*self.key, *self.value)):
+            raise ValueError("a profile holds a loss of keys and one of values, not negative, for each attention layer")
+
+    @classmethod
+    def load(cls, source: str | Path | dict) -> Profile:
+        """What ``save`` wrote to a file, or the same as a dictionary; ValueError or OSError where it is something else."""
+        try:
+            fields = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
+            return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        except (AttributeError, TypeError, json.JSONDecodeError):
+            raise ValueError(f"{source} is no profile: write one with `spectral-compile calibrate`") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write a file that the option ``profile`` takes."""
+        Path(path).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def misfit(self, kv_heads: int, head_dim: int, layers: int) -> str | None:
+        """Why this is not the profile of a model with ``layers`` attention layers like this, if so."""
+        if (len(self.key), self.kv_heads, self.head_dim) == (layers, kv_heads, head_dim):
+            return None
+        made = f"{len(self.key)} layers of {self.kv_heads} KV heads with {self.head_dim} channels"
+        return f"the profile is of another model, with {made}: write one for this model with `spectral-compile calibrate`"
+
+    def apply(self, layout: Layout, layer: int) -> Layout:
+        """``layout``, which every layer would have, with the tiers of this layer."""
+        grade = GRADES[_allot(self, layout.key, layout.value, layout.width)[layer]]
+        return replace(layout, key=tiers(grade.key, layout.width), value=tiers(grade.value, layout.width))
+
+
+@functools.lru_cache(maxsize=16)
+def _allot(profile: Profile, key: object, value: object, width: int) -> tuple[int, ...]:
+    """The grade of each layer that loses least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
+
+    Lagrangian relaxation over each choice of ``_MOST`` grades: of all that a price of a byte makes best, the last that fits.
+    """
+
+    def rate(key: object, value: object) -> float:
+        return key.row_bytes + value.row_bytes + width * (key.rank + value.rank) / _TOKENS
+
+    rates = [rate(tiers(grade.key, width), tiers(grade.value, width)) for grade in GRADES]
+    losses = [[k * g.key_loss + v * g.value_loss for g in GRADES] for k, v in zip(profile.key, profile.value, strict=True)]
+    budget = rate(key, value) * len(losses)
+    best, least = (0,) * len(losses), float("inf")
+    for some in combinations(range(len(GRADES)), _MOST):
+        low, high = 0.0, 1.0 + sum(map(max, losses))  # at the high price all layers have the cheapest grade
+        for _ in range(_HALVINGS):
+            price = (low * high) ** 0.5 if low else high / 2**30
+            chosen = [min(some, key=lambda g: layer[g] + price * rates[g]) for layer in losses]
+            if sum(rates[g] for g in chosen) > budget:
+                low = price
+                continue
+            high = price
+            loss = sum(layer[g] for layer, g in zip(losses, chosen, strict=True))
+            if loss < least:
+                best, least = tuple(chosen), loss
+    return best

@@ -1,0 +1,124 @@
+"""The caches on trial: dense, compressed in any way, and rivals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
+
+from spectral_compile.backend import reset, spectral
+from spectral_compile.codec import PRESETS, Profile
+from spectral_compile.evaluation.simulated import SIMULATED, SimulatedCache
+from spectral_compile.report import reports
+from spectral_compile.tensor import SpectralTensor
+
+DENSE = "dense"
+PROFILED = "+profile"
+RIVALS = {  # the quantised caches of transformers: back end and bits
+    "fp8": ("fp8", None),
+    "quanto-4": ("quanto", 4),
+    "quanto-2": ("quanto", 2),
+    "hqq-4": ("hqq", 4),
+    "hqq-2": ("hqq", 2),
+}
+WITHOUT = {  # what a preset becomes without one of its ingredients: ``balanced-judged`` is balanced without it
+    "joint": {"head_group": 1},
+    "weighted": {"weighted": False},
+    "judged": {"judged": False},
+    "normalised": {"normalised": False},
+    "margin": {"margin": 1.0},
+    "sinks": {"sinks": 0},
+    "recent": {"recent": 0},
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A cache on trial: ``model`` takes what a transformers model takes and fills a cache that ``empty`` makes."""
+
+    name: str
+    model: PreTrainedModel
+    empty: Callable[[], Cache]
+    compressed: bool = False  # by this backend
+
+    def feed(self, cache: Cache, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
+        """Append ``ids`` [1, n] to ``cache``; logits [n, vocabulary], or of the last ``keep`` tokens."""
+        ids, start = ids.to(self.model.device), cache.get_seq_length()
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep)
+        if self.compressed and not all(isinstance(layer.keys, SpectralTensor) for layer in cache.layers):
+            # also when Dynamo gave up at its recompile limit, of which no report tells
+            raise RuntimeError(f"{self.name}: the cache is dense, so its figures would be those of another cache")
+        return out.logits[0]
+
+
+def options_of(name: str, profile: Profile | None = None) -> dict[str, Any] | None:
+    """The backend's options under a contender's name, if it is one of this backend.
+
+    Names are presets, perhaps without some ingredients (``balanced-margin-judged``), perhaps with the profile
+    (``balanced+profile``), or options as JSON. ValueError where the name asks for a profile and there is none.
+    """
+    if name.startswith("{"):
+        return json.loads(name)
+    base, *without = name.removesuffix(PROFILED).split("-")
+    if base not in PRESETS or any(ingredient not in WITHOUT for ingredient in without):
+        return None
+    if not name.endswith(PROFILED):
+        profile = None
+    elif profile is None:
+        raise ValueError(f"{name} needs --profile with a file that `spectral-compile calibrate` wrote")
+    changes = {field: value for ingredient in without for field, value in WITHOUT[ingredient].items()}
+    return {"preset": replace(PRESETS[base], **changes), "profile": profile}
+
+
+def contender(model: PreTrainedModel, name: str, inner: str = "eager", profile: Profile | None = None) -> Contender:
+    """The cache called ``name``: dense, one of this backend's, or a rival.
+
+    Only the latest one of this backend keeps its compiled graphs and reports.
+    """
+    empty = partial(DynamicCache, config=model.config)
+    if (options := options_of(name, profile)) is not None:
+        reset()
+        compiled = torch.compile(model, backend=spectral, options={**options, "strict": True, "inner": inner})
+        return Contender(name, compiled, empty, compressed=True)
+    if name in RIVALS:
+        backend, bits = RIVALS[name]
+        return Contender(name, model, partial(QuantizedCache, backend, model.config, nbits=bits))
+    if name in SIMULATED:
+        return Contender(name, model, partial(SimulatedCache, SIMULATED[name], model.config))
+    return Contender(DENSE, model, empty)
+
+
+def check(names: Iterable[str], profile: Profile | None = None) -> None:
+    """ValueError for a name that no contender has."""
+    for name in names:
+        if name not in RIVALS and name not in SIMULATED and options_of(name, profile) is None:
+            known = ", ".join((*PRESETS, *RIVALS, *SIMULATED))
+            raise ValueError(f"unknown cache {name!r}: choose from {known}, or give options as JSON")
+
+
+def installed_rivals(config: transformers.PreTrainedConfig) -> list[str]:
+    """The rivals whose package is there and whose back end this transformers knows."""
+
+    def runs(backend: str, bits: int | None) -> bool:
+        try:
+            QuantizedCache(backend, config, nbits=bits)
+        except (ImportError, ValueError):
+            return False
+        return True
+
+    return [name for name, (backend, bits) in RIVALS.items() if runs(backend, bits)]
+
+
+def require_matched(kinds: set[str]) -> None:
+    """Raise RuntimeError unless graphs of just these ``kinds`` were compiled, with every attention site compressed."""
+    made = reports()
+    if {report.kind for report in made} != kinds or any(report.matched < report.sites for report in made):
+        found = "; ".join(map(str, made)) or "no graph at all"
+        raise RuntimeError(f"expected {', '.join(sorted(kinds))} graphs with every site compressed, but got {found}")

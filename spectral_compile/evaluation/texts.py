@@ -1,0 +1,69 @@
+"""Real text of several kinds that is on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+SOURCES = ("argparse", "inspect", "typing", "tarfile", "doctest", "difflib", "turtle", "imaplib")  # each has over 20 000 tokens
+UNSEEN = ("pickletools", "subprocess")  # and these are for calibration alone
+
+
+def prose(pieces: int) -> list[str]:
+    """The documentation of Python in disjoint pieces of equal length."""
+    text = "\n\n".join(dict.fromkeys(topics.values()))
+    size = len(text) // pieces
+    return [text[i * size : (i + 1) * size] for i in range(pieces)]
+
+
+def source(module: str) -> str:
+    """The source of a module of the standard library."""
+    return Path(find_spec(module).origin).read_text(encoding="utf-8")
+
+
+def dialogue(tokenizer: PreTrainedTokenizerBase, start: int) -> str:
+    """Questions about Python and answers from its documentation in turns, as chat where the tokenizer has a template for it.
+
+    Answers are whole paragraphs; each ``start`` gives other ones.
+    """
+    turns = []
+    for topic, text in list(topics.items())[start:]:
+        paragraphs = [part for part in text.split("\n\n")[2:] if len(part) > 80]
+        for name, part in zip(("about", "more about"), paragraphs, strict=False):
+            turns.append({"role": "user", "content": f"What can you tell me {name} {topic.lower()} in Python?"})
+            turns.append({"role": "assistant", "content": " ".join(part.split())})
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, files: Sequence[Path] = ()) -> dict[str, torch.Tensor]:
+    """Texts of ``tokens`` tokens, int64 [1, tokens] by name: ``files``, or else prose, source and dialogue in turn."""
+    if files:
+        found = {path.name: path.read_text(encoding="utf-8") for path in files}
+    else:
+        kinds = [range(i, count, 3) for i in range(3)]
+        found = {f"topics {i}": text for i, text in enumerate(prose(len(kinds[0])))}
+        found |= {f"{module}.py": source(module) for module in SOURCES[: len(kinds[1])]}
+        found |= {f"dialogue {i}": dialogue(tokenizer, 36 * i) for i in range(len(kinds[2]))}
+    return {name: take(tokenizer, text, tokens, name) for name, text in found.items()}
+
+
+def calibration(tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, torch.Tensor]:
+    """Texts of ``tokens`` tokens of prose and source, none of which ``texts`` gives among the first twenty."""
+    last = prose(4)[-1]
+    found = {"prose": last[-len(last) // 2 :], **{module: source(module) for module in UNSEEN}}
+    return {name: take(tokenizer, text, tokens, name) for name, text in found.items()}
+
+
+def take(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, name: str) -> torch.Tensor:
+    """The first ``tokens`` tokens of ``text``, int64 [1, tokens]."""
+    ids = tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt").input_ids
+    if ids.shape[1] < tokens:
+        raise ValueError(f"{name} has only {ids.shape[1]} of {tokens} tokens: ask for fewer, or pass a longer --text")
+    return ids

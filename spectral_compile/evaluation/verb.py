@@ -1,0 +1,137 @@
+"""``spectral-compile eval``: the table, the plot and the figures of caches on one model and the same texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn
+from rich.table import Table
+from typer import Option
+
+from spectral_compile import models
+from spectral_compile.codec import PRESETS, Profile
+from spectral_compile.evaluation import contenders
+from spectral_compile.evaluation.measure import Result, compare
+from spectral_compile.evaluation.tasks import TASKS, questions
+from spectral_compile.evaluation.texts import texts
+from spectral_compile.generate import fail, phases
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """A row for each cache."""
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("cache")
+    decoded = results[0].first("decoded")
+    columns = ["ratio, all bytes", "ratio, coded part", "perplexity", "change", "KL, nats", "top-1"]
+    if decoded:
+        columns += [f"KL, first {decoded.tokens}", "KL, same decoded"]
+    for column in (*columns, *results[0].answered):
+        shown.add_column(column, justify="right")
+    for result in results:
+        span, coded = result.mean(), result.size.coded_ratio
+        cells = [f"{result.ratio:.2f}", f"{coded:.2f}" if coded else "-", f"{span.perplexity:.2f}", f"{span.change:+.2f} %"]
+        cells += [f"{span.kl:.4f}", f"{span.top1:.3f}"]
+        if decoded:
+            cells += [f"{result.mean(which).kl:.4f}" for which in ("extended", "decoded")]
+        shown.add_row(result.name, *cells, *(f"{found}/{cases}" for found, cases in result.answered.values()))
+    return shown
+
+
+def draw(results: Sequence[Result], title: str, path: Path) -> None:
+    """A PNG of KL divergence against compression, a point for each cache but the dense one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for result in results[1:]:
+        kl = max(result.mean().kl, 1e-6)
+        axes.scatter(result.ratio, kl)
+        axes.annotate(result.name, (result.ratio, kl), xytext=(4, 4), textcoords="offset points", fontsize="small")
+    labels = {"xlabel": "dense bytes over all bytes held", "ylabel": "KL to dense, nats a token"}
+    axes.set(title=title, xscale="log", yscale="log", **labels)
+    axes.grid(which="both", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def evaluate(
+    model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
+    presets: Annotated[
+        str, Option(help="Caches of this backend, by comma: presets, without an ingredient (balanced-margin), JSON options")
+    ] = ",".join(PRESETS),
+    rivals: Annotated[str | None, Option(help="Other caches, by comma", show_default="those of transformers here")] = None,
+    profile: Annotated[
+        Path | None, Option(exists=True, dir_okay=False, help="Profile for caches such as balanced+profile")
+    ] = None,
+    tokens: Annotated[int, Option(min=1, help="Tokens that are cached before scoring")] = 4096,
+    scored: Annotated[int, Option(min=1, help="Tokens that are then scored")] = 512,
+    decode: Annotated[int, Option(min=0, help="How many of those to score token by token too")] = 0,
+    texts_: Annotated[int, Option("--texts", min=1, help="Number of built-in texts: prose, source and dialogue")] = 8,
+    text: Annotated[list[Path] | None, Option(exists=True, dir_okay=False, help="A text to use instead; repeatable")] = None,
+    tasks: Annotated[str, Option(help=f"Questions to ask too, by comma: {', '.join(TASKS)}")] = "",
+    task_tokens: Annotated[str, Option(help="Lengths of their prompts, by comma")] = "3000",
+    cases: Annotated[int, Option(min=1, help="Questions a task and length")] = 16,
+    seed: Annotated[int, Option(help="Of the questions")] = 0,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and dense cache")] = "bfloat16",
+    device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
+    inner: Annotated[str, Option(help="Compiler of the rewritten graph: inductor, aot_eager or eager")] = "eager",
+    json_: Annotated[Path | None, Option("--json", help="File to write every figure to, after each cache")] = None,
+    plot: Annotated[Path | None, Option(help="PNG file to draw loss against bytes in")] = None,
+) -> None:
+    """Compare caches by quality and bytes on one model and the same texts."""
+    screen = Console(stderr=True)
+    transformers.logging.disable_progress_bar()
+    names = [*split(presets), *split(rivals or "")]
+    wanted = [(task, int(length)) for length in split(task_tokens) for task in split(tasks)]
+    known = Profile.load(profile) if profile else None
+    try:
+        contenders.check(names, known)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if unknown := [task for task, _ in wanted if task not in TASKS]:
+        raise typer.BadParameter(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
+    if decode > scored:
+        raise typer.BadParameter("--decode counts scored tokens: it cannot exceed --scored")
+    if plot and find_spec("matplotlib") is None:
+        fail(screen, "--plot needs matplotlib: pip install 'spectral-compile[bench]'")
+    settings = {
+        "model": model or models.DEFAULT, "tokens": tokens, "scored": scored, "decode": decode, "dtype": dtype,
+        "inner": inner, "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    results: list[Result] = []
+    with phases(screen, BarColumn(), MofNCompleteColumn()) as display:
+        task = display.add_task(f"loading {model or models.DEFAULT}")
+        try:
+            loaded, tokenizer = models.load(model, getattr(torch, dtype))
+            passages = texts(tokenizer, texts_, tokens + scored + 1, text or ())
+            asked = [question for what, length in wanted for question in questions(tokenizer, what, length, cases, seed)]
+        except (OSError, ValueError) as error:
+            fail(screen, str(error))
+        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        names += contenders.installed_rivals(loaded.config) if rivals is None else []
+        display.update(task, total=(1 + len(names)) * (len(passages) + len(asked)))
+
+        def step(what: str) -> None:
+            display.update(task, description=what, advance=1)
+
+        for result in compare(loaded, tokenizer, names, passages, tokens, decode, asked, inner, known, step):
+            results.append(result)
+            if json_:
+                json_.write_text(json.dumps({"settings": settings, "caches": [r.summary() for r in results]}, indent=1))
+    title = f"{model or models.DEFAULT} in {dtype}: {tokens} tokens cached, {scored} scored, {len(passages)} texts"
+    Console().print(table(results, title))
+    if plot:
+        draw(results, title, plot)
+
+
+def split(given: str) -> list[str]:
+    """The names in ``given``, by comma; commas within JSON separate nothing."""
+    return [name for name in re.split(r",(?![^{]*\})", given) if name]
