@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from spectral_compile.kernels import importance as judging
 from spectral_compile.kernels.importance import importance
+from spectral_compile.kernels.shares import shares
 
 
 def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Tensor:
@@ -32,17 +35,20 @@ def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Te
     st.sampled_from([(1, 1, 1), (2, 2, 1), (4, 2, 2), (6, 3, 3)]),
     st.integers(1, 60),
     st.booleans(),
+    st.sampled_from([judging._shares, shares]),
     st.integers(0, 2**31),
 )
 def test_it_is_the_mean_share_of_attention(
-    batch: int, heads: tuple[int, int, int], count: int, padded: bool, seed: int
+    batch: int, heads: tuple[int, int, int], count: int, padded: bool, kernel: Callable[..., Tensor], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads, head_group = heads
     query = 2 * torch.randn(batch, q_heads, count, 8, generator=generator)
     key = torch.randn(batch, kv_heads, count, 8, generator=generator)
     valid = torch.rand(batch, count, generator=generator) < 0.7 if padded else None
-    got = importance(query, key, valid, 0.3, head_group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "_shares", kernel)
+        got = importance(query, key, valid, 0.3, head_group)
     assert got.shape == (batch, kv_heads // head_group, count)
     for row in range(batch):
         keep = torch.ones(count, dtype=torch.bool) if valid is None else valid[row]
@@ -55,7 +61,7 @@ def test_it_is_the_mean_share_of_attention(
 def test_scores_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8)
     whole = importance(query, key, None, 0.3, 2)
-    monkeypatch.setattr(judging, "_SCORES", {"cpu": 1})
+    monkeypatch.setattr(judging, "_SCORES", 1)
     torch.testing.assert_close(importance(query, key, None, 0.3, 2), whole)
 
 
