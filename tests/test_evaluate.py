@@ -27,6 +27,7 @@ from spectral_compile.evaluation.calibrate import calibrate
 from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched
 from spectral_compile.evaluation.measure import Agreement, Result, compare, read
 from spectral_compile.evaluation.size import weigh
+from spectral_compile.evaluation.trace import Step, show, trace
 from spectral_compile.evaluation.verb import split, table
 from spectral_compile.report import GraphReport
 from tests.tiny import GROUPED, tokens
@@ -290,3 +291,32 @@ def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Pa
     trial = contender(model, "compact+profile", profile=profile)
     read(trial, tokens(1, PROMPT + 4) % model.config.vocab_size, PROMPT)
     require_matched({"prefill", "extend"})
+
+
+def test_a_trace_marks_what_diverges_and_where(llama: PreTrainedModel) -> None:
+    ids = tokens(1, PROMPT)
+    same, other = (trace(llama, name, ids, 6) for name in ("exact", "seed"))
+    assert all(step.dense == step.ours and step.gap == 0 and step.kl < 1e-6 for step in same)
+    assert all(len(step.layers) == llama.config.num_hidden_layers for step in (*same, *other))
+    assert min(min(step.layers) for step in same) > 0.999 > min(min(step.layers) for step in other)
+    assert [step.dense for step in same] == [step.dense for step in other]
+    assert same == trace(llama, "exact", ids, 6)
+
+
+def test_the_first_layer_to_drift_is_named(tiny_folder: Path) -> None:
+    _, tokenizer = models.load(str(tiny_folder))
+    steps = [Step(3, 3, 0.0, 0.0, (1.0, 0.999, 0.9, 0.88)), Step(4, 5, 0.5, 0.1, (1.0, 1.0, 0.92, 0.9))]
+    console = Console(width=160, file=io.StringIO())
+    console.print(show(steps, "balanced", tokenizer))
+    shown = " ".join(console.file.getvalue().split())
+    assert "the first other token comes at step 2, 1 in all; layer 2 is the first to drift" in shown
+
+
+def test_the_verb_traces(tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
+    work = ("--presets", "balanced", "--rivals", "", "--device", "cpu", "--tokens", 1124, "--scored", 1, "--trace", 3)
+    arguments = list(map(str, ("eval", "--model", tiny_folder, "--text", text, *work)))
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert "balanced beside dense" in result.stdout and "is the first to drift" in result.stdout

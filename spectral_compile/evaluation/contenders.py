@@ -49,13 +49,17 @@ class Contender:
 
     def feed(self, cache: Cache, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """Append ``ids`` [1, n] to ``cache``; logits [n, vocabulary], or of the last ``keep`` tokens."""
+        return self.run(cache, ids, logits_to_keep=keep).logits[0]
+
+    def run(self, cache: Cache, ids: torch.Tensor, **options: Any) -> Any:
+        """What the model returns for ``ids`` [1, n], which are appended to ``cache``."""
         ids, start = ids.to(self.model.device), cache.get_seq_length()
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep)
+        out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, **options)
         if self.compressed and not all(isinstance(layer.keys, SpectralTensor) for layer in cache.layers):
             # also when Dynamo gave up at its recompile limit, of which no report tells
             raise RuntimeError(f"{self.name}: the cache is dense, so its figures would be those of another cache")
-        return out.logits[0]
+        return out
 
 
 def options_of(name: str, profile: Profile | None = None) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from spectral_compile.evaluation import contenders
 from spectral_compile.evaluation.measure import Result, compare
 from spectral_compile.evaluation.tasks import TASKS, questions
 from spectral_compile.evaluation.texts import texts
+from spectral_compile.evaluation.trace import show, trace
 from spectral_compile.generate import fail, phases
 
 
@@ -80,6 +81,10 @@ def evaluate(
     task_tokens: Annotated[str, Option(help="Lengths of their prompts, by comma")] = "3000",
     cases: Annotated[int, Option(min=1, help="Questions a task and length")] = 16,
     seed: Annotated[int, Option(help="Of the questions")] = 0,
+    steps: Annotated[
+        int,
+        Option("--trace", min=0, help="Compare nothing, but show that many tokens beside the dense model's, after one text"),
+    ] = 0,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and dense cache")] = "bfloat16",
     device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
     inner: Annotated[str, Option(help="Compiler of the rewritten graph: inductor, aot_eager or eager")] = "eager",
@@ -117,11 +122,17 @@ def evaluate(
             fail(screen, str(error))
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         names += contenders.installed_rivals(loaded.config) if rivals is None else []
-        display.update(task, total=(1 + len(names)) * (len(passages) + len(asked)))
+        display.update(task, total=len(names) if steps else (1 + len(names)) * (len(passages) + len(asked)))
 
         def step(what: str) -> None:
             display.update(task, description=what, advance=1)
 
+        for name in names if steps else ():
+            step(f"{name}: {steps} tokens")
+            traced = trace(loaded, name, next(iter(passages.values()))[:, :tokens], steps, inner, known)
+            Console().print(show(traced, name, tokenizer))
+        if steps:
+            return
         for result in compare(loaded, tokenizer, names, passages, tokens, decode, asked, inner, known, step):
             results.append(result)
             if json_:
