@@ -277,6 +277,7 @@ def test_calibration_finds_the_layer_that_matters(llama: PreTrainedModel) -> Non
     profile = calibrate(model, [tokens(1, PROMPT + 40)], PROMPT)
     assert (profile.kv_heads, profile.head_dim) == (llama.config.num_key_value_heads, llama.config.head_dim)
     assert min(profile.key[1], profile.value[1]) > 100 * max(profile.key[0], profile.value[0])
+    assert profile.coarse_key[1] > profile.key[1] and profile.coarse_value[1] > profile.value[1]
 
 
 def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,12 @@ LOSSES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 WITH_PROFILE = ("quality", "balanced", "compact")
 
 
+def profile(geometry: tuple[int, int], losses: Sequence[float]) -> Profile:
+    """Keys and values of each layer lose as much, and in the cheapest grade five times that."""
+    fine, coarse = tuple(losses), tuple(5 * x for x in losses)
+    return Profile(*geometry, fine, fine, coarse, coarse)
+
+
 def held(layout: Layout) -> float:
     """Bytes a token and group, with a share of the bases."""
     return layout.key.row_bytes + layout.value.row_bytes + layout.width * (layout.key.rank + layout.value.rank) / 4096
@@ -29,9 +36,10 @@ def held(layout: Layout) -> float:
 @settings(max_examples=30)
 @given(LOSSES, st.sampled_from(WITH_PROFILE), st.sampled_from([(3, 64), (8, 128), (1, 256), (2, 80)]))
 def test_no_more_bytes_and_few_kinds_of_layers(losses: list[float], preset: str, geometry: tuple[int, int]) -> None:
-    profile = Profile(*geometry, tuple(losses), tuple(losses))
     uniform = SpectralConfig(preset).layout(*geometry, None)
-    layouts = [SpectralConfig(preset, profile=profile).layout(*geometry, None, layer) for layer in range(len(losses))]
+    layouts = [
+        SpectralConfig(preset, profile=profile(geometry, losses)).layout(*geometry, None, layer) for layer in range(len(losses))
+    ]
     assert sum(map(held, layouts)) <= held(uniform) * len(losses) + 1e-6
     assert len(set(layouts)) <= 4
     assert all(layout.recent == uniform.recent and layout.rotary == uniform.rotary for layout in layouts)
@@ -40,8 +48,7 @@ def test_no_more_bytes_and_few_kinds_of_layers(losses: list[float], preset: str,
 @settings(max_examples=30)
 @given(LOSSES.filter(lambda x: len(set(x)) > 1))
 def test_what_suffers_more_gets_no_less(losses: list[float]) -> None:
-    profile = Profile(3, 64, tuple(losses), tuple(losses))
-    layouts = [SpectralConfig(profile=profile).layout(3, 64, None, layer) for layer in range(len(losses))]
+    layouts = [SpectralConfig(profile=profile((3, 64), losses)).layout(3, 64, None, layer) for layer in range(len(losses))]
     for a, x in zip(losses, layouts, strict=True):
         for b, y in zip(losses, layouts, strict=True):
             assert a <= b or held(x) >= held(y)
@@ -54,13 +61,21 @@ def test_grades_cost_more_and_lose_less() -> None:
 
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
-    profile = Profile(2, 16, (0.5, 1e-9), (0.25, 0.0))
-    profile.save(tmp_path / "p.json")
-    assert Profile.load(tmp_path / "p.json") == profile
-    assert SpectralConfig(profile=str(tmp_path / "p.json")).profile == profile
+    known = profile((2, 16), (0.5, 1e-9))
+    known.save(tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == known
+    assert SpectralConfig(profile=str(tmp_path / "p.json")).profile == known
 
 
-@pytest.mark.parametrize("content", ["no", "[]", '{"key": [1]}', '{"kv_heads": 1, "head_dim": 2, "key": [1], "value": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no",
+        "[]",
+        '{"key": [1]}',
+        '{"kv_heads": 1, "head_dim": 2, "key": [1], "value": [], "coarse_key": [1], "coarse_value": [1]}',
+    ],
+)
 def test_what_is_no_profile_is_said(content: str, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(ValueError, match="profile"):
@@ -70,14 +85,14 @@ def test_what_is_no_profile_is_said(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"preset": "exact"}, {"preset": "seed"}, {"key_ranks": (1, 2, 3)}])
 def test_a_profile_goes_with_presets_that_have_bytes_to_divide(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="a profile divides the bytes"):
-        SpectralConfig(profile=Profile(2, 16, (1.0,), (1.0,)), **options)
+        SpectralConfig(profile=profile((2, 16), (1.0,)), **options)
 
 
 def test_layers_of_one_model_have_the_tiers_of_their_grade() -> None:
     model = build("llama")
     heads, dim = model.config.num_key_value_heads, model.config.head_dim
-    profile = Profile(heads, dim, (1.0, 0.0), (1.0, 0.0))
-    model.compile(backend=sc.spectral, options={"strict": True, "inner": "eager", "warmup": 64, "profile": profile})
+    known = profile((heads, dim), (1.0, 0.0))
+    model.compile(backend=sc.spectral, options={"strict": True, "inner": "eager", "warmup": 64, "profile": known})
     out = model.generate(tokens(2, 300), max_new_tokens=40, return_dict_in_generate=True, **GREEDY)
     first, second = (layer.keys.store.layout for layer in out.past_key_values.layers)
     assert held(first) > held(second)
@@ -85,8 +100,16 @@ def test_layers_of_one_model_have_the_tiers_of_their_grade() -> None:
 
 
 def test_a_profile_of_another_model_is_refused_and_the_model_runs() -> None:
-    model, profile = build("llama"), Profile(1, 7, (1.0,) * 5, (1.0,) * 5)
+    model, other = build("llama"), profile((1, 7), (1.0,) * 5)
     expected = model.generate(tokens(1, 20), max_new_tokens=5, **GREEDY)
-    model.compile(backend=sc.spectral, options={"inner": "eager", "profile": profile})
+    model.compile(backend=sc.spectral, options={"inner": "eager", "profile": other})
     with pytest.warns(SpectralWarning, match="the profile is of another model, with 5 layers of 1 KV heads"):
         assert torch.equal(model.generate(tokens(1, 20), max_new_tokens=5, **GREEDY), expected)
+
+
+def test_a_layer_that_suffers_from_the_cheapest_grade_does_not_get_it() -> None:
+    """What little a layer loses under balanced says nothing of what it loses where nearly all is dropped."""
+    fine, coarse = (1e-5,) * 4 + (1e-3,) * 2, (1e-1,) + (4e-5,) * 3 + (5e-3,) * 2
+    known = Profile(3, 64, fine, fine, coarse, coarse)
+    layouts = [SpectralConfig("compact", profile=known).layout(3, 64, None, layer) for layer in range(6)]
+    assert held(layouts[0]) > held(layouts[1]) == held(layouts[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -43,20 +44,36 @@ GRADES = (
 
 @dataclass(frozen=True)
 class Profile:
-    """How much a model suffers where ``balanced`` codes the keys, or the values, of one attention layer alone.
+    """How much a model suffers where the keys, or the values, of one attention layer alone are compressed.
 
-    ``key`` and ``value`` hold the mean KL divergence from the dense model, in nats a token, for each layer in the order of the
-    graph. Layers of one model differ by orders of magnitude, and losses of several layers nearly add up.
+    ``key`` and ``value`` hold the mean KL divergence from the dense model under ``balanced``, in nats a token, for each layer
+    in the order of the graph, ``coarse_key`` and ``coarse_value`` under the cheapest grade. Layers of one model differ by
+    orders of magnitude, and losses of several layers nearly add up.
     """
 
     kv_heads: int
     head_dim: int
     key: tuple[float, ...]
     value: tuple[float, ...]
+    coarse_key: tuple[float, ...]
+    coarse_value: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.key) != len(self.value) or not self.key or any(not x >= 0 for x in (*self.key, *self.value)):
-            raise ValueError("a profile holds a loss of keys and one of values, not negative, for each attention layer")
+        sides = self.key, self.value, self.coarse_key, self.coarse_value
+        if not self.key or len(set(map(len, sides))) > 1 or any(not x >= 0 for side in sides for x in side):
+            raise ValueError("a profile holds losses of keys and of values, not negative, for each attention layer")
+
+    def losses(self) -> list[list[float]]:
+        """What each layer is expected to lose at each grade."""
+        coarse = zip(self.coarse_key, self.coarse_value, strict=True)
+        fine = zip(self.key, self.value, strict=True)
+        return [
+            [
+                _loss(k, most_k, g.key_loss, GRADES[0].key_loss) + _loss(v, most_v, g.value_loss, GRADES[0].value_loss)
+                for g in GRADES
+            ]
+            for (k, v), (most_k, most_v) in zip(fine, coarse, strict=True)
+        ]
 
     @classmethod
     def load(cls, source: str | Path | dict) -> Profile:
@@ -84,6 +101,13 @@ class Profile:
         return replace(layout, key=tiers(grade.key, layout.width), value=tiers(grade.value, layout.width))
 
 
+def _loss(balanced: float, coarse: float, usual: float, most: float) -> float:
+    """Between two measured losses those in between as usual, on a logarithmic scale; below ``balanced`` in proportion."""
+    if usual <= 1 or balanced == 0:
+        return balanced * usual
+    return balanced * max(coarse / balanced, 1.0) ** (math.log(usual) / math.log(most))
+
+
 @functools.lru_cache(maxsize=16)
 def _allot(profile: Profile, key: object, value: object, width: int) -> tuple[int, ...]:
     """The grade of each layer that loses least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
@@ -95,7 +119,7 @@ def _allot(profile: Profile, key: object, value: object, width: int) -> tuple[in
         return key.row_bytes + value.row_bytes + width * (key.rank + value.rank) / _TOKENS
 
     rates = [rate(tiers(grade.key, width), tiers(grade.value, width)) for grade in GRADES]
-    losses = [[k * g.key_loss + v * g.value_loss for g in GRADES] for k, v in zip(profile.key, profile.value, strict=True)]
+    losses = profile.losses()
     budget = rate(key, value) * len(losses)
     best, least = (0,) * len(losses), float("inf")
     for some in combinations(range(len(GRADES)), _MOST):

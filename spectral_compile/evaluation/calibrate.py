@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from typer import Option
 
 from spectral_compile import models
-from spectral_compile.codec import Profile
-from spectral_compile.evaluation.contenders import contender, require_matched
+from spectral_compile.codec import GRADES, PRESETS, Preset, Profile
+from spectral_compile.evaluation.contenders import DENSE, contender, require_matched
 from spectral_compile.evaluation.measure import Agreement
 from spectral_compile.evaluation.texts import calibration, take
 from spectral_compile.generate import fail, phases
+
+_LEAST = 1e-9  # nats
 
 
 @torch.no_grad()
@@ -32,31 +34,39 @@ def calibrate(
 ) -> Profile:
     """The profile of ``model`` from texts int64 [1, n + 1]: the first ``prompt`` tokens are cached, the others predicted.
 
-    Each layer's keys, and then its values, are taken from a cache of the preset ``balanced`` and all else from a dense one.
-    What rounding alone changes is taken off, as far as the least that any layer changes shows it: best in float32.
+    Each layer's keys, and then its values, are taken from a compressed cache and all else from a dense one. What rounding alone
+    changes is taken off, as far as the least that any layer changes shows it: best in float32.
     """
-    lost: list[list[list[float]]] = []
-    dense_of, ours = contender(model, "dense"), contender(model, "balanced")
-    for ids in passages:
-        dense, held = dense_of.empty(), ours.empty()
-        dense_of.feed(dense, ids[:, :prompt], keep=1)
-        ours.feed(held, ids[:, :prompt], keep=1)
-        require_matched({"prefill"})
-        targets = ids[0, prompt + 1 :].to(model.device)
-        expected = dense_of.feed(copy.deepcopy(dense), ids[:, prompt:-1])
-        losses: list[list[float]] = [[], []]
-        for layer in range(len(dense.layers)):
-            for side, name in enumerate(("keys", "values")):
-                step(f"{name} of layer {layer}")
-                trial = copy.copy(dense)
-                trial.layers = [copy.copy(part) for part in dense.layers]
-                setattr(trial.layers[layer], name, getattr(held.layers[layer], name).dense())
-                losses[side].append(Agreement.of(dense_of.feed(trial, ids[:, prompt:-1]), expected, targets).kl)
-        lost.append(losses)
-    mean = torch.tensor(lost, dtype=torch.float64).mean(0)
-    key, value = (mean - mean.min()).clamp(min=1e-9).tolist()
-    _, kv_heads, _, head_dim = dense.layers[0].keys.shape
-    return Profile(kv_heads, head_dim, tuple(key), tuple(value))
+    coarse = Preset(key=GRADES[0].key, value=GRADES[0].value)
+    lost = [_lost(model, ids, prompt, preset, step) for ids in passages for preset in (PRESETS["balanced"], coarse)]
+    found = torch.tensor(lost, dtype=torch.float64).unflatten(0, (-1, 2)).mean(0)
+    found = (found - found.amin((-2, -1), keepdim=True)).clamp(min=_LEAST)
+    (key, value), (coarse_key, coarse_value) = found.tolist()
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Profile(text.num_key_value_heads, head_dim, *map(tuple, (key, value, coarse_key, coarse_value)))
+
+
+def _lost(
+    model: PreTrainedModel, ids: torch.Tensor, prompt: int, preset: Preset, step: Callable[[str], None]
+) -> list[list[float]]:
+    """KL divergences with one layer's keys, and with one layer's values, from a cache of ``preset``."""
+    dense_of, ours = contender(model, DENSE), contender(model, preset)
+    dense, held = dense_of.empty(), ours.empty()
+    dense_of.feed(dense, ids[:, :prompt], keep=1)
+    ours.feed(held, ids[:, :prompt], keep=1)
+    require_matched({"prefill"})
+    targets = ids[0, prompt + 1 :].to(model.device)
+    expected = dense_of.feed(copy.deepcopy(dense), ids[:, prompt:-1])
+    losses: list[list[float]] = [[], []]
+    for layer in range(len(dense.layers)):
+        for side, name in enumerate(("keys", "values")):
+            step(f"{name} of layer {layer}")
+            trial = copy.copy(dense)
+            trial.layers = [copy.copy(part) for part in dense.layers]
+            setattr(trial.layers[layer], name, getattr(held.layers[layer], name).dense())
+            losses[side].append(Agreement.of(dense_of.feed(trial, ids[:, prompt:-1]), expected, targets).kl)
+    return losses
 
 
 def verb(
@@ -83,7 +93,7 @@ def verb(
         except (OSError, ValueError) as error:
             fail(screen, str(error))
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        display.update(task, total=2 * loaded.config.get_text_config().num_hidden_layers * len(passages))
+        display.update(task, total=4 * loaded.config.get_text_config().num_hidden_layers * len(passages))
         profile = calibrate(loaded, passages, tokens, lambda what: display.update(task, description=what, advance=1))
     profile.save(out)
     print(f"{out}: give it as options={{'profile': {str(out)!r}}}")

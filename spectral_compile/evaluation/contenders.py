@@ -13,7 +13,7 @@ import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from spectral_compile.backend import reset, spectral
-from spectral_compile.codec import PRESETS, Profile
+from spectral_compile.codec import PRESETS, Preset, Profile
 from spectral_compile.evaluation.simulated import SIMULATED, SimulatedCache
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor
@@ -81,16 +81,17 @@ def options_of(name: str, profile: Profile | None = None) -> dict[str, Any] | No
     return {"preset": replace(PRESETS[base], **changes), "profile": profile}
 
 
-def contender(model: PreTrainedModel, name: str, inner: str = "eager", profile: Profile | None = None) -> Contender:
-    """The cache called ``name``: dense, one of this backend's, or a rival.
+def contender(model: PreTrainedModel, name: str | Preset, inner: str = "eager", profile: Profile | None = None) -> Contender:
+    """The cache called ``name``: dense, one of this backend's (or under a codec of its own), or a rival.
 
     Only the latest one of this backend keeps its compiled graphs and reports.
     """
     empty = partial(DynamicCache, config=model.config)
-    if (options := options_of(name, profile)) is not None:
+    options = {"preset": name} if isinstance(name, Preset) else options_of(name, profile)
+    if options is not None:
         reset()
         compiled = torch.compile(model, backend=spectral, options={**options, "strict": True, "inner": inner})
-        return Contender(name, compiled, empty, compressed=True)
+        return Contender(str(name), compiled, empty, compressed=True)
     if name in RIVALS:
         backend, bits = RIVALS[name]
         return Contender(name, model, partial(QuantizedCache, backend, model.config, nbits=bits))
