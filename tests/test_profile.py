@@ -82,6 +82,11 @@ def test_what_is_no_profile_is_said(content: str, tmp_path: Path) -> None:
         SpectralConfig(profile=tmp_path / "p.json")
 
 
+def test_a_profile_that_is_not_there_is_said() -> None:
+    with pytest.raises(ValueError, match="cannot read the profile nowhere.json: No such file"):
+        SpectralConfig(profile="nowhere.json")
+
+
 @pytest.mark.parametrize("options", [{"preset": "exact"}, {"preset": "seed"}, {"key_ranks": (1, 2, 3)}])
 def test_a_profile_goes_with_presets_that_have_bytes_to_divide(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="a profile divides the bytes"):

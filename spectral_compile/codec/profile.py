@@ -77,10 +77,12 @@ class Profile:
 
     @classmethod
     def load(cls, source: str | Path | dict) -> Profile:
-        """What ``save`` wrote to a file, or the same as a dictionary; ValueError or OSError where it is something else."""
+        """What ``save`` wrote to a file, or the same as a dictionary; ValueError where it is something else."""
         try:
             fields = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
             return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        except OSError as error:
+            raise ValueError(f"cannot read the profile {source}: {error.strerror}") from None
         except (AttributeError, TypeError, json.JSONDecodeError):
             raise ValueError(f"{source} is no profile: write one with `spectral-compile calibrate`") from None
 

@@ -96,8 +96,8 @@ def evaluate(
     transformers.logging.disable_progress_bar()
     names = [*split(presets), *split(rivals or "")]
     wanted = [(task, int(length)) for length in split(task_tokens) for task in split(tasks)]
-    known = Profile.load(profile) if profile else None
     try:
+        known = Profile.load(profile) if profile else None
         contenders.check(names, known)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
