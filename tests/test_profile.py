@@ -83,7 +83,7 @@ def test_what_is_no_profile_is_said(content: str, tmp_path: Path) -> None:
 
 
 def test_a_profile_that_is_not_there_is_said() -> None:
-    with pytest.raises(ValueError, match="cannot read the profile nowhere.json: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read the profile nowhere\.json: No such file"):
         SpectralConfig(profile="nowhere.json")
 
 
