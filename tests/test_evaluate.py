@@ -321,3 +321,13 @@ def test_the_verb_traces(tiny_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
     assert "balanced beside dense" in result.stdout and "is the first to drift" in result.stdout
+
+
+def test_a_rival_that_is_not_installed_is_named(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "installed_rivals", lambda config: [])
+    text = tmp_path / "text.txt"
+    text.write_text("w2 w3 " * 40)
+    work = ("--presets", "", "--rivals", "quanto-4", "--device", "cpu", "--tokens", 20, "--scored", 4)
+    arguments = list(map(str, ("eval", "--model", tiny_folder, "--text", text, *work)))
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    assert result.exit_code == 1 and "quanto-4 needs a package that is not installed" in result.stderr

@@ -121,7 +121,10 @@ def evaluate(
         except (OSError, ValueError) as error:
             fail(screen, str(error))
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        names += contenders.installed_rivals(loaded.config) if rivals is None else []
+        installed = contenders.installed_rivals(loaded.config)
+        if missing := [name for name in names if name in contenders.RIVALS and name not in installed]:
+            fail(screen, f"{missing[0]} needs a package that is not installed, such as optimum-quanto or hqq: leave it out")
+        names += installed if rivals is None else []
         display.update(task, total=len(names) if steps else (1 + len(names)) * (len(passages) + len(asked)))
 
         def step(what: str) -> None:
