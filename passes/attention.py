@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch.fx import Node
 
 from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call
@@ -24,7 +25,9 @@ def _site(sdpa: Node) -> Site:
     query, key, value = (argument(sdpa, i, name) for i, name in enumerate(("query", "key", "value")))
     key, value = unwrap_repeat(key), unwrap_repeat(value)
     q, k, v = fake(query), fake(key), fake(value)
-    scale = argument(sdpa, 6, "scale")
+    scale = fake(argument(sdpa, 6, "scale"))
+    if isinstance(scale, torch.SymFloat):
+        scale = float(scale)  # a second model of one class makes Dynamo vary it; guards then hold it to this one
     site = Site(
         sdpa=sdpa,
         query=query,

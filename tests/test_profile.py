@@ -22,6 +22,11 @@ LOSSES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 WITH_PROFILE = ("quality", "balanced", "compact")
 
 
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    sc.reset()
+
+
 def profile(geometry: tuple[int, int], losses: Sequence[float]) -> Profile:
     """Keys and values of each layer lose as much, and in the cheapest grade five times that."""
     fine, coarse = tuple(losses), tuple(5 * x for x in losses)

@@ -245,3 +245,16 @@ def test_a_mask_too_large_to_be_computed_is_still_known(monkeypatch: pytest.Monk
             step = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), 1)
             model(tokens(2, 1), attention_mask=step, past_key_values=out.past_key_values)
             assert sc.reports()[-1].kind == "decode"
+
+
+def test_a_second_model_with_other_heads_is_compressed_too() -> None:
+    """Dynamo varies what differs between two models of one class, and so the scale of attention was no number any more."""
+    for head_dim in (16, 32, 64):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, head_dim=head_dim)).eval()
+        prompt = tokens(1, 40)
+        expected = model.generate(prompt, max_new_tokens=20, **GREEDY)
+        model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": "eager", **WINDOWS})
+        out = generated(model, prompt, 20)
+        assert torch.equal(out.sequences, expected)
+        assert all(isinstance(layer.keys, SpectralTensor) for layer in out.past_key_values.layers)
