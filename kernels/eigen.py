@@ -6,10 +6,10 @@ import torch
 
 _SHIFT = 1e-6  # of the trace: below it float32 sums of products hold little but noise, and may be indefinite
 _POWERS = (1, 2, 2, 2, 2)  # products with the matrix before each orthogonalisation; the error falls as 1 / sum squared
-_RECORDED = 1 << 20  # numbers in the matrices of which a graph is kept: it keeps some fifty bytes for each
-_KEPT = 4
-_graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
 _RIDGE = 1e-14  # of each squared length: above the rounding of float64, so that no factorisation can fail
+_RECORDED = 1 << 20  # numbers in the matrices of which a graph is kept: it keeps some fifty bytes for each
+_KEPT = 4  # graphs
+_graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
 
 
 def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:

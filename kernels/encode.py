@@ -17,8 +17,8 @@ from spectral_compile.kernels.buffers import LEDGER, Buffers
 from spectral_compile.kernels.ledger import forget
 
 COLUMNS: tl.constexpr = tl.constexpr(LEDGER)
+LEAST = 16  # the smallest extent of a matrix product
 _TILE = 32  # tokens that a program takes
-_LEAST = 16  # the smallest extent of a matrix product
 _SPAN = 512  # tokens whose squared queries one program sums
 
 
@@ -349,7 +349,7 @@ def advance_triton(
     forget()
     batch, count = ledger.shape[0], chunk.shape[2]
     ids = position_ids if position_ids is None else position_ids.expand(batch, count)
-    valid = _bytes(valid)
+    valid = flags(valid)
     _advance_kernel[(batch,)](
         ledger, positions, ids, valid, count, positions.shape[1],
         *((0, 0) if ids is None else ids.stride()), 0 if valid is None else valid.stride(0),
@@ -374,13 +374,13 @@ class Tokens:
         self.query, self.key, self.value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
         self.ledger, self.buffers, self.layout = ledger, buffers, layout
         self.count = key.shape[2]
-        self.valid = None if self.count < 2 else _bytes(valid)  # of one column the ledger says enough
+        self.valid = None if self.count < 2 else flags(valid)  # of one column the ledger says enough
         self.index = None if self.valid is None else _columns(valid)
         self.geometry = {
             "H": layout.kv_heads,
             "HEADS": layout.head_group,
             "D": layout.head_dim,
-            "WP": max(_LEAST, triton.next_power_of_2(layout.width)),
+            "WP": max(LEAST, triton.next_power_of_2(layout.width)),
             "SINKS": layout.sinks,
             "HAS_INDEX": self.index is not None,
             "N": _TILE,
@@ -459,7 +459,8 @@ def tiles_of(tokens: int) -> int:
     return -(-tokens // _TILE)
 
 
-def _bytes(valid: torch.Tensor | None) -> torch.Tensor | None:
+def flags(valid: torch.Tensor | None) -> torch.Tensor | None:
+    """Which columns are tokens as kernels read it: bool [B, n] -> uint8 [B, n], one row after another."""
     return None if valid is None else valid.contiguous().view(torch.uint8)
 
 

@@ -18,10 +18,9 @@ import triton.language as tl
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.digits import PACKED, digits, load, matrix, opaque, pair, pieces, rows, scaled, unpack
-from spectral_compile.kernels.encode import COLUMNS, Tokens, books, enter_one, tiles_of
+from spectral_compile.kernels.encode import COLUMNS, LEAST, Tokens, books, enter_one, tiles_of
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
-_LEAST = 16  # the smallest extent of a matrix product
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
@@ -574,7 +573,7 @@ def attend(
     seen = None if mask is None else _seen(mask, columns, valid, positions.shape[1], count)
     turns, table = tables(layout.rotary, query.device, query.dtype)
     pairs = layout.rotary.dim // 2 if layout.rotary else 0
-    padded_pairs, rest = max(_LEAST, triton.next_power_of_2(max(pairs, 1))), dim - 2 * pairs
+    padded_pairs, rest = max(LEAST, triton.next_power_of_2(max(pairs, 1))), dim - 2 * pairs
     codes = [x if layout.lossless else x.view(torch.int16) for x in (buffers.k_codes, buffers.v_codes)]
     channels = min(32, padded) if late else padded  # that a program of the merge takes
     code_tiles, entering, constants = tiles_of(layout.block), None, None
@@ -596,7 +595,7 @@ def attend(
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
             P=pairs, PP=padded_pairs, PQ=min(_PAIRS, padded_pairs), PARTS=-(-pairs // _PAIRS),
-            RESTP=max(_LEAST, triton.next_power_of_2(rest)) if rest else 0,
+            RESTP=max(LEAST, triton.next_power_of_2(rest)) if rest else 0,
             INTERLEAVED=bool(layout.rotary and layout.rotary.interleaved),
             SCALING=layout.rotary.scaling if layout.rotary else 1.0,
             K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
@@ -624,7 +623,7 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
     tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
     others = batch * layout.groups * triton.cdiv(rows, tile)
     most = max(2, _PROGRAMS // others)  # all programs run at once: the last ones would wait for the first to end
-    exact_tile = TILE if layout.lossless or tile > _LEAST else TILE // 2
+    exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 2
     if layout.lossless:
         splits, exact_splits = 0, min(triton.cdiv(exact + coded, 2 * TILE), most)
     else:

@@ -10,14 +10,17 @@ _SCORES = 1 << 19  # that are there at a time
 
 @torch.library.custom_op("spectral::importance", mutates_args=())
 def importance(
-    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, scale: float, head_group: int
+    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, scale: float, head_group: int, least: int = 0
 ) -> torch.Tensor:
     """Causal attention to each token over what it would get if all were alike, mean over queries at even distances.
 
     ``query`` [B, Hq, n, D] and ``key`` [B, H, n, D] as attention takes them; bool ``valid`` [B, n] leaves out padding, of which
-    no row's figures depend. Returns float32 [B, H / head_group, n], 0 for padding.
+    no row's figures depend. Returns float32 [B, H / head_group, n], 0 for padding, and for all of a prompt of fewer than
+    ``least`` columns.
     """
     batch, heads, count, _ = query.shape
+    if count < least:
+        return key.new_zeros(batch, key.shape[1] // head_group, count, dtype=torch.float32)
     shown = torch.ones(batch, count, dtype=torch.bool, device=key.device) if valid is None else valid
     number = shown.cumsum(1) - 1  # which token a column is
     sample = -(-SAMPLE * key.shape[1] // (heads * head_group))
@@ -60,5 +63,5 @@ def _shares(
 
 
 @importance.register_fake
-def _(query, key, valid, scale, head_group) -> torch.Tensor:
+def _(query, key, valid, scale, head_group, least=0) -> torch.Tensor:
     return key.new_empty(key.shape[0], key.shape[1] // head_group, key.shape[2], dtype=torch.float32)

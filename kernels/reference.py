@@ -131,9 +131,9 @@ def append(
                 torch.cat((exact[:, held], new[:, fresh]), 1) if len(held) else new[:, fresh]
                 for exact, new in ((k_exact, k), (v_exact, v))
             ]
-            judged = None if importance is None else importance[row]
-            if judged is not None:
-                judged = (judged if valid is None else judged[:, valid[row]])[:, fresh]
+            judged = None
+            if importance is not None:
+                judged = (importance[row] if valid is None else importance[row][:, valid[row]])[:, fresh]
             _code(row, coded, *tails, judged, buffers, layout, may_fit)
         slots = torch.arange(max(first, coded_after), max(after - sinks, 0), device=k.device)
         k_exact[:, sinks + slots % window] = k[:, slots - first + in_sinks]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-_LEAST = 16  # the smallest extent of a matrix product
+from spectral_compile.kernels.encode import LEAST, flags
 
 
 @triton.jit
@@ -92,13 +92,13 @@ def shares(
 ) -> torch.Tensor:
     """``importance`` as judged by queries in columns int64 [B, m], which are tokens ``judge`` int64 [B, m] of their rows."""
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
-    valid = None if valid is None else valid.contiguous().view(torch.uint8)
+    valid = flags(valid)
     batch, kv_heads, count, dim = key.shape
     per_key, sample = query.shape[1] // kv_heads, column.shape[1]
     norms = torch.empty(batch, kv_heads, per_key * sample, dtype=torch.float32, device=key.device)
     out = torch.empty(batch, kv_heads // head_group, count, dtype=torch.float32, device=key.device)
     strides = (*query.stride()[:3], *key.stride()[:3], 0 if valid is None else valid.stride(0))
-    sizes = {"PER": per_key, "SAMPLE": sample, "D": dim, "DP": max(_LEAST, triton.next_power_of_2(dim)), "M": 64, "N": 64}
+    sizes = {"PER": per_key, "SAMPLE": sample, "D": dim, "DP": max(LEAST, triton.next_power_of_2(dim)), "M": 64, "N": 64}
     kind = {"HAS_VALID": valid is not None, "PRECISION": "tf32x3" if key.dtype == torch.float32 else "tf32"}
     _norms_kernel[(triton.cdiv(per_key * sample, 64), batch * kv_heads)](
         query, key, valid, column, judge, norms, count, scale, *strides, H=kv_heads, **sizes, **kind

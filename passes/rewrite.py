@@ -139,7 +139,9 @@ def _substitute(
     if site.edge.past is None:
         judged = None
         if site.layout.judged:
-            judging = (site.query, site.key, valid, float(site.scale), site.layout.head_group)
+            layout = site.layout
+            coded_from = layout.sinks + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
+            judging = (site.query, site.key, valid, float(site.scale), layout.head_group, coded_from)
             with graph.inserting_before(site.sdpa):
                 judged = graph.call_function(importance._opoverload, judging)
         with graph.inserting_after(site.sdpa):

@@ -52,7 +52,7 @@ def generate(
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give --prompt or --prompt-file, not both")
     config = parse_options({"preset": preset, "inner": inner}, options or [])
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = models.device_of(device)
     transformers.logging.disable_progress_bar()
     screen = Console(stderr=True)
     text = prompt_file.read_text(encoding="utf-8") if prompt_file else prompt
@@ -61,14 +61,14 @@ def generate(
         with phases(screen) as display:
             display.add_task(f"loading {model or models.DEFAULT}")
             loaded, tokenizer = models.load(model, getattr(torch, dtype))
-            loaded.to(device)
+            loaded.to(where)
             ids = models.prompt(tokenizer, prompt_tokens) if text is None else tokenizer(text, return_tensors="pt").input_ids
     except (OSError, ValueError) as error:
         fail(screen, str(error))
     if ids.shape[1] == 0:
         fail(screen, "the prompt is empty: give at least one token to continue")
 
-    session = Session(loaded, tokenizer, ids.to(device), new_tokens, screen)
+    session = Session(loaded, tokenizer, ids.to(where), new_tokens, screen)
     runs = {"spectral": session.run(f"spectral ({config.preset})", spectral, config)}
     if dense:
         # the same inner compiler, so that the columns differ in the cache alone

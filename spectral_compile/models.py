@@ -30,6 +30,11 @@ def load(model: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval(), AutoTokenizer.from_pretrained(source)
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; None is a GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def smollm2() -> Path:
     """The folder that holds SmolLM2-135M-Instruct in bfloat16, made if it is not there yet."""
     cache = Path(os.environ.get("SPECTRAL_CACHE") or Path.home() / ".cache" / "spectral-compile")

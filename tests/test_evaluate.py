@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import Result as Outcome
 from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -34,6 +35,10 @@ from tests.tiny import GROUPED, tokens
 
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding
 PRESETS = ("exact", "quality", "balanced", "compact", "seed")
+
+
+def invoke(*arguments: object) -> Outcome:
+    return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +214,7 @@ def test_the_verb_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Pa
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
     caches = ("--presets", "balanced", "--rivals", "", "--device", "cpu", "--dtype", "float32")
     work = ("--tokens", 1124, "--scored", 16, "--text", text, "--tasks", "key", "--json", out, "--plot", plot)
-    arguments = ("eval", "--model", tiny_folder, *caches, *work)
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    result = invoke("eval", "--model", tiny_folder, *caches, *work)
     assert result.exit_code == 0, result.output
     assert all(word in result.stdout for word in ("ratio, all bytes", "ratio, coded part", "balanced", "key 3000", "/16"))
     written = json.loads(out.read_text())
@@ -236,7 +240,7 @@ def test_bad_options_leave_before_a_model_is_loaded(
     options: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
-    result = CliRunner().invoke(app, ["eval", *options], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    result = invoke("eval", *options)
     assert result.exit_code == 2 and sentence in result.stderr
 
 
@@ -284,7 +288,7 @@ def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Pa
     text, out = tmp_path / "text.txt", tmp_path / "profile.json"
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
     work = ("--tokens", 1124, "--scored", 16, "--text", text, "--device", "cpu")
-    result = CliRunner().invoke(app, list(map(str, ("calibrate", out, "--model", tiny_folder, *work))))
+    result = invoke("calibrate", out, "--model", tiny_folder, *work)
     assert result.exit_code == 0, result.output
     profile = Profile.load(out)
     model = models.load(str(tiny_folder), torch.float32)[0]
@@ -317,8 +321,7 @@ def test_the_verb_traces(tiny_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
     work = ("--presets", "balanced", "--rivals", "", "--device", "cpu", "--tokens", 1124, "--scored", 1, "--trace", 3)
-    arguments = list(map(str, ("eval", "--model", tiny_folder, "--text", text, *work)))
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    result = invoke("eval", "--model", tiny_folder, "--text", text, *work)
     assert result.exit_code == 0, result.output
     assert "balanced beside dense" in result.stdout and "is the first to drift" in result.stdout
 
@@ -328,6 +331,5 @@ def test_a_rival_that_is_not_installed_is_named(tiny_folder: Path, tmp_path: Pat
     text = tmp_path / "text.txt"
     text.write_text("w2 w3 " * 40)
     work = ("--presets", "", "--rivals", "quanto-4", "--device", "cpu", "--tokens", 20, "--scored", 4)
-    arguments = list(map(str, ("eval", "--model", tiny_folder, "--text", text, *work)))
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+    result = invoke("eval", "--model", tiny_folder, "--text", text, *work)
     assert result.exit_code == 1 and "quanto-4 needs a package that is not installed" in result.stderr

@@ -14,6 +14,8 @@ from spectral_compile.kernels import importance as judging
 from spectral_compile.kernels.importance import importance
 from spectral_compile.kernels.shares import shares
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Tensor:
     """Of one row without padding: [Hq, n, D], [H, n, D] -> [G, n]."""
@@ -46,9 +48,11 @@ def test_it_is_the_mean_share_of_attention(
     query = 2 * torch.randn(batch, q_heads, count, 8, generator=generator)
     key = torch.randn(batch, kv_heads, count, 8, generator=generator)
     valid = torch.rand(batch, count, generator=generator) < 0.7 if padded else None
+    device = DEVICE if kernel is shares else "cpu"
+    given = [None if x is None else x.to(device) for x in (query, key, valid)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging, "_shares", kernel)
-        got = importance(query, key, valid, 0.3, head_group)
+        got = importance(*given, 0.3, head_group).cpu()
     assert got.shape == (batch, kv_heads // head_group, count)
     for row in range(batch):
         keep = torch.ones(count, dtype=torch.bool) if valid is None else valid[row]
@@ -68,3 +72,22 @@ def test_scores_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_that_all_look_alike_count_one() -> None:
     query, key = torch.randn(1, 4, 500, 8), torch.ones(1, 2, 500, 8)
     torch.testing.assert_close(importance(query, key, None, 0.3, 1), torch.ones(1, 2, 500))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, dim", [((32, 8, 1), 128), ((9, 3, 3), 64), ((8, 4, 2), 80), ((8, 1, 1), 256)])
+def test_in_half_precision_it_is_what_it_is_in_single(heads: tuple[int, int, int], dim: int, dtype: torch.dtype) -> None:
+    q_heads, kv_heads, head_group = heads
+    query, key = torch.randn(2, q_heads, 5000, dim).to(dtype), torch.randn(2, kv_heads, 5000, dim).to(dtype)
+    valid = torch.ones(2, 5000, dtype=torch.bool)
+    valid[1, :1234] = False
+    got = importance(query.cuda(), key.cuda(), valid.cuda(), dim**-0.5, head_group).cpu()
+    expected = importance(query.float(), key.float(), valid, dim**-0.5, head_group)
+    assert (got - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_of_a_prompt_that_is_not_coded_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "_shares", lambda *_: pytest.fail("its tokens were judged"))
+    assert torch.equal(importance(torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), None, 0.3, 1, 51), torch.zeros(2, 2, 50))

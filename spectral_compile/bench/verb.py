@@ -25,6 +25,7 @@ from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Setting
 from spectral_compile.codec import PRESETS
 from spectral_compile.config import SpectralConfig
 from spectral_compile.generate import fail, phases
+from spectral_compile.models import device_of
 
 WIDTH = 200  # of tables that go to a file
 
@@ -84,7 +85,7 @@ def bench(
         new_tokens=new_tokens,
         steady_tokens=steady_tokens,
         dtype=getattr(torch, dtype),
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=device_of(device),
         inner=inner,
         seed=seed,
     )

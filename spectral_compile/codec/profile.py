@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from .layout import Layout
+from .layout import Layout, Tiers
 from .presets import tiers
 
 _MOST = 4  # grades in one model: kernels are compiled for each
@@ -111,13 +111,13 @@ def _loss(balanced: float, coarse: float, usual: float, most: float) -> float:
 
 
 @functools.lru_cache(maxsize=16)
-def _allot(profile: Profile, key: object, value: object, width: int) -> tuple[int, ...]:
+def _allot(profile: Profile, key: Tiers, value: Tiers, width: int) -> tuple[int, ...]:
     """The grade of each layer that loses least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
 
     Lagrangian relaxation over each choice of ``_MOST`` grades: of all that a price of a byte makes best, the last that fits.
     """
 
-    def rate(key: object, value: object) -> float:
+    def rate(key: Tiers, value: Tiers) -> float:
         return key.row_bytes + value.row_bytes + width * (key.rank + value.rank) / _TOKENS
 
     rates = [rate(tiers(grade.key, width), tiers(grade.value, width)) for grade in GRADES]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,18 +17,19 @@ from typer import Option
 
 from spectral_compile import models
 from spectral_compile.codec import GRADES, PRESETS, Preset, Profile
-from spectral_compile.evaluation.contenders import DENSE, contender, require_matched
+from spectral_compile.evaluation.contenders import DENSE, Contender, contender, require_matched
 from spectral_compile.evaluation.measure import Agreement
 from spectral_compile.evaluation.texts import calibration, take
 from spectral_compile.generate import fail, phases
 
+_PRESETS = PRESETS["balanced"], Preset(key=GRADES[0].key, value=GRADES[0].value)  # those between which a profile interpolates
 _LEAST = 1e-9  # nats
 
 
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
-    passages: Iterable[torch.Tensor],
+    passages: Sequence[torch.Tensor],
     prompt: int,
     step: Callable[[str], None] = lambda what: None,
 ) -> Profile:
@@ -37,36 +38,37 @@ def calibrate(
     Each layer's keys, and then its values, are taken from a compressed cache and all else from a dense one. What rounding alone
     changes is taken off, as far as the least that any layer changes shows it: best in float32.
     """
-    coarse = Preset(key=GRADES[0].key, value=GRADES[0].value)
-    lost = [_lost(model, ids, prompt, preset, step) for ids in passages for preset in (PRESETS["balanced"], coarse)]
-    found = torch.tensor(lost, dtype=torch.float64).unflatten(0, (-1, 2)).mean(0)
+    dense = contender(model, DENSE)
+    found = torch.tensor([_lost(dense, ids, prompt, step) for ids in passages], dtype=torch.float64).mean(0)
     found = (found - found.amin((-2, -1), keepdim=True)).clamp(min=_LEAST)
-    (key, value), (coarse_key, coarse_value) = found.tolist()
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Profile(text.num_key_value_heads, head_dim, *map(tuple, (key, value, coarse_key, coarse_value)))
+    cache = dense.empty()
+    dense.feed(cache, passages[0][:, :1])
+    _, kv_heads, _, head_dim = cache.layers[0].keys.shape
+    return Profile(kv_heads, head_dim, *map(tuple, found.flatten(0, 1).tolist()))
 
 
-def _lost(
-    model: PreTrainedModel, ids: torch.Tensor, prompt: int, preset: Preset, step: Callable[[str], None]
-) -> list[list[float]]:
-    """KL divergences with one layer's keys, and with one layer's values, from a cache of ``preset``."""
-    dense_of, ours = contender(model, DENSE), contender(model, preset)
-    dense, held = dense_of.empty(), ours.empty()
-    dense_of.feed(dense, ids[:, :prompt], keep=1)
-    ours.feed(held, ids[:, :prompt], keep=1)
-    require_matched({"prefill"})
-    targets = ids[0, prompt + 1 :].to(model.device)
-    expected = dense_of.feed(copy.deepcopy(dense), ids[:, prompt:-1])
-    losses: list[list[float]] = [[], []]
-    for layer in range(len(dense.layers)):
-        for side, name in enumerate(("keys", "values")):
-            step(f"{name} of layer {layer}")
-            trial = copy.copy(dense)
-            trial.layers = [copy.copy(part) for part in dense.layers]
-            setattr(trial.layers[layer], name, getattr(held.layers[layer], name).dense())
-            losses[side].append(Agreement.of(dense_of.feed(trial, ids[:, prompt:-1]), expected, targets).kl)
-    return losses
+def _lost(dense: Contender, ids: torch.Tensor, prompt: int, step: Callable[[str], None]) -> list[list[list[float]]]:
+    """KL divergences under each of ``_PRESETS`` with one layer's keys, and with one layer's values, from a compressed cache."""
+    exact = dense.empty()
+    dense.feed(exact, ids[:, :prompt], keep=1)
+    targets = ids[0, prompt + 1 :].to(dense.model.device)
+    expected = dense.feed(copy.deepcopy(exact), ids[:, prompt:-1])
+    found = []
+    for preset in _PRESETS:
+        ours = contender(dense.model, preset)
+        held = ours.empty()
+        ours.feed(held, ids[:, :prompt], keep=1)
+        require_matched({"prefill"})
+        losses: list[list[float]] = [[], []]
+        for layer in range(len(exact.layers)):
+            for side, name in enumerate(("keys", "values")):
+                step(f"{name} of layer {layer}")
+                trial = copy.copy(exact)
+                trial.layers = [copy.copy(part) for part in exact.layers]
+                setattr(trial.layers[layer], name, getattr(held.layers[layer], name).dense())
+                losses[side].append(Agreement.of(dense.feed(trial, ids[:, prompt:-1]), expected, targets).kl)
+        found.append(losses)
+    return found
 
 
 def verb(
@@ -92,8 +94,8 @@ def verb(
                 passages = list(calibration(tokenizer, count).values())
         except (OSError, ValueError) as error:
             fail(screen, str(error))
-        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        display.update(task, total=4 * loaded.config.get_text_config().num_hidden_layers * len(passages))
+        loaded.to(models.device_of(device))
+        display.update(task, total=2 * len(_PRESETS) * loaded.config.get_text_config().num_hidden_layers * len(passages))
         profile = calibrate(loaded, passages, tokens, lambda what: display.update(task, description=what, advance=1))
     profile.save(out)
     print(f"{out}: give it as options={{'profile': {str(out)!r}}}")

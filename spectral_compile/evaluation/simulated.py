@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from spectral_compile.codec import Preset
+from spectral_compile.codec import PRESETS
 
-_WINDOWS = Preset(key=(0, 0, 0), value=(0, 0, 0))
+_WINDOWS = PRESETS["balanced"]
 _GROUP = 32  # numbers with one scale and one zero
 Codec = Callable[[torch.Tensor], tuple[torch.Tensor, float]]  # float32 [B, H, n, D] -> the same with losses, and bytes
 
 
 def ranged(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, float]:
-    """Integers between the least and the greatest of ``_GROUP`` numbers along ``axis``, whose scale and zero take 16 bits each.
+    """Integers between the least and the greatest of ``_GROUP`` numbers along ``axis`` < 0; scale and zero take 16 bits each.
 
     What remains of tokens over whole groups stays exact.
     """
@@ -31,7 +31,7 @@ def ranged(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, float]:
     least, most = parts.amin(axis, keepdim=True), parts.amax(axis, keepdim=True)
     scale = ((most - least) / (2**bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
     coded = ((parts - least) / scale).round() * scale + least
-    restored = torch.cat([coded.flatten(axis - 1 if axis < 0 else axis, axis if axis < 0 else axis + 1), rest], axis)
+    restored = torch.cat([coded.flatten(axis - 1, axis), rest], axis)
     return restored, groups.numel() * (bits / 8 + 4 / _GROUP) + 2 * rest.numel()
 
 

@@ -120,7 +120,7 @@ def evaluate(
             asked = [question for what, length in wanted for question in questions(tokenizer, what, length, cases, seed)]
         except (OSError, ValueError) as error:
             fail(screen, str(error))
-        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded.to(models.device_of(device))
         installed = contenders.installed_rivals(loaded.config)
         if missing := [name for name in names if name in contenders.RIVALS and name not in installed]:
             fail(screen, f"{missing[0]} needs a package that is not installed, such as optimum-quanto or hqq: leave it out")
@@ -130,11 +130,11 @@ def evaluate(
         def step(what: str) -> None:
             display.update(task, description=what, advance=1)
 
-        for name in names if steps else ():
-            step(f"{name}: {steps} tokens")
-            traced = trace(loaded, name, next(iter(passages.values()))[:, :tokens], steps, inner, known)
-            Console().print(show(traced, name, tokenizer))
         if steps:
+            for name in names:
+                step(f"{name}: {steps} tokens")
+                traced = trace(loaded, name, next(iter(passages.values()))[:, :tokens], steps, inner, known)
+                Console().print(show(traced, name, tokenizer))
             return
         for result in compare(loaded, tokenizer, names, passages, tokens, decode, asked, inner, known, step):
             results.append(result)
