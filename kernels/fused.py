@@ -24,6 +24,7 @@ from spectral_compile.kernels.rotary import TILE, sincos, tables
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
+_MERGED = 1 << 14  # and that one program of the merge holds at a time
 _FAR: tl.constexpr = tl.constexpr(80.0)  # powers of two that scores may be off their reference: float32 has 126
 
 
@@ -474,7 +475,7 @@ def _merge_kernel(
     out_ptr, max_ptr, sum_ptr, result, splits, exact_splits, count, first, stride, merged, entering, code_tiles,
     v_basis, v_affine,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr,
-    CODED: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    CODED: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr, LATE: tl.constexpr, RV: tl.constexpr, V_TIERS: tl.constexpr, V_PIECES: tl.constexpr,
     ENTERS: tl.constexpr, CONSTANTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -497,14 +498,21 @@ def _merge_kernel(
         norm = tl.sum(weight * tl.load(sum_ptr + at + s, mask=s < splits, other=0.0), 0)
         norm += tl.sum(own * tl.load(sum_ptr + at + splits + e, mask=e < exact_splits, other=0.0), 0)
         norm = tl.where(norm == 0, 1.0, norm)
-        latent = ()
-        if LATE:
-            for i in tl.static_range(len(V_PIECES)):
-                c = PLACES[i] + tl.arange(0, V_PIECES[i][2] * (16 // V_PIECES[i][3]))
-                parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + c[None, :], mask=(s < splits)[:, None], other=0.0)
-                latent = latent + (tl.sum(parts * weight[:, None], 0),)
-        place = ((pair // GROUPS * count + m // ROWS) * GROUPS + g) * ROWS + m % ROWS
         d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        latent = ()
+        for i in tl.static_range(len(V_PIECES) if LATE else 1):
+            latent = latent + (tl.zeros([V_PIECES[i][2] * (16 // V_PIECES[i][3]) if LATE else CHANNELS], tl.float32),)
+        for start in range(0, SP if CODED else 0, AT_ONCE):
+            some = start + tl.arange(0, AT_ONCE)
+            times = tl.exp2(tl.load(max_ptr + at + some, mask=some < splits, other=float("-inf")) - top)
+            grown = ()
+            for i in tl.static_range(len(latent)):
+                c = PLACES[i] + tl.arange(0, latent[i].shape[0]) if LATE else d
+                there = (some < splits)[:, None]
+                parts = tl.load(out_ptr + (at + some)[:, None] * WIDTH + c[None, :], mask=there, other=0.0)
+                grown = grown + (latent[i] + tl.sum(parts * times[:, None], 0),)
+            latent = grown
+        place = ((pair // GROUPS * count + m // ROWS) * GROUPS + g) * ROWS + m % ROWS
         held = (e < exact_splits)[:, None]
         parts = tl.load(out_ptr + (at + splits + e)[:, None] * WIDTH + d[None, :], mask=held, other=0.0)
         mixed = tl.sum(parts * own[:, None], 0)
@@ -517,9 +525,8 @@ def _merge_kernel(
                                 V_PIECES[i][0], V_PIECES[i][1], V_PIECES[i][2], V_PIECES[i][3])  # fmt: skip
                 valued += tl.sum(x.to(tl.float32) * (latent[i] * scale)[:, None], 0)
             mixed += valued / tl.load(affine + 2 * RV + channel, mask=d < D, other=1.0)
-        elif CODED:
-            parts = tl.load(out_ptr + (at + s)[:, None] * WIDTH + d[None, :], mask=(s < splits)[:, None], other=0.0)
-            mixed += tl.sum(parts * weight[:, None], 0)
+        else:
+            mixed += latent[0]
         tl.store(result + place * D + d, (mixed / norm).to(result.dtype.element_ty), mask=d < D)
     else:
         if ENTERS and tl.program_id(2) == 0:
@@ -580,6 +587,8 @@ def attend(
     if enters:
         tokens = Tokens(query, key, value, ledger, valid, buffers, layout)
         entering, constants = tokens.pointers(code_tiles), tokens.step()
+    held_splits = triton.next_power_of_2(max(1, shares[0]))
+    widest = triton.next_power_of_2(max(widths, default=channels))  # piece of what a split leaves
     most = max(1, _SCRATCH // (batch * groups * tile * splits * left["WIDTH"]))  # tiles of queries at a time
     for first in range(0, tiles, most):
         held = min(most, tiles - first)
@@ -609,10 +618,11 @@ def attend(
             part, top, total, out, *shares, count, first * tile, held * tile, merged, entering, code_tiles,
             buffers.v_basis, buffers.v_affine,
             GROUPS=groups, ROWS=heads * gqa, HEADS=heads, D=dim, DP=padded, CHANNELS=channels,
-            CODED=not layout.lossless, SP=triton.next_power_of_2(max(1, shares[0])),
+            CODED=not layout.lossless, SP=held_splits, AT_ONCE=min(held_splits, _MERGED // widest),
             EP=triton.next_power_of_2(max(1, shares[1])),
             RV=layout.value.rank, V_TIERS=_tiers(layout.value), V_PIECES=plan["V_PIECES"],
             ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
+            num_warps=8 if held_splits * widest > _MERGED // 2 else 4,
         )  # fmt: skip
     return out.transpose(1, 2)
 

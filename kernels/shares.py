@@ -10,19 +10,16 @@ from spectral_compile.kernels.encode import LEAST, flags
 
 
 @triton.jit
-def _asked(query, column, judge, row, b, h, q_b, q_h, q_n, PER: tl.constexpr, SAMPLE: tl.constexpr, D: tl.constexpr,
-           DP: tl.constexpr):  # fmt: skip
-    """Sampled queries [M, DP] of one KV head, their columns [M], -1 past the last, and which tokens they are."""
-    d, live, sampled = tl.arange(0, DP), row < PER * SAMPLE, b * SAMPLE + row % SAMPLE
-    at = tl.load(column + sampled, mask=live, other=-1)
-    token = tl.load(judge + sampled, mask=live, other=0)
-    where = b * q_b + (h * PER + row // SAMPLE) * q_h + at * q_n
-    return tl.load(query + where[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0), at, token
+def _asked(asked, column, row, b, pair, PER: tl.constexpr, SAMPLE: tl.constexpr, DP: tl.constexpr):
+    """Sampled queries [M, DP] of one KV head, and their columns [M], -1 past the last."""
+    live, at = row < PER * SAMPLE, (pair * (PER * SAMPLE) + row)[:, None] * DP + tl.arange(0, DP)[None, :]
+    q = tl.load(asked + at, mask=live[:, None], other=0.0)
+    return q, tl.load(column + b * SAMPLE + row % SAMPLE, mask=live, other=-1)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _norms_kernel(
-    query, key, valid, column, judge, norms, n, scale, q_b, q_h, q_n, k_b, k_h, k_n, valid_b,
+    asked, key, valid, column, norms, n, scale, k_b, k_h, k_n, valid_b,
     H: tl.constexpr, PER: tl.constexpr, SAMPLE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HAS_VALID: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +27,7 @@ def _norms_kernel(
     pair, d = tl.program_id(1).to(tl.int64), tl.arange(0, DP)
     b, h = pair // H, pair % H
     row = tl.program_id(0) * M + tl.arange(0, M)
-    q, at, _ = _asked(query, column, judge, row, b, h, q_b, q_h, q_n, PER, SAMPLE, D, DP)
+    q, at = _asked(asked, column, row, b, pair, PER, SAMPLE, DP)
     highest, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     for start in range(0, tl.max(at, 0).to(tl.int32) + 1, N):
         c = start + tl.arange(0, N)
@@ -51,7 +48,7 @@ def _norms_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def _shares_kernel(
-    query, key, valid, column, judge, norms, out, n, scale, q_b, q_h, q_n, k_b, k_h, k_n, valid_b,
+    asked, key, valid, column, judge, norms, out, n, scale, k_b, k_h, k_n, valid_b,
     H: tl.constexpr, HEADS: tl.constexpr, PER: tl.constexpr, SAMPLE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     HAS_VALID: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +68,8 @@ def _shares_kernel(
         )
         for first in range(0, PER * SAMPLE, M):
             row = first + tl.arange(0, M)
-            q, at, token = _asked(query, column, judge, row, b, h, q_b, q_h, q_n, PER, SAMPLE, D, DP)
+            q, at = _asked(asked, column, row, b, b * H + h, PER, SAMPLE, DP)
+            token = tl.load(judge + b * SAMPLE + row % SAMPLE, mask=row < PER * SAMPLE, other=0)
             norm = tl.load(norms + (b * H + h) * (PER * SAMPLE) + row, mask=row < PER * SAMPLE, other=float("inf"))
             seen = shown[:, None] & (c[:, None] <= at[None, :])
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
@@ -91,19 +89,21 @@ def shares(
     head_group: int,
 ) -> torch.Tensor:
     """``importance`` as judged by queries in columns int64 [B, m], which are tokens ``judge`` int64 [B, m] of their rows."""
-    query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
-    valid = flags(valid)
+    key, valid = key if key.stride(3) == 1 else key.contiguous(), flags(valid)
     batch, kv_heads, count, dim = key.shape
     per_key, sample = query.shape[1] // kv_heads, column.shape[1]
+    padded = max(LEAST, triton.next_power_of_2(dim))
+    asked = query.gather(2, column[:, None, :, None].expand(-1, query.shape[1], -1, dim))
+    asked = torch.nn.functional.pad(asked, (0, padded - dim)).contiguous()
     norms = torch.empty(batch, kv_heads, per_key * sample, dtype=torch.float32, device=key.device)
     out = torch.empty(batch, kv_heads // head_group, count, dtype=torch.float32, device=key.device)
-    strides = (*query.stride()[:3], *key.stride()[:3], 0 if valid is None else valid.stride(0))
-    sizes = {"PER": per_key, "SAMPLE": sample, "D": dim, "DP": max(LEAST, triton.next_power_of_2(dim)), "M": 64, "N": 64}
+    strides = (*key.stride()[:3], 0 if valid is None else valid.stride(0))
+    sizes = {"PER": per_key, "SAMPLE": sample, "D": dim, "DP": padded, "M": 64, "N": 64}
     kind = {"HAS_VALID": valid is not None, "PRECISION": "tf32x3" if key.dtype == torch.float32 else "tf32"}
     _norms_kernel[(triton.cdiv(per_key * sample, 64), batch * kv_heads)](
-        query, key, valid, column, judge, norms, count, scale, *strides, H=kv_heads, **sizes, **kind
+        asked, key, valid, column, norms, count, scale, *strides, H=kv_heads, **sizes, **kind
     )
     _shares_kernel[(triton.cdiv(count, 64), batch * kv_heads // head_group)](
-        query, key, valid, column, judge, norms, out, count, scale, *strides, H=kv_heads, HEADS=head_group, **sizes, **kind
+        asked, key, valid, column, judge, norms, out, count, scale, *strides, H=kv_heads, HEADS=head_group, **sizes, **kind
     )
     return out

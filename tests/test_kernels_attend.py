@@ -134,6 +134,14 @@ def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
 
 
+@pytest.mark.parametrize("preset, count", [("balanced", 1), ("seed", 1), ("balanced", 3)])
+def test_many_splits_are_merged_in_turns(preset: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few KV heads a long past has hundreds of splits: all at once they took 5 KB of stack in each thread."""
+    books, chunk = store(preset, 64, past=500, chunk=count)
+    monkeypatch.setattr(fused, "_MERGED", 512)
+    assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, of what is done again
 @pytest.mark.parametrize("scale", [3.0, 40.0])
 @pytest.mark.parametrize("preset", ["seed", "balanced"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ COPIED = {"cuda": 2**30, "cpu": 2**24}  # bytes
 
 def measurements(settings: Settings) -> list[Measurement]:
     """The bandwidth of the device, and for each geometry, batch and length each way to attend."""
-    made = [Measurement({"method": COPY}, partial(copy, settings))]
+    made = [Measurement({"method": COPY}, partial(bandwidth, settings))]
     for name in settings.geometries or DEFAULT:
         for batch, cached in settings.pairs:
             labels = {"geometry": name, "batch": batch, "cached": cached}
@@ -44,7 +45,7 @@ def measurements(settings: Settings) -> list[Measurement]:
     return made
 
 
-def copy(settings: Settings) -> Row:
+def bandwidth(settings: Settings) -> Row:
     """Bytes read and written a second by a large copy."""
     source = torch.ones(COPIED[settings.device.type], dtype=torch.int8, device=settings.device)
     target = torch.empty_like(source)
@@ -81,13 +82,16 @@ def spectral(geometry: Geometry, settings: Settings, batch: int, cached: int, pr
 
 def over_decoded(layer: Layer, tokens: Tokens, cached: int) -> torch.Tensor:
     """Attention [B, Hq, 1, D] in float32 of the last token over the decoded store and itself."""
-    key, value = (layer.store.dense(role, cached) for role in ("key", "value"))
+    single = copy(layer.store)
+    single.dtype, held = torch.float32, single.buffers
+    single.buffers = held._replace(k_exact=held.k_exact.float(), v_exact=held.v_exact.float())
+    key, value = (single.dense(role, cached) for role in ("key", "value"))
     at = torch.tensor([cached], device=key.device)
-    key = torch.cat((key, reference.rotate(tokens.key[:, :, -1:], at, layer.layout.rotary)), 2)
-    value = torch.cat((value, tokens.value[:, :, -1:]), 2)
-    rows = zip(tokens.query[:, :, -1:], key, value, strict=True)
+    query, new_key, new_value = (x[:, :, -1:].float() for x in (tokens.query, tokens.key, tokens.value))
+    key = torch.cat((key, reference.rotate(new_key, at, layer.layout.rotary)), 2)
+    value = torch.cat((value, new_value), 2)
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.cat([sdpa(*(x[None].float() for x in row), enable_gqa=True) for row in rows])
+        return torch.cat([sdpa(*(x[None] for x in row), enable_gqa=True) for row in zip(query, key, value, strict=True)])
 
 
 def timed(call: Any, settings: Settings, bytes_read: int) -> Row:
