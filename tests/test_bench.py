@@ -24,6 +24,7 @@ SETTINGS = Settings(
     presets=("balanced",),
     cached=(1200,),
     variants=("eager", "spectral"),
+    chunk=None,
     new_tokens=4,
     steady_tokens=4,
     dtype=torch.float32,
@@ -102,6 +103,16 @@ def test_generate_compares_with_the_best_dense_cache(run: tuple[Result, dict[str
     for row in (dense, spectral):
         assert row["recordings"] == [0, 0] and row["step_slowest_ms"] >= row["step_median_ms"] > 0
         assert row["first_call_s"] > sum(row["compile_s"]) >= 0 and row["first_token_s"] > 0
+
+
+def test_prompts_may_be_read_in_chunks(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    given = ("--parts", "generate", "--cached", 1200, "--chunk", 400, "--variants", "eager,spectral", "--new-tokens", 3)
+    made = invoke(*TINY, *given, "--json", out)
+    assert made.exit_code == 0, made.output
+    _, spectral = json.loads(out.read_text())["parts"]["generate"]
+    assert spectral["error"] is None
+    assert spectral["sites"] == {"prefill": [2, 2], "extend": [2, 2], "decode": [2, 2]}
 
 
 def test_steady_keeps_tokens_and_steps(run: tuple[Result, dict[str, Any], Path]) -> None:

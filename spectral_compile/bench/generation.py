@@ -149,6 +149,8 @@ def generate(
     model = build(geometry, settings)
     prompt = random_prompt(geometry, settings, cached)
     how = prepare(model, settings, variant, options or {})
+    if settings.chunk:
+        how["prefill_chunk_size"] = settings.chunk
 
     compiled, recorded, started = [compile_seconds()], [recordings(settings.device)], time.perf_counter()
     Run.of(model, prompt, new_tokens, how)
@@ -180,7 +182,7 @@ def generate(
         "recordings": [b - a for a, b in pairwise(recorded)],
     }
     if variant == SPECTRAL:
-        row |= {"preset": settings.presets[0], "sites": matched_sites(run.cache)}
+        row |= {"preset": settings.presets[0], "sites": matched_sites(run.cache, chunked=cached > (settings.chunk or cached))}
     if keep:
         row |= {"tokens": run.tokens, "steps_ms": [round(1e3 * step, 4) for step in run.steps]}
     return row
@@ -191,9 +193,9 @@ def random_prompt(geometry: Geometry, settings: Settings, count: int) -> torch.T
     return torch.randint(1, geometry.vocabulary, (1, count), generator=settings.generator(), device=settings.device)
 
 
-def matched_sites(cache: Cache) -> dict[str, list[int]]:
-    """Matched sites and all sites of each graph; RuntimeError unless all matched in both and the cache is compressed."""
-    require_matched({"prefill", "decode"})
+def matched_sites(cache: Cache, chunked: bool = False) -> dict[str, list[int]]:
+    """Matched sites and all sites of each graph; RuntimeError unless all matched in each and the cache is compressed."""
+    require_matched({"prefill", "decode"} | ({"extend"} if chunked else set()))
     if not all(isinstance(layer.keys, SpectralTensor) for layer in cache.layers):
         raise RuntimeError("the cache is dense, so its figures would be those of another cache")
     return {report.kind: [report.matched, report.sites] for report in reports()}

@@ -75,13 +75,17 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asked for; ``pairs`` are (batch, cached tokens), ``geometries`` None is each part's own choice."""
+    """What the command line asked for.
+
+    ``pairs`` are (batch, cached tokens), ``geometries`` None is each part's own choice, ``chunk`` None a prompt in one piece.
+    """
 
     geometries: tuple[str, ...] | None
     pairs: tuple[tuple[int, int], ...]
     presets: tuple[str, ...]
     cached: tuple[int, ...]
     variants: tuple[str, ...]
+    chunk: int | None
     new_tokens: int
     steady_tokens: int
     dtype: torch.dtype

@@ -60,6 +60,9 @@ def bench(
     presets: Annotated[str, Option(help="Codecs, by comma; the parts with a whole model take the first")] = "balanced,seed",
     cached: Annotated[str, Option(help="Lengths of prompts, by comma; steady and host take the first")] = "4096,32768,131072",
     variants: Annotated[str, Option(help="generate: by comma")] = ",".join(generation.VARIANTS),
+    chunk: Annotated[
+        int | None, Option(min=1, help="generate: tokens of a prompt at a time (prefill_chunk_size)", show_default="all")
+    ] = None,
     new_tokens: Annotated[int, Option(min=2, help="generate: tokens to generate")] = 64,
     steady_tokens: Annotated[int, Option(min=2, help="steady: tokens to generate")] = 2000,
     minutes: Annotated[float | None, Option(help="Begin no measurement after that many minutes", show_default="no end")] = None,
@@ -82,6 +85,7 @@ def bench(
         presets=tuple(by_comma("preset", presets, PRESETS)),
         cached=tuple(count(text) for text in cached.split(",")),
         variants=tuple(by_comma("variant", variants, generation.VARIANTS)),
+        chunk=chunk,
         new_tokens=new_tokens,
         steady_tokens=steady_tokens,
         dtype=getattr(torch, dtype),
