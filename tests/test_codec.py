@@ -250,9 +250,9 @@ def nominal_bytes(layout: Layout, tokens: int) -> int:
 @pytest.mark.parametrize(
     ("name", "key", "value", "row", "ratio"),
     [
-        ("quality", Tiers(12, 48, 80), Tiers(0, 40, 128), 56 + 52, 6.2),
-        ("balanced", Tiers(6, 28, 80), Tiers(0, 16, 112), 40 + 36, 8.6),
-        ("compact", Tiers(6, 20, 48), Tiers(0, 8, 64), 28 + 20, 13.6),
+        ("quality", Tiers(12, 40, 64), Tiers(0, 24, 128), 48 + 44, 7.2),
+        ("balanced", Tiers(6, 20, 48), Tiers(0, 16, 96), 28 + 32, 10.9),
+        ("compact", Tiers(6, 12, 32), Tiers(0, 8, 48), 20 + 16, 18.0),
     ],
 )
 def test_presets_at_three_heads_of_64(name: str, key: Tiers, value: Tiers, row: int, ratio: float) -> None:

@@ -33,7 +33,8 @@ from spectral_compile.evaluation.verb import split, table
 from spectral_compile.report import GraphReport
 from tests.tiny import GROUPED, tokens
 
-PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding
+PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding if
+WINDOW = {"recent": 64, "block": 32}
 PRESETS = ("exact", "quality", "balanced", "compact", "seed")
 
 
@@ -55,8 +56,11 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def results(llama: PreTrainedModel) -> dict[str, Result]:
     texts = {name: tokens(1, PROMPT + SCORED + 1, seed) for seed, name in enumerate(("one", "two"))}
-    names = (*PRESETS, "kivi-4", "turbo-2", *(name for name in contenders.installed_rivals(llama.config) if name == "fp8"))
-    return {result.name: result for result in compare(llama, None, names, texts, PROMPT, DECODED)}
+    options = {json.dumps({"preset": name, **WINDOW}): name for name in ("quality", "balanced", "compact")}
+    rivals = ("kivi-4", "turbo-2", *(name for name in contenders.installed_rivals(llama.config) if name == "fp8"))
+    made = compare(llama, None, ("exact", *options, "seed", *rivals), texts, PROMPT, DECODED)
+    named = (replace(result, name=options.get(result.name, result.name)) for result in made)
+    return {result.name: result for result in named}
 
 
 def test_the_dense_cache_agrees_with_itself(results: dict[str, Result]) -> None:

@@ -118,7 +118,7 @@ def test_a_profile_of_another_model_is_refused_and_the_model_runs() -> None:
 
 
 def test_a_layer_that_suffers_from_the_cheapest_grade_does_not_get_it() -> None:
-    """What little a layer loses under balanced says nothing of what it loses where nearly all is dropped."""
+    """What little a layer loses under fine codes says nothing of what it loses where nearly all is dropped."""
     fine, coarse = (1e-5,) * 4 + (1e-3,) * 2, (1e-1,) + (4e-5,) * 3 + (5e-3,) * 2
     known = Profile(3, 64, fine, fine, coarse, coarse)
     layouts = [SpectralConfig("compact", profile=known).layout(3, 64, None, layer) for layer in range(6)]

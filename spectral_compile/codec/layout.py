@@ -66,7 +66,7 @@ class Layout:
     margin: float = 1.25  # clipped outliers hurt more than their energy says, and later tokens spread wider
     sinks: int = 4
     recent: int = 64
-    block: int = 32
+    block: int = 8
     warmup: int = 1024
     segment: int = 0
     rotary: Rotary | None = None

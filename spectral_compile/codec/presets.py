@@ -41,7 +41,7 @@ class Preset:
     margin: float = 1.25
     sinks: int = 4
     recent: int = 64
-    block: int = 32
+    block: int = 8
     warmup: int = 1024
     segment: int = 0
 
@@ -59,9 +59,9 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(key=(0, 0, 0), value=(0, 0, 0), lossless=True, weighted=False, judged=False, normalised=False),
-    "quality": Preset(key=(2, 8, 12), value=(0, 6, 22)),
-    "balanced": Preset(key=(1, 5, 12), value=(0, 2, 20)),
-    "compact": Preset(key=(1, 3, 7), value=(0, 1, 12)),
+    "quality": Preset(key=(2, 6, 12), value=(0, 4, 22), recent=104),
+    "balanced": Preset(key=(1, 3, 7), value=(0, 2, 17), recent=96),
+    "compact": Preset(key=(1, 2, 5), value=(0, 1, 7), recent=48),
     "seed": Preset(
         key=(8, 0, 0),
         value=(16, 0, 0),

@@ -19,7 +19,7 @@ _HALVINGS = 40
 
 @dataclass(frozen=True)
 class Grade:
-    """Channels at (8, 4, 2) bits in 32ths of the width, and what that loses of a layer's fidelity, where ``balanced`` loses 1.
+    """Channels at (8, 4, 2) bits in 32ths of the width, and what that loses of a layer's fidelity, where ``USUAL`` loses 1.
 
     Losses are geometric means over the layers of SmolLM2-135M of the squared error of coefficients.
     """
@@ -32,6 +32,7 @@ class Grade:
 
 GRADES = (
     Grade((1, 0, 3), (0, 0, 4), 5.15, 3.83),
+    Grade((1, 2, 5), (0, 1, 7), 2.60, 2.35),
     Grade((1, 3, 7), (0, 1, 10), 1.63, 1.93),
     Grade((1, 4, 9), (0, 2, 17), 1.34, 1.14),
     Grade((1, 5, 12), (0, 2, 20), 1.0, 1.0),
@@ -40,13 +41,14 @@ GRADES = (
     Grade((3, 10, 16), (0, 12, 20), 0.28, 0.32),
     Grade((4, 14, 14), (1, 18, 13), 0.15, 0.17),
 )
+USUAL = GRADES[4]
 
 
 @dataclass(frozen=True)
 class Profile:
     """How much a model suffers where the keys, or the values, of one attention layer alone are compressed.
 
-    ``key`` and ``value`` hold the mean KL divergence from the dense model under ``balanced``, in nats a token, for each layer
+    ``key`` and ``value`` hold the mean KL divergence from the dense model under ``USUAL``, in nats a token, for each layer
     in the order of the graph, ``coarse_key`` and ``coarse_value`` under the cheapest grade. Layers of one model differ by
     orders of magnitude, and losses of several layers nearly add up.
     """
@@ -103,11 +105,11 @@ class Profile:
         return replace(layout, key=tiers(grade.key, layout.width), value=tiers(grade.value, layout.width))
 
 
-def _loss(balanced: float, coarse: float, usual: float, most: float) -> float:
-    """Between two measured losses those in between as usual, on a logarithmic scale; below ``balanced`` in proportion."""
-    if usual <= 1 or balanced == 0:
-        return balanced * usual
-    return balanced * max(coarse / balanced, 1.0) ** (math.log(usual) / math.log(most))
+def _loss(fine: float, coarse: float, usual: float, most: float) -> float:
+    """Between two measured losses those in between as usual, on a logarithmic scale; below the finer in proportion."""
+    if usual <= 1 or fine == 0:
+        return fine * usual
+    return fine * max(coarse / fine, 1.0) ** (math.log(usual) / math.log(most))
 
 
 @functools.lru_cache(maxsize=16)

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from typer import Option
 
 from spectral_compile import models
-from spectral_compile.codec import GRADES, PRESETS, Preset, Profile
+from spectral_compile.codec import GRADES, Preset, Profile
+from spectral_compile.codec.profile import USUAL
 from spectral_compile.evaluation.contenders import DENSE, Contender, contender, require_matched
 from spectral_compile.evaluation.measure import Agreement
 from spectral_compile.evaluation.texts import calibration, take
 from spectral_compile.generate import fail, phases
 
-_PRESETS = PRESETS["balanced"], Preset(key=GRADES[0].key, value=GRADES[0].value)  # those between which a profile interpolates
+_PRESETS = [Preset(grade.key, grade.value) for grade in (USUAL, GRADES[0])]  # a profile interpolates between them
 _LEAST = 1e-9  # nats
 
 

@@ -65,7 +65,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a cache held after the prompt, and the logits [n, vocabulary] from it in one chunk and token by token."""
+    """What a cache held after the prompt, and the logits [n, vocabulary] from it chunk by chunk and token by token."""
 
     size: Size
     extended: torch.Tensor
@@ -73,16 +73,17 @@ class Reading:
 
 
 @torch.no_grad()
-def read(cache_of: Contender, ids: torch.Tensor, prompt: int, decode: int = 0) -> Reading:
+def read(cache_of: Contender, ids: torch.Tensor, prompt: int, decode: int = 0, chunk: int | None = None) -> Reading:
     """Prefill the first ``prompt`` of ``ids`` [1, n + 1], then predict the n - prompt tokens that follow each of the others.
 
-    The first ``decode`` of them are predicted a second time, token by token on a copy of the cache.
+    They are fed ``chunk`` at a time, or all at once: tokens of one chunk see each other as they are. The first ``decode`` of
+    them are predicted a second time, token by token on a copy of the cache.
     """
     cache = cache_of.empty()
     cache_of.feed(cache, ids[:, :prompt], keep=1)
     size = weigh(cache)
     copied = copy.deepcopy(cache) if decode else cache
-    extended = cache_of.feed(cache, ids[:, prompt:-1])
+    extended = torch.cat([cache_of.feed(cache, part) for part in ids[:, prompt:-1].split(chunk or ids.shape[1], 1)])
     steps = [cache_of.feed(copied, ids[:, i : i + 1]) for i in range(prompt, prompt + decode)]
     return Reading(size, extended, torch.cat([extended[:0], *steps]))
 
@@ -154,6 +155,7 @@ def compare(
     passages: dict[str, torch.Tensor],
     prompt: int,
     decode: int = 0,
+    chunk: int | None = None,
     asked: Sequence[Question] = (),
     inner: str = "eager",
     profile: Profile | None = None,
@@ -170,7 +172,7 @@ def compare(
         scores, answered = {}, {}
         for text, ids in passages.items():
             step(f"{name}: {text}")
-            reading = read(cache_of, ids, prompt, decode)
+            reading = read(cache_of, ids, prompt, decode, chunk)
             scores[text] = score(reading, dense.setdefault(text, reading), ids[0, prompt + 1 :].to(model.device))
         for question in asked:
             step(f"{name}: {question.task} at {question.depth:.0%}")

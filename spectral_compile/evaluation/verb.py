@@ -74,6 +74,7 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, Option(min=1, help="Tokens that are cached before scoring")] = 4096,
     scored: Annotated[int, Option(min=1, help="Tokens that are then scored")] = 512,
+    chunk: Annotated[int, Option(min=1, help="How many of those are fed at a time, so that they see each other exactly")] = 8,
     decode: Annotated[int, Option(min=0, help="How many of those to score token by token too")] = 0,
     texts_: Annotated[int, Option("--texts", min=1, help="Number of built-in texts: prose, source and dialogue")] = 8,
     text: Annotated[list[Path] | None, Option(exists=True, dir_okay=False, help="A text to use instead; repeatable")] = None,
@@ -108,8 +109,8 @@ def evaluate(
     if plot and find_spec("matplotlib") is None:
         fail(screen, "--plot needs matplotlib: pip install 'spectral-compile[bench]'")
     settings = {
-        "model": model or models.DEFAULT, "tokens": tokens, "scored": scored, "decode": decode, "dtype": dtype,
-        "inner": inner, "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__,
+        "model": model or models.DEFAULT, "tokens": tokens, "scored": scored, "chunk": chunk, "decode": decode,
+        "dtype": dtype, "inner": inner, "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     results: list[Result] = []
     with phases(screen, BarColumn(), MofNCompleteColumn()) as display:
@@ -136,7 +137,7 @@ def evaluate(
                 traced = trace(loaded, name, next(iter(passages.values()))[:, :tokens], steps, inner, known)
                 Console().print(show(traced, name, tokenizer))
             return
-        for result in compare(loaded, tokenizer, names, passages, tokens, decode, asked, inner, known, step):
+        for result in compare(loaded, tokenizer, names, passages, tokens, decode, chunk, asked, inner, known, step):
             results.append(result)
             if json_:
                 json_.write_text(json.dumps({"settings": settings, "caches": [r.summary() for r in results]}, indent=1))
