@@ -207,8 +207,9 @@ def test_long_prefill_in_pieces(preset: str, monkeypatch: pytest.MonkeyPatch) ->
     append_triton(step.query, step.key, step.value, store.ledger, step.valid, None, store.buffers, layout)
     reference.append(step.query, step.key, step.value, store.ledger, step.valid, None, expected, layout)
     assert torch.equal(store.buffers.starts, expected.starts)
-    for side in ("k_affine", "v_affine"):
-        torch.testing.assert_close(getattr(store.buffers, side), getattr(expected, side), rtol=0.02, atol=1e-3)
+    if DEVICE == "cpu":  # the same solver: another one turns eigenvectors whose eigenvalues are nearly equal
+        for side in ("k_affine", "v_affine"):
+            torch.testing.assert_close(getattr(store.buffers, side), getattr(expected, side), rtol=0.02, atol=1e-3)
     for coded in code(step, store.ledger, copied(store), layout):
         assert lost(coded, store.buffers) <= 1.02 * lost(coded, expected) + 1e-4
 
