@@ -68,8 +68,7 @@ class SpectralTensor(torch.Tensor):
         """The tensor that this stands for, decoded: keys rotated as attention sees them, padding as zeros."""
         if self.store is None:  # traced: only the shape matters
             return self.handle.new_empty(self.shape, dtype=self.dtype)
-        dense = self.store.dense(self.role, self.shape[-2])
-        return dense.unsqueeze(1).expand(self.shape) if self.ndim == 5 else dense
+        return self.store.dense(self.role, self.shape[2])
 
     def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
         new = SpectralTensor.of(store, self.role, self.shape[2] if length is None else length, self.strict)
@@ -93,6 +92,26 @@ class SpectralTensor(torch.Tensor):
             return new
 
         return self._on(store.derived.get((key, length), self.role, build, holder), length)
+
+    # What PyTorch itself returns from these is a view to it, which Dynamo would build again from the tensor that it came of.
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        given = index if isinstance(index, tuple) else (index,)
+        if self.store is not None and sum(x is Ellipsis for x in given) <= 1 and all(_is_range(x) for x in given):
+            at = given.index(Ellipsis) if Ellipsis in given else len(given)
+            whole = (slice(None),) * (self.ndim + (Ellipsis in given) - len(given))
+            cuts = {dim: x for dim, x in enumerate((*given[:at], *whole, *given[at + 1 :])) if x != slice(None)}
+            if len(cuts) == 1:
+                ((dim, cut),) = cuts.items()
+                made = _slice(self, dim, cut.start, cut.stop, cut.step or 1)
+                if made is not NotImplemented:
+                    return made
+        return super().__getitem__(index)
+
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, **rest: Any) -> torch.Tensor:
+        if self.store is not None and isinstance(repeats, int) and dim in (0, -4) and not rest:
+            return self._moved(("interleave", repeats), lambda t: t.repeat_interleave(repeats, dim=0))
+        return super().repeat_interleave(repeats, dim, **rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralTensor:
         store = memo.get(id(self.store))
@@ -126,6 +145,10 @@ class SpectralTensor(torch.Tensor):
                 first.handle, first.shape, first.dtype, first.role, first.store_layout, first.strict, first.store
             )
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+
+def _is_range(index: Any) -> bool:
+    return index is Ellipsis or isinstance(index, slice)
 
 
 def _traced(args: Any) -> bool:
@@ -182,31 +205,6 @@ def _index(x: SpectralTensor, indices: list[torch.Tensor | None]) -> Any:
     return x._moved(("index", id(index)), lambda t: t[index.to(t.device)], index)
 
 
-def _rows_repeated(x: SpectralTensor, shape: tuple[int, ...]) -> SpectralTensor:
-    """The view [B, n, H, T, D] through which ``repeat_interleave`` passes."""
-    return SpectralTensor(x.handle, torch.Size(shape), x.dtype, x.role, x.store_layout, x.strict, x.store)
-
-
-def _unsqueeze(x: SpectralTensor, dim: int) -> Any:
-    return _rows_repeated(x, (x.shape[0], 1, *x.shape[1:])) if dim == 1 and x.ndim == 4 else NotImplemented
-
-
-def _expand(x: SpectralTensor, shape: list[int], implicit: bool = False) -> Any:
-    wanted = [b if a == -1 else a for a, b in zip(shape, x.shape, strict=True)]
-    same = (
-        x.ndim == 5 and x.shape[1] == 1 and all(a == b for i, (a, b) in enumerate(zip(wanted, x.shape, strict=True)) if i != 1)
-    )
-    return _rows_repeated(x, tuple(wanted)) if same else NotImplemented
-
-
-def _view(x: SpectralTensor, shape: list[int]) -> Any:
-    if x.ndim != 5 or list(shape) != [x.shape[0] * x.shape[1], *x.shape[2:]]:
-        return NotImplemented
-    times = x.shape[1]
-    rows = _rows_repeated(x, (x.shape[0], *x.shape[2:]))
-    return rows._moved(("interleave", times), lambda t: t.repeat_interleave(times, dim=0))
-
-
 def _split(x: SpectralTensor, size: int, dim: int = 0) -> Any:
     if dim % 4 != 0:
         return NotImplemented
@@ -220,7 +218,7 @@ def _repeat(x: SpectralTensor, repeats: list[int]) -> Any:
 
 
 def _clone(x: SpectralTensor, memory_format: Any = None) -> Any:
-    return x if x.ndim == 5 else x._moved("clone", torch.clone)
+    return x._moved("clone", torch.clone)
 
 
 def _to_copy(x: SpectralTensor, dtype: torch.dtype | None = None, device: Any = None, **rest: Any) -> Any:
@@ -240,10 +238,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     aten.repeat.default: _repeat,
     aten.split.Tensor: _split,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.expand.default: _expand,
-    aten.view.default: _view,
-    aten._unsafe_view.default: _view,
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
 }
