@@ -8,12 +8,14 @@ import torch
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import reference
+from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.ledger import on_host
 
 listeners: list[Callable[[], None]] = []  # told of each layer that a prefill has stored: how else to see how far one call is
 
 
+@without_autocast
 def append(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from spectral_compile.kernels.autocast import without_autocast
+
 SAMPLE = 576  # queries that judge a token, over all heads of its group
 _SCORES = 1 << 19  # that are there at a time
 
@@ -33,6 +35,7 @@ def importance(
     return _shares(query, key, valid, column, judge, scale, head_group)
 
 
+@without_autocast
 def _shares(
     query: torch.Tensor,
     key: torch.Tensor,

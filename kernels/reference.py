@@ -15,6 +15,7 @@ import torch
 
 from spectral_compile import codec
 from spectral_compile.codec.layout import Layout, Rotary, Tiers
+from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
 
 REFRESH = 2.0  # a new segment starts when the old basis loses this many times what a fresh one would, in keys or values
@@ -254,6 +255,7 @@ def _exact(x: torch.Tensor, before: int, coded: int, layout: Layout) -> torch.Te
     return torch.cat((x[:, : min(before, layout.sinks)], x[:, layout.sinks + slots % window]), 1)
 
 
+@without_autocast
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -363,6 +365,7 @@ def _mix(p: torch.Tensor, row: int, segment: int, slots: slice, buffers: Buffers
     return (p @ latent[:, None] @ own).flatten(0, 1)
 
 
+@without_autocast
 def materialise(
     row: int, before: int, coded: int, positions: torch.Tensor, buffers: Buffers, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:

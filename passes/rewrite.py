@@ -96,7 +96,7 @@ def rewrite(trace: Trace) -> None:
         layout = site.layout
         capacity = Capacity(layout.block, layout.recent + layout.block, 1)  # any: no compiled code depends on it
         with fake_mode:
-            values = allocate(layout, batch, capacity, fake(site.query).dtype, device)
+            values = allocate(layout, batch, capacity, site.dtype, device)
         buffers = [placeholder(f"spectral_{i}_{name}", ("buffer", i, name), value) for name, value in values._asdict().items()]
         _substitute(trace, site, ledger, positions, valid, columns, buffers)
 
@@ -116,7 +116,7 @@ def rewrite(trace: Trace) -> None:
         sites=tuple(
             SitePlan(
                 layout=site.layout,
-                dtype=fake(site.query).dtype,
+                dtype=site.dtype,
                 device=fake(site.query).device,
                 past=tuple(arguments[n] for n in site.edge.past) if site.edge.past else None,
             )
@@ -134,28 +134,39 @@ def rewrite(trace: Trace) -> None:
 def _substitute(
     trace: Trace, site: Site, ledger: Node, positions: Node, valid: Node | None, columns: Node | None, buffers: list[Node]
 ) -> None:
-    graph, spec, value = trace.gm.graph, site.layout.spec(), site.edge.new[1]
+    graph, spec = trace.gm.graph, site.layout.spec()
     assert len(buffers) == len(Buffers._fields)
+    query, key, value, stored_key, new_value = (
+        _in_dtype(site, node) for node in (site.query, site.key, site.value, site.stored_key, site.edge.new[1])
+    )
     if site.edge.past is None:
         judged = None
         if site.layout.judged:
             layout = site.layout
             coded_from = layout.sinks + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
-            judging = (site.query, site.key, valid, float(site.scale), layout.head_group, coded_from)
+            judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
             with graph.inserting_before(site.sdpa):
                 judged = graph.call_function(importance._opoverload, judging)
         with graph.inserting_after(site.sdpa):
-            graph.call_function(
-                append_._opoverload, (site.query, site.stored_key, value, ledger, valid, judged, *buffers, spec)
-            )
+            graph.call_function(append_._opoverload, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True):
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
         if site.mask is not None and site.mask_kind == "causal" and not site.window:
-            _replace(site, causal._opoverload, (site.query, site.key, site.value, ledger, valid, float(site.scale)))
+            _replace(site, causal._opoverload, (query, key, value, ledger, valid, float(site.scale)))
         return
     mask = site.mask if site.mask_kind == "tensor" else None
-    head = (site.query, site.stored_key, value, mask, columns if mask is not None else None, ledger, positions, valid)
+    head = (query, stored_key, new_value, mask, columns if mask is not None else None, ledger, positions, valid)
     _replace(site, attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window))
+
+
+def _in_dtype(site: Site, node: Node) -> Node:
+    """``node`` in the dtype of the site's attention."""
+    if fake(node).dtype == site.dtype:
+        return node
+    with site.sdpa.graph.inserting_before(site.sdpa):
+        cast = site.sdpa.graph.call_method("to", (node, site.dtype))
+    cast.meta = {"example_value": fake(node).to(site.dtype)}
+    return cast
 
 
 def _replace(site: Site, operation: Any, arguments: tuple[Any, ...]) -> None:

@@ -51,6 +51,11 @@ class Site:
     refusal: str | None = None
     note: str | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in, and the cache holds: under autocast not what all of its arguments are."""
+        return fake(self.sdpa).dtype
+
 
 @dataclass
 class Trace:
