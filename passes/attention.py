@@ -16,9 +16,21 @@ def canonicalise_attention(trace: Trace) -> None:
     for node in trace.gm.graph.nodes:
         if is_call(node, "scaled_dot_product_attention"):
             trace.sites.append(_site(node))
-    if not trace.sites and any(is_call(node, "softmax") for node in trace.gm.graph.nodes):
-        reason = "attention is computed by matmul and softmax: load the model with attn_implementation='sdpa'"
-        trace.refusals.append(Refusal("graph", reason))
+    softmax = next((node for node in trace.gm.graph.nodes if is_call(node, "softmax")), None)
+    if not trace.sites and softmax is not None:
+        trace.refusals.append(Refusal("graph", _written_out(softmax)))
+
+
+def _written_out(softmax: Node) -> str:
+    """Why attention that is computed around ``softmax`` is left alone."""
+    node = softmax
+    while node.all_input_nodes and not is_call(node, "matmul", "baddbmm", "cat"):
+        node = node.all_input_nodes[0]
+        if is_call(node, "tanh"):
+            return "its attention caps scores (softcapping), which attention to a compressed cache does not"
+    if is_call(node, "cat"):
+        return "its attention has learned sinks, which attention to a compressed cache does not"
+    return "attention is computed by matmul and softmax: load the model with attn_implementation='sdpa' if it has that"
 
 
 def _site(sdpa: Node) -> Site:

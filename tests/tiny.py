@@ -8,16 +8,14 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+TEXT = {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 SMALL = {
-    "vocab_size": 256,
+    **TEXT,
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
 }
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
@@ -28,6 +26,14 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "factor": 2.0,
+    "original_max_position_embeddings": 1024,
 }
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -44,6 +50,49 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "cohere-interleaved": lambda: hf.CohereForCausalLM(hf.CohereConfig(**GROUPED)),
     "glm4-partial-interleaved": lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**GROUPED, head_dim=16, partial_rotary_factor=0.5)),
+    "phi3-long-rope": lambda: hf.Phi3ForCausalLM(
+        hf.Phi3Config(**GROUPED, original_max_position_embeddings=1024, rope_parameters=LONG)
+    ),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**GROUPED, head_dim=32, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    ),
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**GROUPED)),
+    "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**GROUPED)),
+    "starcoder2": lambda: hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**GROUPED)),
+    "smollm3-without-rope": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0])),
+    "stablelm": lambda: hf.StableLmForCausalLM(hf.StableLmConfig(**GROUPED)),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **TEXT)),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**{**SMALL, "ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 64})
+    ),
+}
+
+WINDOW = {**GROUPED, "sliding_window": 24}
+MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+# models of which some layers, or none, are compressed
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "mistral-with-a-window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**WINDOW)),
+    "qwen2-with-windows": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**WINDOW, use_sliding_window=True, max_window_layers=1)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**MIXED, head_dim=16)),
+    "cohere2": lambda: hf.Cohere2ForCausalLM(hf.Cohere2Config(**MIXED)),
+    "exaone4": lambda: hf.Exaone4ForCausalLM(hf.Exaone4Config(**MIXED)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**WINDOW, head_dim=16)),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**MIXED, head_dim=16, num_local_experts=4, num_experts_per_tok=2)),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **TEXT)),
+    "deepseek3": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **{**SMALL, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16},
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=32,
+            first_k_dense_replace=1,
+        )
+    ),
 }
 
 WINDOWS = {"sinks": 2, "recent": 8, "block": 4, "warmup": 16}  # small enough that a short prompt is coded
@@ -53,7 +102,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 def build(name: str, seed: int = 0) -> PreTrainedModel:
     """The model of that name in evaluation mode; the same weights for the same ``seed``."""
     torch.manual_seed(seed)
-    return MODELS[name]().eval()
+    return {**MODELS, **OTHERS}[name]().eval()
 
 
 def tokens(rows: int, count: int, seed: int = 0) -> torch.Tensor:
