@@ -20,7 +20,7 @@ from spectral_compile.passes.masks import classify_masks
 from spectral_compile.passes.rewrite import Plan, rewrite
 from spectral_compile.passes.rope import match_rope
 from spectral_compile.passes.trace import Trace, fake
-from spectral_compile.report import GraphReport, Refusal, SpectralWarning
+from spectral_compile.report import GraphReport, Refusal, SiteReport, SpectralWarning
 from spectral_compile.runtime import BoundGraph, DenseGraph
 from spectral_compile.tensor import SpectralTensor
 
@@ -139,7 +139,10 @@ def make_report(trace: Trace, refusal: Refusal | None, seconds: dict[str, float]
     refusals = ([refusal] if refusal else []) + trace.refusals
     refusals += [Refusal(site.where, site.refusal) for site in trace.sites if site.refusal]
     notes = (*trace.notes, *(Refusal(site.where, site.note) for site in trace.matched if site.note))
-    made = GraphReport(trace.kind, len(trace.sites), len(trace.matched), tuple(refusals), notes, seconds)
+    layers = tuple(
+        SiteReport(site.where, site.mask_kind, None if site.refusal else site.layout, site.refusal) for site in trace.sites
+    )
+    made = GraphReport(trace.kind, len(trace.sites), len(trace.matched), tuple(refusals), notes, seconds, layers)
     if refusals and not trace.matched:
         message = f"nothing in this graph was compressed; {refusals[0]}"
         if trace.config.strict and any(isinstance(fake(n), SpectralTensor) for n in _placeholders(trace.gm)):
@@ -164,6 +167,14 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     ``options`` are those of the backend. The rewritten graphs are run without gradients by plain PyTorch, so nothing waits
     for a compiler. Dynamo is reset, so that the next call of a compiled model compiles again.
     """
+    made = examine(model, options=options, **inputs)
+    if not made:
+        return "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
+    return "\n".join(str(graph) for graph in made)
+
+
+def examine(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None, **inputs: Any) -> list[GraphReport]:
+    """What ``explain`` tells, as the reports of the graphs that came."""
     torch._dynamo.reset()
     before = len(report.reports())
     compiled = torch.compile(model, backend=spectral, options={**(options or {}), "inner": "eager"})
@@ -178,7 +189,4 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
                 step["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
             compiled(input_ids=out.logits[:, -1:].argmax(-1), **{**step, "past_key_values": cache})
     torch._dynamo.reset()
-    made = report.reports()[before:]
-    if not made:
-        return "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
-    return "\n".join(str(graph) for graph in made)
+    return report.reports()[before:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from spectral_compile.bench.verb import bench
+from spectral_compile.doctor import doctor
 from spectral_compile.evaluation.calibrate import verb as calibrate
 from spectral_compile.evaluation.verb import evaluate
 from spectral_compile.generate import generate
@@ -14,6 +15,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate)
 app.command()(bench)
+app.command()(doctor)
 
 
 @app.callback()

@@ -6,6 +6,8 @@ import atexit
 import warnings
 from dataclasses import dataclass, field
 
+from spectral_compile.codec.layout import Layout
+
 
 class SpectralWarning(UserWarning):
     """Something runs densely that could have been compressed."""
@@ -23,12 +25,22 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class SiteReport:
+    """One attention: ``mask`` is causal or tensor, ``layout`` that of its store, RoPE included; None where it is refused."""
+
+    where: str
+    mask: str
+    layout: Layout | None
+    refusal: str | None
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """One graph that Dynamo handed over.
 
     ``kind`` is prefill, extend, decode or other; of ``sites`` attentions ``matched`` run on the compressed cache and the others
-    are in ``refusals``; ``notes`` say what matched in a lesser form. ``seconds`` holds the time spent in ``passes`` and in the
-    ``inner`` compiler.
+    are in ``refusals``; ``notes`` say what matched in a lesser form, and ``layers`` has all of them. ``seconds`` holds the time
+    spent in ``passes`` and in the ``inner`` compiler.
     """
 
     kind: str
@@ -37,6 +49,7 @@ class GraphReport:
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[Refusal, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    layers: tuple[SiteReport, ...] = ()
 
     def __str__(self) -> str:
         lines = [

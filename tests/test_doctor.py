@@ -1,0 +1,66 @@
+"""``spectral-compile doctor``: what it says of models that are compressed wholly, in part and not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+import spectral_compile as sc
+from spectral_compile.cli import app
+from spectral_compile.doctor import stored
+from tests.tiny import build, tokens
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    sc.reset()
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def saved(name: str, folder: Path) -> Path:
+    build(name).config.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_is_compressed_wholly(tmp_path: Path) -> None:
+    result = invoke(saved("glm4-partial-interleaved", tmp_path), "--tokens", 4096, "--preset", "compact")
+    assert result.exit_code == 0, result.output
+    wanted = ("2 of 2 layers", "interleaved, 8 of 16 channels", "causal", "prefill: 2 of 2", 'options={"preset": "compact"}')
+    assert all(part in result.stdout for part in wanted)
+
+
+def test_layers_that_stay_dense_have_a_reason(tmp_path: Path) -> None:
+    result = invoke(saved("gemma3", tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "1 of 2 layers" in result.stdout and "the cache keeps only a window of its tokens" in result.stdout
+
+
+@pytest.mark.parametrize("name, reason", [("gemma2", "softcapping"), ("bloom", "matmul and softmax")])
+def test_nothing_to_compress_is_an_error(name: str, reason: str, tmp_path: Path) -> None:
+    result = invoke(saved(name, tmp_path))
+    assert result.exit_code == 1
+    assert "nothing would be compressed" in result.stderr and reason in result.stderr
+
+
+def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
+    result = invoke(tmp_path / "nowhere")
+    assert result.exit_code == 1 and "error: " in result.stderr
+
+
+@pytest.mark.parametrize("preset", ["exact", "quality", "balanced", "compact", "seed"])
+def test_bytes_are_those_that_a_prompt_takes(preset: str) -> None:
+    model = build("llama")
+    model.compile(backend=sc.spectral, options={"preset": preset, "strict": True, "inner": "eager"})
+    with torch.no_grad():
+        cache = model(tokens(1, 1300), use_cache=True).past_key_values
+    layer = cache.layers[0].keys
+    dense, compressed = stored(layer.store_layout, 1300, torch.float32)
+    assert dense == 2 * layer.numel() * 4
+    assert compressed == sum(buffer.nbytes for buffer in layer.store.buffers)
