@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import CompileConfig, PreTrainedModel
 
 import spectral_compile as sc
@@ -233,6 +234,9 @@ COMPILED: dict[str, Callable[[PreTrainedModel], None]] = {
     "dynamic": lambda model: model.compile(backend=sc.spectral, options=OPTIONS, dynamic=True),
     "static": lambda model: model.compile(backend=sc.spectral, options=OPTIONS, dynamic=False),
 }
+
+if transformers.__version__.startswith("5.17"):
+    del COMPILED["static"]  # there decode is not dynamic, as README says
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
