@@ -134,15 +134,12 @@ def rewrite(trace: Trace) -> None:
 def _substitute(
     trace: Trace, site: Site, ledger: Node, positions: Node, valid: Node | None, columns: Node | None, buffers: list[Node]
 ) -> None:
-    graph, spec = trace.gm.graph, site.layout.spec()
+    graph, layout, spec = trace.gm.graph, site.layout, site.layout.spec()
     assert len(buffers) == len(Buffers._fields)
-    query, key, value, stored_key, new_value = (
-        _in_dtype(site, node) for node in (site.query, site.key, site.value, site.stored_key, site.edge.new[1])
-    )
+    query, stored_key, new_value = (_in_dtype(site, node) for node in (site.query, site.stored_key, site.edge.new[1]))
     if site.edge.past is None:
-        judged = None
-        if site.layout.judged:
-            layout = site.layout
+        judged, key, value = None, _in_dtype(site, site.key), _in_dtype(site, site.value)
+        if layout.judged:
             coded_from = layout.sinks + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
             judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
             with graph.inserting_before(site.sdpa):

@@ -18,7 +18,7 @@ from spectral_compile.backend import examine
 from spectral_compile.codec.layout import Layout
 from spectral_compile.generate import fail, parse_options, phases
 from spectral_compile.kernels.buffers import allocate
-from spectral_compile.report import GraphReport
+from spectral_compile.report import GraphReport, first_refusal
 from spectral_compile.store import Timeline
 
 PROMPT = 24  # tokens that are traced
@@ -51,8 +51,7 @@ def doctor(
     out = Console()
     decode = next((graph for graph in found if graph.kind == "decode"), None)
     if decode is None:
-        reasons = [str(refusal) for graph in found for refusal in graph.refusals]
-        fail(screen, f"nothing would be compressed: {(*reasons, 'the backend got no graph with a KV cache')[0]}")
+        fail(screen, f"nothing would be compressed: {first_refusal(found)}")
     out.print(table(decode, tokens, kind, model or models.DEFAULT))
     for graph in found:
         out.print(str(graph).splitlines()[0].partition(" (")[0], markup=False)

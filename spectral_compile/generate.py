@@ -26,7 +26,7 @@ from spectral_compile import models
 from spectral_compile.backend import reset, spectral
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels import append
-from spectral_compile.report import GraphReport, reports
+from spectral_compile.report import GraphReport, first_refusal, reports
 from spectral_compile.stats import MemoryStats, memory_stats
 
 WARM_UP = 4  # tokens: prefill, a first decode step, and one more for compilers that then ask for a dynamic length
@@ -187,8 +187,7 @@ class Session:
             warm = Clock(lambda: display.update(task, description="warming up: compiling the decode step"))
             self.generate(WARM_UP, warm)
         if backend is spectral and not any(report.matched for report in reports()):
-            reasons = [str(refusal) for report in reports() for refusal in report.refusals]
-            fail(self.screen, f"nothing was compressed: {(*reasons, 'the backend got no graph with a KV cache')[0]}")
+            fail(self.screen, f"nothing was compressed: {first_refusal(reports())}")
         with phases(self.screen, BarColumn()) as display:
             # a bar of layers where the compressed cache tells of them; a dense prefill is one call that says nothing
             layers = sum(report.matched for report in reports() if report.kind == "prefill")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from spectral_compile.codec.layout import Layout
@@ -57,6 +58,12 @@ class GraphReport:
             f" (passes {self.seconds.get('passes', 0.0):.1f} s, compiler {self.seconds.get('inner', 0.0):.1f} s)"
         ]
         return "\n  ".join(lines + [str(refusal) for refusal in (*self.refusals, *self.notes)])
+
+
+def first_refusal(made: Iterable[GraphReport]) -> str:
+    """Why nothing was compressed, in a sentence."""
+    reasons = (str(refusal) for report in made for refusal in report.refusals)
+    return next(reasons, "the backend got no graph with a KV cache")
 
 
 _reports: list[GraphReport] = []

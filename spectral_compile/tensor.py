@@ -96,17 +96,11 @@ class SpectralTensor(torch.Tensor):
     # What PyTorch itself returns from these is a view to it, which Dynamo would build again from the tensor that it came of.
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        given = index if isinstance(index, tuple) else (index,)
-        if self.store is not None and sum(x is Ellipsis for x in given) <= 1 and all(_is_range(x) for x in given):
-            at = given.index(Ellipsis) if Ellipsis in given else len(given)
-            whole = (slice(None),) * (self.ndim + (Ellipsis in given) - len(given))
-            cuts = {dim: x for dim, x in enumerate((*given[:at], *whole, *given[at + 1 :])) if x != slice(None)}
-            if len(cuts) == 1:
-                ((dim, cut),) = cuts.items()
-                made = _slice(self, dim, cut.start, cut.stop, cut.step or 1)
-                if made is not NotImplemented:
-                    return made
-        return super().__getitem__(index)
+        made = NotImplemented
+        if self.store is not None and (cut := _only_cut(index, self.ndim)) is not None:
+            dim, kept = cut
+            made = _slice(self, dim, kept.start, kept.stop, kept.step or 1)
+        return super().__getitem__(index) if made is NotImplemented else made
 
     def repeat_interleave(self, repeats: Any, dim: int | None = None, **rest: Any) -> torch.Tensor:
         if self.store is not None and isinstance(repeats, int) and dim in (0, -4) and not rest:
@@ -147,8 +141,16 @@ class SpectralTensor(torch.Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
-def _is_range(index: Any) -> bool:
-    return index is Ellipsis or isinstance(index, slice)
+def _only_cut(index: Any, ndim: int) -> tuple[int, slice] | None:
+    """The dimension and the range of an index that cuts along one dimension, if that is all it does."""
+    given = index if isinstance(index, tuple) else (index,)
+    if not all(x is Ellipsis or isinstance(x, slice) for x in given) or given.count(Ellipsis) > 1:
+        return None
+    at = given.index(Ellipsis) if Ellipsis in given else len(given)
+    first, last = given[:at], given[at + 1 :]
+    whole = (slice(None),) * (ndim - len(first) - len(last))
+    cuts = [(dim, x) for dim, x in enumerate((*first, *whole, *last)) if x != slice(None)]
+    return cuts[0] if len(cuts) == 1 else None
 
 
 def _traced(args: Any) -> bool:

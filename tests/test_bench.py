@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
-from typer.testing import CliRunner
 
 from spectral_compile.bench import attention, generation, verb
 from spectral_compile.bench.measure import GEOMETRIES, Settings, build, one_line, tidy
 from spectral_compile.bench.store import Layer, draw
-from spectral_compile.cli import app
 from spectral_compile.codec import PRESETS
+from tests import shell
 
 TINY = ("--geometry", "tiny", "--device", "cpu", "--dtype", "float32", "--inner", "eager", "--cached", "1200")
 SETTINGS = Settings(
@@ -34,8 +34,7 @@ SETTINGS = Settings(
 )
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+invoke = partial(shell.invoke, "bench")
 
 
 @pytest.fixture(scope="module")

@@ -5,25 +5,23 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from click.testing import Result
 from torch._dynamo import list_backends
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from typer.testing import CliRunner
 
 from spectral_compile import models
-from spectral_compile.cli import app
 from spectral_compile.generate import parse_options
+from tests import shell
 
 TINY = ("--inner", "eager", "--dtype", "float32", "--prompt-tokens", "700", "--new-tokens", "6", "--device", "cpu")
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["generate", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+invoke = partial(shell.invoke, "generate")
 
 
 def rows(output: str) -> dict[str, list[str]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
 import spectral_compile as sc
-from spectral_compile.cli import app
 from spectral_compile.doctor import stored
+from tests import shell
 from tests.tiny import build, tokens
 
 
@@ -20,8 +19,7 @@ def fresh() -> None:
     sc.reset()
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["doctor", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+invoke = partial(shell.invoke, "doctor")
 
 
 def saved(name: str, folder: Path) -> Path:
@@ -42,7 +40,7 @@ def test_layers_that_stay_dense_have_a_reason(tmp_path: Path) -> None:
     assert "1 of 2 layers" in result.stdout and "the cache keeps only a window of its tokens" in result.stdout
 
 
-@pytest.mark.parametrize("name, reason", [("gemma2", "softcapping"), ("bloom", "matmul and softmax")])
+@pytest.mark.parametrize("name, reason", [("gpt-oss", "sinks"), ("bloom", "matmul and softmax")])
 def test_nothing_to_compress_is_an_error(name: str, reason: str, tmp_path: Path) -> None:
     result = invoke(saved(name, tmp_path))
     assert result.exit_code == 1

@@ -13,13 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import Result as Outcome
 from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from typer.testing import CliRunner
 
 from spectral_compile import models
-from spectral_compile.cli import app
 from spectral_compile.codec import PRESETS as CODECS
 from spectral_compile.codec import Profile
 from spectral_compile.evaluation import contenders, simulated, size, tasks
@@ -31,15 +28,12 @@ from spectral_compile.evaluation.size import weigh
 from spectral_compile.evaluation.trace import Step, show, trace
 from spectral_compile.evaluation.verb import split, table
 from spectral_compile.report import GraphReport
+from tests.shell import invoke
 from tests.tiny import GROUPED, tokens
 
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding if
 WINDOW = {"recent": 64, "block": 32}
 PRESETS = ("exact", "quality", "balanced", "compact", "seed")
-
-
-def invoke(*arguments: object) -> Outcome:
-    return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from spectral_compile import report
 from spectral_compile.bench.generation import recordings
 from spectral_compile.store import SpectralStore
 from spectral_compile.tensor import SpectralTensor
-from tests.tiny import GREEDY, WINDOWS, build, tokens
+from tests.tiny import EXACT, GREEDY, build, tokens
 
 MOST_ROWS, MOST_TOKENS = 4, 160
 
@@ -29,7 +29,7 @@ class Caches(RuleBasedStateMachine):
         sc.reset()  # of an earlier model nothing is left that counts as a recompilation
         self.dense = build("llama")
         self.model = build("llama")
-        self.model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": "eager", **WINDOWS})
+        self.model.compile(backend=sc.spectral, options=EXACT)
         self.kept: list[tuple[object, object]] = []
         self.seed = 0
 
@@ -120,7 +120,7 @@ def test_many_generations_leave_nothing_behind() -> None:
     """Two hundred, of other lengths and rows: no more graphs after the first few, and no store that is not the last one's."""
     sc.reset()
     model = build("llama")
-    model.compile(backend=sc.spectral, options={"preset": "balanced", "strict": True, "inner": "eager", **WINDOWS})
+    model.compile(backend=sc.spectral, options={**EXACT, "preset": "balanced"})
     graphs = 0
     for turn in range(200):
         out = model.generate(tokens(1 + turn % 2, 20 + turn % 37, seed=turn), max_new_tokens=6, **GREEDY)

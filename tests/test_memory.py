@@ -7,11 +7,10 @@ import weakref
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import spectral_compile as sc
 from spectral_compile import backend
-from tests.tiny import WINDOWS, build, tokens
+from tests.tiny import WINDOWS, build, smollm2_sized, tokens
 
 LONG = 4096
 
@@ -77,17 +76,7 @@ def test_peak_of_a_long_prefill_is_one_layer_above_the_compressed_cache() -> Non
 
     The dense cache is whole when the dense peak is reached, in the last layer; what is left of it is what activations need.
     """
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = smollm2_sized(layers=4, positions=8192)
     prompt = torch.randint(0, 512, (1, LONG))
     one_layer = 2 * 3 * LONG * 64 * 4
 

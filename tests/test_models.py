@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 import spectral_compile as sc
 from spectral_compile import report
-from tests.tiny import GREEDY, MODELS, OTHERS, WINDOWS, build, tokens
+from spectral_compile.backend import examine
+from tests.tiny import EXACT, GREEDY, MODELS, OLDEST, OTHERS, WINDOWS, build, tokens
 
 ROTATED = set(MODELS) - {"gpt2", "opt", "smollm3-without-rope"}
 README = Path(__file__).parents[1] / "README.md"
@@ -60,23 +60,17 @@ def test_layers_that_stay_dense_do_no_harm(name: str) -> None:
 
 
 def row(name: str) -> str:
-    """The line of README's table that is right for a model, from the reports of what was compiled last."""
-    made = sc.reports()
+    """The line of README's table that is right for a model."""
+    made = examine(build(name), options={**EXACT, "strict": False}, input_ids=tokens(1, 30))
     matched, sites = max((graph.matched, graph.sites) for graph in made)
     reasons = sorted({re.sub(r"^graph: |^.*self_attn: ", "", str(refusal)) for graph in made for refusal in graph.refusals})
     return f"| `{name}` | {matched} of {max(sites, 2)} | {'; '.join(reasons) or '-'} |"
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("5.17"), reason="the table is of the newest transformers")
+@pytest.mark.skipif(OLDEST, reason="the table is of the newest transformers")
 def test_the_table_in_the_readme_is_right() -> None:
-    lines = []
-    for name in (*MODELS, *OTHERS):
-        sc.reset()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", report.SpectralWarning)
-            compiled(name, strict=False).generate(tokens(1, 30), max_new_tokens=3, **GREEDY)
-        lines.append(row(name))
-    assert "\n".join(lines) in README.read_text(), "\n".join(lines)
+    lines = "\n".join(row(name) for name in (*MODELS, *OTHERS))
+    assert lines in README.read_text(), lines
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -130,7 +124,7 @@ def test_inner_compilers_give_the_same_tokens(inner: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_compress(dtype: torch.dtype) -> None:
     model = build("llama").to(dtype)
-    model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": "eager", **WINDOWS})
+    model.compile(backend=sc.spectral, options=EXACT)
     out = model.generate(tokens(1, 40), max_new_tokens=8, return_dict_in_generate=True, **GREEDY)
     assert out.past_key_values.layers[0].keys.dtype == dtype
     assert not any(graph.notes for graph in sc.reports())

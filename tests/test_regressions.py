@@ -12,7 +12,7 @@ import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.passes import masks
 from spectral_compile.tensor import SpectralTensor
-from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
+from tests.tiny import EXACT, GREEDY, GROUPED, WINDOWS, build, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ def test_a_second_model_with_other_heads_is_compressed_too() -> None:
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, head_dim=head_dim)).eval()
         prompt = tokens(1, 40)
         expected = model.generate(prompt, max_new_tokens=20, **GREEDY)
-        model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": "eager", **WINDOWS})
+        model.compile(backend=sc.spectral, options=EXACT)
         out = generated(model, prompt, 20)
         assert torch.equal(out.sequences, expected)
         assert all(isinstance(layer.keys, SpectralTensor) for layer in out.past_key_values.layers)

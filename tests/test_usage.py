@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import CompileConfig, PreTrainedModel
 
 import spectral_compile as sc
 from spectral_compile import report
-from tests.tiny import GREEDY, WINDOWS, build, tokens
+from tests.tiny import EXACT, GREEDY, OLDEST, build, tokens
 
-OPTIONS = {"preset": "exact", "strict": True, "inner": "eager", **WINDOWS}
 PROMPT = tokens(2, 40)
 MASK = torch.ones_like(PROMPT)
 MASK[0, :7] = 0
@@ -41,7 +39,7 @@ def both(run: Callable[[PreTrainedModel], Any]) -> tuple[Any, Any]:
     for compress in (True, False):
         model = build("llama")
         if compress:
-            model.compile(backend=sc.spectral, options=OPTIONS)
+            model.compile(backend=sc.spectral, options=EXACT)
         torch.manual_seed(0)
         given.append(run(model))
     return given[0], given[1]
@@ -101,7 +99,7 @@ def test_assisted_decoding_crops_what_the_assistant_got_wrong() -> None:
 def test_an_assistant_may_be_compressed_itself() -> None:
     def run(model: PreTrainedModel) -> torch.Tensor:
         assistant = build("llama", seed=1)
-        assistant.compile(backend=sc.spectral, options=OPTIONS)
+        assistant.compile(backend=sc.spectral, options=EXACT)
         return model.generate(PROMPT[:1], assistant_model=assistant, max_new_tokens=24, pad_token_id=0, **SEARCHED)
 
     ours, dense = both(run)
@@ -188,7 +186,7 @@ def test_a_cache_goes_on_after_it_was_changed(change: str, count: int) -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     model = build("llama")
-    model.compile(backend=sc.spectral, options={**OPTIONS, "preset": "balanced"})
+    model.compile(backend=sc.spectral, options={**EXACT, "preset": "balanced"})
     together = model.generate(**PADDED, **SEARCHED, max_new_tokens=20)
     alone = model.generate(PROMPT[:1], attention_mask=MASK[:1], max_new_tokens=20, **GREEDY)
     assert torch.equal(together[:1], alone)
@@ -196,7 +194,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_a_copied_system_prompt_shares_nothing_with_its_copies() -> None:
     model = build("llama")
-    model.compile(backend=sc.spectral, options={**OPTIONS, "preset": "balanced"})
+    model.compile(backend=sc.spectral, options={**EXACT, "preset": "balanced"})
     with torch.no_grad():
         cache = model(PROMPT[:1], use_cache=True).past_key_values
     one, other = copy.deepcopy(cache), copy.deepcopy(cache)
@@ -223,19 +221,19 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 def compile_forward(model: PreTrainedModel, **how: Any) -> None:
-    model.forward = torch.compile(model.forward, backend=sc.spectral, options=OPTIONS, **how)
+    model.forward = torch.compile(model.forward, backend=sc.spectral, options=EXACT, **how)
 
 
 COMPILED: dict[str, Callable[[PreTrainedModel], None]] = {
-    "compile": lambda model: model.compile(backend=sc.spectral, options=OPTIONS),
-    "by name": lambda model: model.compile(backend="spectral", options=OPTIONS),
+    "compile": lambda model: model.compile(backend=sc.spectral, options=EXACT),
+    "by name": lambda model: model.compile(backend="spectral", options=EXACT),
     "forward": compile_forward,
-    "fullgraph": lambda model: model.compile(backend=sc.spectral, options=OPTIONS, fullgraph=True),
-    "dynamic": lambda model: model.compile(backend=sc.spectral, options=OPTIONS, dynamic=True),
-    "static": lambda model: model.compile(backend=sc.spectral, options=OPTIONS, dynamic=False),
+    "fullgraph": lambda model: model.compile(backend=sc.spectral, options=EXACT, fullgraph=True),
+    "dynamic": lambda model: model.compile(backend=sc.spectral, options=EXACT, dynamic=True),
+    "static": lambda model: model.compile(backend=sc.spectral, options=EXACT, dynamic=False),
 }
 
-if transformers.__version__.startswith("5.17"):
+if OLDEST:
     del COMPILED["static"]  # there decode is not dynamic, as README says
 
 
@@ -253,7 +251,7 @@ def test_every_way_to_compile(way: str, context: Callable[[], Any]) -> None:
 @torch.no_grad()
 def test_the_compiled_module_itself_may_be_called() -> None:
     model = build("llama")
-    compiled = torch.compile(model, backend=sc.spectral, options=OPTIONS)
+    compiled = torch.compile(model, backend=sc.spectral, options=EXACT)
     cache = compiled(PROMPT, use_cache=True).past_key_values
     ours = compiled(tokens(2, 1), past_key_values=cache, use_cache=True).logits
     whole = model(torch.cat([PROMPT, tokens(2, 1)], 1)).logits[:, -1:]

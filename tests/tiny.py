@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+OLDEST = hf.__version__.startswith("5.17")
 TEXT = {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 SMALL = {
     **TEXT,
@@ -67,7 +68,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         hf.OPTConfig(**{**SMALL, "ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 64})
     ),
 }
-if hf.__version__.startswith("5.17"):
+if OLDEST:
     del MODELS["phi3-long-rope"]  # there its decode step stays dense, as README says
 
 WINDOW = {**GROUPED, "sliding_window": 24}
@@ -98,6 +99,7 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 WINDOWS = {"sinks": 2, "recent": 8, "block": 4, "warmup": 16}  # small enough that a short prompt is coded
+EXACT = {"preset": "exact", "strict": True, "inner": "eager", **WINDOWS}  # options under which nothing may differ from dense
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -105,6 +107,21 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     """The model of that name in evaluation mode; the same weights for the same ``seed``."""
     torch.manual_seed(seed)
     return {**MODELS, **OTHERS}[name]().eval()
+
+
+def smollm2_sized(layers: int, positions: int) -> PreTrainedModel:
+    """A random model of SmolLM2's sizes, but for the vocabulary, with ``layers`` layers for up to ``positions`` tokens."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=512,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=positions,
+    )
+    return hf.LlamaForCausalLM(config).eval()
 
 
 def tokens(rows: int, count: int, seed: int = 0) -> torch.Tensor:

@@ -83,8 +83,7 @@ def spectral(geometry: Geometry, settings: Settings, batch: int, cached: int, pr
 def over_decoded(layer: Layer, tokens: Tokens, cached: int) -> torch.Tensor:
     """Attention [B, Hq, 1, D] in float32 of the last token over the decoded store and itself."""
     single = copy(layer.store)
-    single.dtype, held = torch.float32, single.buffers
-    single.buffers = held._replace(k_exact=held.k_exact.float(), v_exact=held.v_exact.float())
+    single.cast(torch.float32)
     key, value = (single.dense(role, cached) for role in ("key", "value"))
     at = torch.tensor([cached], device=key.device)
     query, new_key, new_value = (x[:, :, -1:].float() for x in (tokens.query, tokens.key, tokens.value))

@@ -16,13 +16,14 @@ from .basis import (
 )
 from .layout import Layout, Rotary, Tiers
 from .presets import PRESETS, Preset
-from .profile import GRADES, Profile
+from .profile import GRADES, USUAL, Profile
 from .quantise import dequantise, norm_code, norm_value, pack, quantise, search_step, unpack
 
 __all__ = [
     "GRADES",
     "PRESETS",
     "SAMPLE",
+    "USUAL",
     "Layout",
     "Preset",
     "Profile",

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from typer import Option
 
 from spectral_compile import models
-from spectral_compile.codec import GRADES, Preset, Profile
-from spectral_compile.codec.profile import USUAL
+from spectral_compile.codec import GRADES, USUAL, Preset, Profile
 from spectral_compile.evaluation.contenders import DENSE, Contender, contender, require_matched
 from spectral_compile.evaluation.measure import Agreement
 from spectral_compile.evaluation.texts import calibration, take

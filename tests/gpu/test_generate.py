@@ -12,7 +12,7 @@ import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.bench.generation import recordings
 from tests.test_profile import profile
-from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
+from tests.tiny import GREEDY, GROUPED, WINDOWS, build, smollm2_sized, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,17 +85,7 @@ def test_presets_lose_what_they_lose_on_the_cpu(options: dict[str, Any], dtype: 
 
 
 def test_peak_memory_of_a_long_prefill_is_near_the_compressed_cache() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=32768,
-    )
-    model = LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16)
+    model = smollm2_sized(layers=30, positions=32768).to("cuda", torch.bfloat16)
     prompt = torch.randint(0, 512, (1, 16384), device="cuda")
     peaks, stored = {}, 0
     for name, compile in (
