@@ -34,12 +34,14 @@ def attend_(
     layout: str,
     scale: float,
     window: int,
+    softcap: float,
+    sink: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``reference.attend`` and ``reference.append``; ``layout`` is ``Layout.spec()``. One call a layer keeps the host's
     share of a decode step small."""
     buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
     parsed = Layout.parse(layout)
-    chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window)
+    chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window, softcap, sink)
     if not query.is_cuda:
         out = reference.attend(*chunk)
     else:

@@ -8,6 +8,7 @@ of one column these two launches also store it: the first codes what leaves the 
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import Any
 
@@ -47,6 +48,12 @@ def _product(codes, basis, FIRST: tl.constexpr, COUNT: tl.constexpr, PRECISION: 
     for i in tl.static_range(1, COUNT):
         x = tl.dot(codes[i], basis[FIRST + i], x, input_precision=PRECISION)
     return x
+
+
+@triton.jit
+def _capped(s, CAP: tl.constexpr):
+    """``CAP * tanh(s / CAP)``, or scores as they are where ``CAP`` is 0; all counted in powers of two."""
+    return CAP - 2 * CAP / (tl.exp2(s * (2 * 1.4426950408889634 / CAP)) + 1) if CAP > 0 else s
 
 
 @triton.jit
@@ -117,7 +124,7 @@ def _past(
     RV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, SINKS: tl.constexpr,
     HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
-    ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, GAPS: tl.constexpr,
+    ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, CAP: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
     """Attention to coded tokens from ``low`` to ``high``: a tuple of sums, references [M] and sums of weights [M].
 
@@ -223,7 +230,7 @@ def _past(
                         n1 = n1 + (r1[i] * step_cos[i] + r2[i] * step_sin[i],)
                         n2 = n2 + (r2[i] * step_cos[i] - r1[i] * step_sin[i],)
                     r1, r2 = n1, n2
-                scores += gone[:, None]
+                scores = _capped(scores, CAP) + gone[:, None]
                 if SLIDES:
                     scores = tl.where((SINKS + slots)[:, None] > (own - slide)[None, :], scores, float("-inf"))
                 if HAS_SEEN:
@@ -309,7 +316,7 @@ def _present(
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Attention to one part of what is held exactly: sums ([M, DP],), their maxima [M] and sums of weights [M].
 
@@ -376,7 +383,7 @@ def _present(
             visible = ok[:, None] & (token[:, None] <= own[None, :])
             if SLIDES:
                 visible = visible & (token[:, None] > (own - slide)[None, :])
-        highest, alpha, weights = _merge_max(tl.where(visible, scores, float("-inf")), highest)
+        highest, alpha, weights = _merge_max(tl.where(visible, _capped(scores, CAP), float("-inf")), highest)
         total = total * alpha[None, :] + weights
         out = out * alpha[:, None]
         mixing = tl.trans(weights.to(DTYPE))
@@ -403,7 +410,7 @@ def _attend_kernel(
     M: tl.constexpr, N: tl.constexpr,
     DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
     ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, WIDTH: tl.constexpr,
-    PLACES: tl.constexpr, EXACT_N: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr,
+    PLACES: tl.constexpr, CAP: tl.constexpr, EXACT_N: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs."""
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -446,7 +453,7 @@ def _attend_kernel(
                 v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
                 DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW,
                 V_ROW, NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK,
-                ROTATE, STAGES, LATE, False,
+                ROTATE, STAGES, LATE, CAP, False,
             )  # fmt: skip
         else:
             sums, highest, total = _past(
@@ -454,7 +461,7 @@ def _attend_kernel(
                 v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
                 DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW,
                 V_ROW, NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK,
-                ROTATE, STAGES, LATE, True,
+                ROTATE, STAGES, LATE, CAP, True,
             )  # fmt: skip
         _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
     else:
@@ -462,7 +469,7 @@ def _attend_kernel(
             q_row, head, live, own, split - splits, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
             k_exact, v_exact, row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
             GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, M, EXACT_N,
-            DTYPE, PRECISION,
+            DTYPE, PRECISION, CAP,
         )  # fmt: skip
         _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
         if ENTERS and tile == 0:
@@ -473,13 +480,13 @@ def _attend_kernel(
 @triton.jit(do_not_specialize=["splits", "exact_splits", "first", "stride", "merged"])
 def _merge_kernel(
     out_ptr, max_ptr, sum_ptr, result, splits, exact_splits, count, first, stride, merged, entering, code_tiles,
-    v_basis, v_affine,
+    v_basis, v_affine, sink,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr,
     CODED: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr, LATE: tl.constexpr, RV: tl.constexpr, V_TIERS: tl.constexpr, V_PIECES: tl.constexpr,
-    ENTERS: tl.constexpr, CONSTANTS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINK: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one (query, head) pair, counted from ``first``, into ``result`` [B, n, Hq, D].
+    """Merges the splits of one (query, head) pair, counted from ``first``, and its sink into ``result`` [B, n, Hq, D].
 
     Where one column ``ENTERS`` the store, two programs after the ``merged`` ones of a group write it to the window, which has
     been read by then; what leaves the window has been coded beside the attention.
@@ -493,10 +500,15 @@ def _merge_kernel(
         highest = tl.load(max_ptr + at + s, mask=s < splits, other=float("-inf"))
         exact = tl.load(max_ptr + at + splits + e, mask=e < exact_splits, other=float("-inf"))
         top = tl.maximum(tl.max(highest, 0), tl.max(exact, 0))
+        if HAS_SINK:
+            taken = tl.load(sink + g * ROWS + m % ROWS).to(tl.float32) * 1.4426950408889634
+            top = tl.maximum(top, taken)
         top = tl.where(top == float("-inf"), 0.0, top)
         weight, own = tl.exp2(highest - top), tl.exp2(exact - top)
         norm = tl.sum(weight * tl.load(sum_ptr + at + s, mask=s < splits, other=0.0), 0)
         norm += tl.sum(own * tl.load(sum_ptr + at + splits + e, mask=e < exact_splits, other=0.0), 0)
+        if HAS_SINK:
+            norm += tl.exp2(taken - top)
         norm = tl.where(norm == 0, 1.0, norm)
         d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         latent = ()
@@ -553,6 +565,8 @@ def attend(
     layout: Layout,
     scale: float,
     window: int,
+    softcap: float = 0.0,
+    sink: torch.Tensor | None = None,
     enters: bool = False,
 ) -> torch.Tensor:
     """``reference.attend`` by kernels; nothing waits for the device, and the grid depends on shapes alone.
@@ -575,6 +589,7 @@ def attend(
     widths = [extent * (16 // bits) for _, _, extent, bits in plan["V_PIECES"]] if late else []
     places = tuple(accumulate(widths, initial=0))
     left = {"WIDTH": max(padded, places[-1]), "PLACES": places, "LATE": late}
+    cap = softcap * math.log2(math.e)
     out = query.new_empty(batch, count, q_heads, dim)
     index = valid.cumsum(1, dtype=torch.int32) - 1 if valid is not None and count > 1 else None
     seen = None if mask is None else _seen(mask, columns, valid, positions.shape[1], count)
@@ -611,17 +626,17 @@ def attend(
             K_ROW=layout.key.row_bytes // 2, V_ROW=layout.value.row_bytes // 2,
             NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks,
             HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HAS_SEGMENTS=segments > 1,
-            ONE=count == 1, SLIDES=window > 0, N=TILE, ENTERS=now, CONSTANTS=constants, **plan, **left,
+            ONE=count == 1, SLIDES=window > 0, N=TILE, CAP=cap, ENTERS=now, CONSTANTS=constants, **plan, **left,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         _merge_kernel[(merged + 2 * now, batch * groups, padded // channels)](
             part, top, total, out, *shares, count, first * tile, held * tile, merged, entering, code_tiles,
-            buffers.v_basis, buffers.v_affine,
+            buffers.v_basis, buffers.v_affine, sink,
             GROUPS=groups, ROWS=heads * gqa, HEADS=heads, D=dim, DP=padded, CHANNELS=channels,
             CODED=not layout.lossless, SP=held_splits, AT_ONCE=min(held_splits, _MERGED // widest),
             EP=triton.next_power_of_2(max(1, shares[1])),
             RV=layout.value.rank, V_TIERS=_tiers(layout.value), V_PIECES=plan["V_PIECES"],
-            ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
+            HAS_SINK=sink is not None, ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
             num_warps=8 if held_splits * widest > _MERGED // 2 else 4,
         )  # fmt: skip
     return out.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Canonicalise attention: every ``scaled_dot_product_attention`` becomes a ``Site`` with keys and values per KV head."""
+"""Canonicalise attention: every one, called or written out, becomes a ``Site`` with keys and values per KV head."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ import math
 import torch
 from torch.fx import Node
 
-from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call
+from spectral_compile.passes.eager import written_out
+from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call, module_of
 from spectral_compile.report import Refusal
 
 
 def canonicalise_attention(trace: Trace) -> None:
-    """Find the sites, whichever way arguments are given and heads are repeated."""
+    """Find the sites, whichever way attention is called or written out, arguments are given and heads are repeated."""
+    reasons = []
     for node in trace.gm.graph.nodes:
+        found = None
         if is_call(node, "scaled_dot_product_attention"):
-            trace.sites.append(_site(node))
-    softmax = next((node for node in trace.gm.graph.nodes if is_call(node, "softmax")), None)
-    if not trace.sites and softmax is not None:
-        trace.refusals.append(Refusal("graph", _written_out(softmax)))
+            found = _called(node)
+        elif is_call(node, "softmax"):
+            found = written_out(node)
+        if isinstance(found, Site):
+            trace.sites.append(_per_kv_head(found))
+        elif found is not None:
+            reasons.append(found)
+    if not trace.sites and reasons:
+        trace.refusals.append(Refusal("graph", reasons[0]))
 
 
-def _written_out(softmax: Node) -> str:
-    """Why attention that is computed around ``softmax`` is left alone."""
-    node = softmax
-    while node.all_input_nodes and not is_call(node, "matmul", "baddbmm", "cat"):
-        node = node.all_input_nodes[0]
-        if is_call(node, "tanh"):
-            return "its attention caps scores (softcapping), which attention to a compressed cache does not"
-    if is_call(node, "cat"):
-        return "its attention has learned sinks, which attention to a compressed cache does not"
-    return "attention is computed by matmul and softmax: load the model with attn_implementation='sdpa' if it has that"
-
-
-def _site(sdpa: Node) -> Site:
+def _called(sdpa: Node) -> Site:
     query, key, value = (argument(sdpa, i, name) for i, name in enumerate(("query", "key", "value")))
-    key, value = unwrap_repeat(key), unwrap_repeat(value)
-    q, k, v = fake(query), fake(key), fake(value)
     scale = fake(argument(sdpa, 6, "scale"))
     if isinstance(scale, torch.SymFloat):
         scale = float(scale)  # a second model of one class makes Dynamo vary it; guards then hold it to this one
-    site = Site(
-        sdpa=sdpa,
+    return Site(
+        attended=sdpa,
         query=query,
         key=key,
         value=value,
         mask=argument(sdpa, 3, "attn_mask"),
-        causal=bool(argument(sdpa, 5, "is_causal", False)),
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        where=_module(sdpa),
+        scale=1 / math.sqrt(fake(query).shape[-1]) if scale is None else scale,
+        where=module_of(sdpa),
+        refusal="attention dropout is on: call model.eval()" if argument(sdpa, 4, "dropout_p", 0.0) else None,
     )
-    if argument(sdpa, 4, "dropout_p", 0.0):
-        site.refusal = "attention dropout is on: call model.eval()"
-    elif not q.ndim == k.ndim == v.ndim == 4:
+
+
+def _per_kv_head(site: Site) -> Site:
+    """The site with keys and values as they were before heads were repeated, and a refusal if their shapes are no cache's."""
+    site.key, site.value = unwrap_repeat(site.key), unwrap_repeat(site.value)
+    q, k, v = fake(site.query), fake(site.key), fake(site.value)
+    if site.refusal is not None:
+        return site
+    if not q.ndim == k.ndim == v.ndim == 4:
         site.refusal = "queries, keys and values are not [batch, heads, tokens, head_dim]"
     elif k.shape[1] != v.shape[1] or k.shape[3] != v.shape[3] or q.shape[3] != k.shape[3]:
         site.refusal = "keys and values differ in heads or head_dim"
@@ -91,8 +91,3 @@ def unwrap_repeat(node: Node) -> Node:
 
 def _whole(index: object) -> bool:
     return index is Ellipsis or index == slice(None, None, None)
-
-
-def _module(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else node.name

@@ -87,7 +87,7 @@ def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
     """The window of the mask with a past ``extra`` columns longer, 0 where it hides nothing; None if it is not causal."""
     count = hint(fake(site.query).shape[2])
     past = hint(fake(site.edge.past[0]).shape[2]) if site.edge.past else 0
-    graph = site.sdpa.graph.owning_module
+    graph = site.attended.graph.owning_module
     fixed, sizes, numbers = free_symbols(fake(site.query).shape[2]), symbol_hints(graph), {}
     if count * (past + extra + count) > 4 * _CELLS:
         if past + extra:

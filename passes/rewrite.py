@@ -90,7 +90,7 @@ def rewrite(trace: Trace) -> None:
         columns = placeholder("spectral_columns", ("columns",), empty(batch, 1, dtype=torch.bool))
 
     ids = next((site.positions for site in sites if site.positions is not None), None)
-    with graph.inserting_before(first.sdpa):
+    with graph.inserting_before(first.attended):
         graph.call_function(advance_._opoverload, (ledger, positions, ids, valid, first.edge.new[0], first.layout.spec()))
     for i, site in enumerate(sites):
         layout = site.layout
@@ -142,34 +142,36 @@ def _substitute(
         if layout.judged:
             coded_from = layout.sinks + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
             judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
-            with graph.inserting_before(site.sdpa):
+            with graph.inserting_before(site.attended):
                 judged = graph.call_function(importance._opoverload, judging)
-        with graph.inserting_after(site.sdpa):
+        with graph.inserting_after(site.attended):
             graph.call_function(append_._opoverload, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True):
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
-        if site.mask is not None and site.mask_kind == "causal" and not site.window:
+        plain = not site.window and not site.softcap and site.sink is None
+        if site.mask is not None and site.mask_kind == "causal" and plain:
             _replace(site, causal._opoverload, (query, key, value, ledger, valid, float(site.scale)))
         return
     mask = site.mask if site.mask_kind == "tensor" else None
     head = (query, stored_key, new_value, mask, columns if mask is not None else None, ledger, positions, valid)
-    _replace(site, attend_._opoverload, (*head, *buffers, spec, float(site.scale), site.window))
+    how = (float(site.scale), site.window, site.softcap, site.sink)
+    _replace(site, attend_._opoverload, (*head, *buffers, spec, *how))
 
 
 def _in_dtype(site: Site, node: Node) -> Node:
     """``node`` in the dtype of the site's attention."""
     if fake(node).dtype == site.dtype:
         return node
-    with site.sdpa.graph.inserting_before(site.sdpa):
-        cast = site.sdpa.graph.call_method("to", (node, site.dtype))
+    with site.attended.graph.inserting_before(site.attended):
+        cast = site.attended.graph.call_method("to", (node, site.dtype))
     cast.meta = {"example_value": fake(node).to(site.dtype)}
     return cast
 
 
 def _replace(site: Site, operation: Any, arguments: tuple[Any, ...]) -> None:
-    graph = site.sdpa.graph
-    with graph.inserting_before(site.sdpa):
+    graph = site.attended.graph
+    with graph.inserting_before(site.attended):
         attended = graph.call_function(operation, arguments)
-    attended.meta = {"example_value": fake(site.sdpa), "nn_module_stack": site.sdpa.meta.get("nn_module_stack")}
-    site.sdpa.replace_all_uses_with(attended)
-    graph.erase_node(site.sdpa)
+    attended.meta = {"example_value": fake(site.attended), "nn_module_stack": site.attended.meta.get("nn_module_stack")}
+    site.attended.replace_all_uses_with(attended)
+    graph.erase_node(site.attended)

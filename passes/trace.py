@@ -30,16 +30,21 @@ class Edge:
 
 @dataclass
 class Site:
-    """One attention: ``sdpa(query, key, value)`` with keys and values per KV head, and what later passes learn of it."""
+    """One attention of queries to keys and values per KV head, and what later passes learn of it.
 
-    sdpa: Node
+    ``attended`` is what it comes to. Scores, times ``scale``, become ``softcap * tanh(scores / softcap)`` where that is not 0;
+    ``sink`` [Hq] is a score of each query head that takes its share and gives no value.
+    """
+
+    attended: Node
     query: Node
     key: Node
     value: Node
     mask: Node | None
-    causal: bool
     scale: float
     where: str
+    softcap: float = 0.0
+    sink: Node | None = None
     edge: Edge | None = None
     layout: Layout | None = None
     stored_key: Node | None = None
@@ -54,7 +59,7 @@ class Site:
     @property
     def dtype(self) -> torch.dtype:
         """What attention computes in, and the cache holds: under autocast not what all of its arguments are."""
-        return fake(self.sdpa).dtype
+        return fake(self.attended).dtype
 
 
 @dataclass
@@ -124,6 +129,12 @@ def is_call(node: Any, *names: str) -> bool:
 
 def call_name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def module_of(node: Node) -> str:
+    """The module that a node was traced in, or the node's name."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else node.name
 
 
 def is_float(node: Any) -> bool:

@@ -90,14 +90,15 @@ def test_float64_runs_densely_and_is_reported() -> None:
     assert all(graph.matched == 0 and graph.kind == "other" for graph in sc.reports())
 
 
-def test_eager_attention_runs_densely_and_is_reported() -> None:
-    prompt = tokens(1, 20)
-    expected = build("llama").generate(prompt, max_new_tokens=5, **GREEDY)
-    model = build("llama")
-    model.set_attn_implementation("eager")
+def test_attention_weights_that_are_asked_for_keep_a_model_dense_and_are_reported() -> None:
+    given = {"max_new_tokens": 5, "output_attentions": True, "return_dict_in_generate": True, **GREEDY}
+    expected = build("llama-eager").generate(tokens(1, 20), **given)
+    model = build("llama-eager")
     model.compile(backend=sc.spectral, options=EAGER)
-    with pytest.warns(SpectralWarning, match="attn_implementation='sdpa'"):
-        assert torch.equal(model.generate(prompt, max_new_tokens=5, **GREEDY), expected)
+    with pytest.warns(SpectralWarning, match="its attention weights are used elsewhere too: leave output_attentions out"):
+        out = model.generate(tokens(1, 20), **given)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.attentions, expected.attentions)
     assert all(graph.matched == 0 for graph in sc.reports())
 
 

@@ -33,9 +33,14 @@ class Shape:
     head_dim: int = 8
     rope: str = "half"  # none, half, interleaved, partial
     repeat: str = "enable_gqa"  # or repeat_kv
+    writes: str = "sdpa"  # or attention written out: eager, capped, sinks
     mask: str = "causal"  # causal: a bool mask only where several queries meet a past; bool: always; padding: from a 2-D mask
     variant: str = ""
     layers: int = 2
+
+    @property
+    def written_out(self) -> bool:
+        return self.writes != "sdpa" or self.variant in ("eager_dropout", "taken_weights", "biased")
 
 
 class Attention(nn.Module):
@@ -46,6 +51,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(width, shape.kv_heads * shape.head_dim, bias=False)
         self.v = nn.Linear(width, (1 if shape.variant == "v_heads" else shape.kv_heads) * shape.head_dim, bias=False)
         self.o = nn.Linear(width, width, bias=False)
+        self.sinks = nn.Parameter(torch.linspace(-1.0, 2.0, shape.kv_heads * shape.groups))
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor] | None, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None
@@ -62,15 +68,28 @@ class Attention(nn.Module):
         keys, values, options = k, v, {"enable_gqa": True}
         if shape.repeat == "repeat_kv":
             keys, values, options = self.repeated(k), self.repeated(v), {}
-        if variant == "matmul":
-            scores = q @ keys.mT * shape.head_dim**-0.5
-            scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-            out = scores.softmax(-1) @ values
+        if variant == "einsum":
+            out = torch.einsum("bhqd,bhkd->bhqk", q, keys).softmax(-1) @ values
+        elif shape.written_out:
+            out = self.written_out(q, self.repeated(k), self.repeated(v), mask)
         else:
             if variant == "dropout":
                 options["dropout_p"] = 1e-9
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, **options)
         return self.o(out.transpose(1, 2).reshape(x.shape)), (k, v)
+
+    def written_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.matmul(q, k.transpose(2, 3)) * self.shape.head_dim**-0.5
+        if self.shape.writes == "capped":
+            scores = torch.tanh(scores / 0.3) * 0.3
+        scores = scores + torch.where(mask, 1e-3 if self.shape.variant == "biased" else 0.0, torch.finfo(scores.dtype).min)
+        if self.shape.writes == "sinks":
+            sinks = self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32)
+        weights = F.dropout(weights, 1e-9, training=self.shape.variant == "eager_dropout").to(q.dtype)
+        out = torch.matmul(weights[..., :-1] if self.shape.writes == "sinks" else weights, v)
+        return out + weights.mean() if self.shape.variant == "taken_weights" else out
 
     def repeated(self, x: Tensor) -> Tensor:
         batch, heads, length, dim = x.shape
@@ -125,7 +144,8 @@ class Decoder(nn.Module):
     def mask(self, past: int, count: int, padding: Tensor | None) -> Tensor | None:
         if self.shape.variant == "bidirectional":
             return None
-        if self.shape.mask == "causal" and self.shape.variant != "float_mask" and (count == 1 or past == 0):
+        skips = self.shape.variant != "float_mask" and not self.shape.written_out
+        if self.shape.mask == "causal" and skips and (count == 1 or past == 0):
             return None
         mask = torch.arange(past + count)[None] <= torch.arange(past, past + count)[:, None]
         mask = mask[None, None]
@@ -156,6 +176,7 @@ def shapes(dims: tuple[int, ...]) -> st.SearchStrategy[Shape]:
         head_dim=st.sampled_from(dims),
         rope=st.sampled_from(["none", "half", "interleaved", "partial"]),
         repeat=st.sampled_from(["enable_gqa", "repeat_kv"]),
+        writes=st.sampled_from(["sdpa", "sdpa", "eager", "capped", "sinks"]),
         mask=st.sampled_from(["causal", "bool", "padding"]),
         layers=st.integers(1, 2),
     )
@@ -305,7 +326,9 @@ COUNTER_EXAMPLES = {
     "cache_stays": "the cache does not leave this graph",
     "dropout": "dropout",
     "v_heads": "keys and values differ in heads",
-    "matmul": "attn_implementation='sdpa'",
+    "einsum": "attn_implementation='sdpa'",
+    "eager_dropout": "attention dropout is on",
+    "taken_weights": "its attention weights are used elsewhere too",
 }
 
 
@@ -341,7 +364,7 @@ def test_a_cache_of_dense_tensors_is_left_alone(spy: Spy) -> None:
     spy.assert_untouched()
 
 
-SECOND_STEPS = {"bidirectional": "not causally", "float_mask": "adds numbers"}
+SECOND_STEPS = {"bidirectional": "not causally", "float_mask": "adds numbers", "biased": "adds numbers"}
 
 
 @pytest.mark.parametrize("variant", SECOND_STEPS)

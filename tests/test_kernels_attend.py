@@ -29,12 +29,13 @@ def on_device(books: Books) -> tuple[Tensor, Tensor, Buffers]:
 
 
 def fused_attend(
-    books: Books, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, window: int = 0
+    books: Books, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
 ) -> Tensor:
     ledger, positions, buffers = on_device(books)
     given = (chunk.query, chunk.key, chunk.value, mask, columns, None, None, chunk.valid)
     query, key, value, mask, columns, _, _, valid = (x if x is None else x.to(DEVICE) for x in given)
-    out = fused.attend(query, key, value, mask, columns, ledger, positions, valid, buffers, books.layout, scale, window)
+    held = ledger, positions, valid, buffers, books.layout
+    out = fused.attend(query, key, value, mask, columns, *held, scale, **{"window": 0, **how})
     return out.to("cpu")
 
 
@@ -51,6 +52,19 @@ def test_attend_equals_the_reference(case: Case) -> None:
     for chunk in case.chunks:
         books.advance(chunk)
         assert_same(fused_attend(books, chunk, case.scale), books.attend(chunk, case.scale), chunk)
+        books.append(chunk)
+
+
+@FEW
+@given(cases(), st.sampled_from([0.0, 0.3, 30.0]), st.booleans())
+def test_capped_scores_and_sinks_equal_the_reference(case: Case, softcap: float, sinks: bool) -> None:
+    books = Books.blank(case.layout, case.batch, case.columns)
+    sink = torch.linspace(-2.0, 3.0, case.layout.kv_heads * case.groups) if sinks else None
+    for chunk in case.chunks:
+        books.advance(chunk)
+        expected = books.attend(chunk, case.scale, softcap=softcap, sink=sink)
+        got = fused_attend(books, chunk, case.scale, softcap=softcap, sink=None if sink is None else sink.to(DEVICE))
+        assert_same(got, expected, chunk)
         books.append(chunk)
 
 

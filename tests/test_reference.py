@@ -145,10 +145,11 @@ class Books:
         reference.advance(self.ledger, self.positions, chunk.ids, chunk.valid, chunk.key, self.layout)
 
     def attend(
-        self, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, window: int = 0
+        self, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
     ) -> Tensor:
         parts = chunk.query, chunk.key, chunk.value, mask, columns
-        return reference.attend(*parts, self.ledger, self.positions, chunk.valid, self.buffers, self.layout, scale, window)
+        books = self.ledger, self.positions, chunk.valid, self.buffers, self.layout
+        return reference.attend(*parts, *books, scale, **{"window": 0, **how})
 
     def append(self, chunk: Chunk) -> None:
         tokens = chunk.query, chunk.key, chunk.value

@@ -37,6 +37,23 @@ LONG = {
     "original_max_position_embeddings": 1024,
 }
 
+CAPPED = {**GROUPED, "head_dim": 16, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 1, "initializer_range": 0.1}
+
+
+def eager(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with attention written out."""
+    model.set_attn_implementation("eager")
+    return model
+
+
+def with_sinks(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with sinks that take about half of the attention, of each head another share."""
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.self_attn.sinks.uniform_(2.0, 4.0)
+    return model
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
     "llama-scaled-rope": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=LLAMA3)),
@@ -64,6 +81,16 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "smollm3-without-rope": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0])),
     "stablelm": lambda: hf.StableLmForCausalLM(hf.StableLmConfig(**GROUPED)),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **TEXT)),
+    "llama-eager": lambda: eager(hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED))),
+    "gpt2-eager": lambda: eager(MODELS["gpt2"]()),
+    "gemma2-softcapping": lambda: eager(hf.Gemma2ForCausalLM(hf.Gemma2Config(**CAPPED, layer_types=["full_attention"] * 2))),
+    "gpt-oss-sinks": lambda: with_sinks(
+        hf.GptOssForCausalLM(
+            hf.GptOssConfig(
+                **GROUPED, head_dim=16, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2
+            )
+        )
+    ),
     "opt": lambda: hf.OPTForCausalLM(
         hf.OPTConfig(**{**SMALL, "ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 64})
     ),

@@ -81,7 +81,7 @@ class Layer:
 
         Of one token it is what a decode step calls, and may be repeated.
         """
-        absent = {"mask": None, "columns": None, "window": 0}
+        absent = {"mask": None, "columns": None, "window": 0, "softcap": 0.0, "sink": None}
         positions, scale = self.timeline.positions, self.layout.head_dim**-0.5
         return torch.ops.spectral.attend_(**tokens, **self._shared(), **absent, positions=positions, scale=scale)
 
