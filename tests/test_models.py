@@ -45,6 +45,16 @@ def test_greedy_tokens_equal_dense(name: str) -> None:
     assert_all_matched("prefill", "decode")
 
 
+@pytest.mark.parametrize("name", ["gpt2-eager", "gemma2-softcapping", "gpt-oss-sinks"])
+def test_logits_of_attention_that_is_written_out_equal_dense(name: str) -> None:
+    """Tokens hardly tell whether scores were capped."""
+    prompt = tokens(1, 40)
+    given = {"max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    expected, ours = build(name).generate(prompt, **given), compiled(name).generate(prompt, **given)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+    assert_all_matched("prefill", "decode")
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_layers_that_stay_dense_do_no_harm(name: str) -> None:
     """With a reason, and the same tokens as without the backend; what else can be is compressed."""
