@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch._guards import detect_fake_mode
 
-from spectral_compile.passes.trace import Trace, fake, is_call
+from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, fake, is_call
 from spectral_compile.tensor import SpectralTensor
 
 
@@ -16,7 +16,7 @@ def clean_up(trace: Trace) -> None:
     if trace.plan is None:
         return
     graph = trace.gm.graph
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() or begins_or_ends_vmap(node))
     inputs = {}
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         if not node.users:

@@ -19,7 +19,7 @@ def classify_edges(trace: Trace) -> None:
     for layer, site in enumerate(trace.sites):
         if site.refusal is not None:
             continue
-        edge = _edge(site, leaving)
+        edge = _edge(trace, site, leaving)
         if isinstance(edge, str):
             site.refusal = edge
         elif trace.matched[0].edge is not None and edge.kind != trace.matched[0].edge.kind:
@@ -50,7 +50,7 @@ def _give_layout(trace: Trace, site: Site, layer: int) -> str | None:
     return too_wide(site.layout, key.device)
 
 
-def _edge(site: Site, leaving: set[Node]) -> Edge | str:
+def _edge(trace: Trace, site: Site, leaving: set[Node]) -> Edge | str:
     if fake(site.key).dtype not in _DTYPES:
         dtype = str(fake(site.key).dtype).removeprefix("torch.")
         return f"keys are {dtype}: load the model in float16, bfloat16 or float32"
@@ -67,6 +67,8 @@ def _edge(site: Site, leaving: set[Node]) -> Edge | str:
     if (k_past is None) != (v_past is None):
         return "keys have a past and values have none, or the reverse"
     if k_past is None:
+        if not trace.texts(site.query) <= trace.texts(site.key):
+            return "its keys are not those of the tokens that ask (cross-attention)"
         return Edge("prefill", None, (k_new, v_new), (site.key, site.value))
     k, v = fake(k_past), fake(v_past)
     if not isinstance(k, SpectralTensor) or not isinstance(v, SpectralTensor):

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
-from spectral_compile.passes.trace import fake
+from spectral_compile.passes.trace import begins_or_ends_vmap, fake
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -76,7 +76,7 @@ class _Run(Interpreter):
         self.numbers = numbers
 
     def fetch(self, node: Node) -> Any:
-        order, stack = [], [node]
+        order, stack = [], [node, *filter(begins_or_ends_vmap, self.module.graph.nodes)]
         seen = set(self.env)
         while stack:
             at = stack.pop()
@@ -113,10 +113,19 @@ def lift(
     """
 
     def run(*given: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return _Run(gm, dict(zip(inputs, given, strict=True)), values, numbers or {}).fetch(output)
+        level = _vmaps()
+        try:
+            with torch.no_grad():
+                return _Run(gm, dict(zip(inputs, given, strict=True)), values, numbers or {}).fetch(output)
+        finally:
+            while _vmaps() > level:  # what failed in a vmap has not ended it
+                torch._C._functorch._vmap_decrement_nesting()
 
     return run
+
+
+def _vmaps() -> int:
+    return torch._C._functorch.maybe_current_level() or 0
 
 
 def placeholders_of(node: Node) -> set[Node]:

@@ -6,6 +6,7 @@ the store knows which tokens it holds. Any other bool mask is handed to attentio
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from spectral_compile.passes.trace import Site, Trace, fake
 
 _WIDEST = 1 << 19  # a window is looked for up to this many columns
 _CELLS = 1 << 26  # and a mask is computed up to this many cells, four times as many where nothing is cached
+_FAILURES = (Unliftable, RuntimeError, IndexError, TypeError, ValueError)  # of a piece of a graph that is run by itself
 _FEWEST = 1025  # columns of a prompt that stand for more than that
 
 
@@ -43,7 +45,7 @@ def classify_masks(trace: Trace) -> None:
         if key not in known:
             known[key] = _classify(site)
         site.mask_kind, site.padding, site.window = known[key]
-        if site.mask_kind == "tensor" and site.edge.past is not None:
+        if site.mask_kind == "tensor" and (site.edge.past is not None or trace.is_data(site.mask)):
             mask = fake(site.mask)
             if mask.dtype != torch.bool:
                 site.refusal = "its mask adds numbers to the scores"
@@ -60,17 +62,30 @@ def _classify(site: Site) -> tuple[str, Node | None, int]:
     tensors = [n for n in placeholders_of(site.mask) if isinstance(fake(n), torch.Tensor)]
     paddings = [n for n in tensors if fake(n).ndim == 2 and not fake(n).is_floating_point()]
     others = [n for n in tensors if n not in paddings and n not in (site.edge.past or ())]
-    if len(paddings) > 1 or others or fake(site.mask).dtype != torch.bool:
+    if fake(site.mask).dtype != torch.bool:
         return "tensor", None, 0
-    padding = paddings[0] if paddings else None
-    try:
-        windows = {_window_at(site, padding, extra) for extra in _extras(site, padding)}
-    except (Unliftable, RuntimeError, IndexError, TypeError, ValueError):
-        return "tensor", None, 0
-    found = {w for w in windows if w}
-    if None in windows or len(found) > 1:
-        return "tensor", None, 0
-    return "causal", padding, found.pop() if found else 0
+    if len(paddings) < 2 and not others:
+        padding = paddings[0] if paddings else None
+        with contextlib.suppress(*_FAILURES):
+            windows = {_window_at(site, padding, extra) for extra in _extras(site, padding)}
+            found = {w for w in windows if w}
+            if None not in windows and len(found) < 2:
+                return "causal", padding, found.pop() if found else 0
+    hides = [n for n in paddings if site.edge.past is None and _hides_columns(site, n)]
+    return "tensor", hides[0] if len(hides) == 1 else None, 0
+
+
+def _hides_columns(site: Site, given: Node) -> bool:
+    """Whether the mask of a prompt hides each column where ``given`` is 0, all else being as it was while tracing."""
+    rows, count = (hint(n) for n in fake(given).shape)
+    if count != hint(fake(site.query).shape[2]) or count * count > 4 * _CELLS:
+        return False
+    run, generator = lift(site.attended.graph.owning_module, [given], site.mask), torch.Generator().manual_seed(0)
+    valid = torch.rand(rows, count, generator=generator) < 0.7
+    with contextlib.suppress(*_FAILURES):
+        seen = run(valid.to(fake(given).dtype).to(fake(given).device)).cpu()
+        return not bool((seen & valid[:, None, :, None] & ~valid[:, None, None, :]).any())
+    return False
 
 
 def _extras(site: Site, padding: Node | None) -> list[int]:

@@ -101,6 +101,22 @@ class Trace:
         """Whether ``node`` depends on the model's parameters; masks and angles do not."""
         return node in self._data
 
+    @functools.cached_property
+    def _texts(self) -> dict[Node, frozenset[Node]]:
+        texts: dict[Node, frozenset[Node]] = {}
+        for node in self.gm.graph.nodes:
+            found = frozenset().union(*(texts[parent] for parent in node.all_input_nodes))
+            if node.op == "placeholder" and not isinstance(self.examples.get(node), torch.nn.Parameter):
+                embedded = is_float(node) and fake(node).ndim == 3
+                if embedded or any(is_call(user, "embedding") for user in node.users):
+                    found = frozenset((node,))
+            texts[node] = found
+        return texts
+
+    def texts(self, node: Node) -> frozenset[Node]:
+        """The inputs that ``node`` is computed from which may be text: tokens that are embedded, or hidden states [B, n, W]."""
+        return self._texts[node]
+
     @property
     def output(self) -> Node:
         return next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
@@ -135,6 +151,11 @@ def module_of(node: Node) -> str:
     """The module that a node was traced in, or the node's name."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else node.name
+
+
+def begins_or_ends_vmap(node: Node) -> bool:
+    """Whether ``node`` gives nothing, but has what comes after it run under one more ``vmap``, or one fewer."""
+    return is_call(node, "lazy_load_decompositions", "_vmap_increment_nesting", "_vmap_decrement_nesting")
 
 
 def is_float(node: Any) -> bool:

@@ -80,7 +80,7 @@ class BoundGraph:
         if valid is not None:
             tokens = int(valid.sum(1).min())
         timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device)
-        timeline.padded, timeline.unread = tokens < count, self.plan.masked
+        timeline.padded, timeline.unread = tokens < count, self.plan.masked and self.plan.padding is None
         return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
 
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
@@ -106,12 +106,12 @@ class BoundGraph:
         if timeline.reserve(count):
             for store in stores:
                 store.resize()
-        # comparing masks waits for the GPU, so a lenient decode goes without it
-        compare = self.plan.kind == "extend" or self.config.strict or not self._on_gpu
+        # comparing masks waits for the GPU, so a lenient decode goes without it where it can
+        compare = self.plan.kind == "extend" or self.config.strict or not self._on_gpu or timeline.unread
         past = self._valid(arguments, 0, length) if compare else None
         if past is not None and not torch.equal(past, timeline.columns[:, :length]):
             raise RuntimeError("attention_mask differs from that of earlier calls on this cache: start with a new cache")
-        if not self.plan.masked and (timeline.unread or (timeline.padded and self.plan.padding is None)):
+        if timeline.padded and not self.plan.masked and self.plan.padding is None:
             raise RuntimeError(
                 "earlier calls on this cache masked tokens and this one does not: pass the mask of all tokens so far"
             )

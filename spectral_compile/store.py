@@ -64,7 +64,7 @@ class Timeline:
         self.next_due = 0  # the least length at which a row may have a segment to begin, as far as the host knows
         self.offered = False  # a chunk was long enough for a basis of its own
         self.padded = False  # columns of padding were left out
-        self.unread = False  # a mask that could not be classified hid some of what is stored
+        self.unread = False  # a mask that could not be classified may have hidden padding, which is stored as if it were tokens
         self.capacity = Capacity(coded=0, window=0 if self.waiting else layout.recent + layout.block, segments=0)
         self.ledger = torch.tensor([[0, 0, 0, 0, 1, 0]], device=device).repeat(batch, 1)
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
