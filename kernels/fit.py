@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_compile import codec
+from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import eigen
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.encode import Tokens
@@ -28,18 +29,22 @@ def fit(tokens: Tokens, books: list[list[int]], importance: torch.Tensor | None)
     if not any(may):
         return
     longest, weight = max(counts), _weights(tokens)
-    loudness = None if importance is None or not layout.judged else _loudness(tokens, importance, longest)
-    current = (tokens.buffers.starts <= tokens.ledger[:, 1:2]).sum(1, keepdim=True) - 1
+    loudness = None if importance is None or not layout.judged else _loudness(tokens, importance, counts)
     anew = all(coded == 0 for _, coded, *_ in books)
     if not layout.segment:
-        gram = torch.zeros((), device=weight.device)
+        gram = None
         for at in range(0, longest, _PIECE):
             x = tokens.gather(at, min(_PIECE, longest - at))[:, :, :, None]
-            gram = gram + _gram(x if loudness is None else x * loudness[:, :, None, at : at + _PIECE, None])
+            part = _gram(x if loudness is None else x * loudness[:, :, None, at : at + _PIECE, None])
+            gram = part if gram is None else gram + part
         most = max(-(-count // max(1, count // codec.SAMPLE)) for count in counts)
-        _begin(tokens, current, 0, longest, gram, tokens.gather(0, most, codec.SAMPLE)[:, :, :, None], weight, anew)
+        sample = tokens.gather(0, most, codec.SAMPLE)[:, :, :, None]
+        if anew and min(counts) > 0:
+            _begin_first(tokens, _fits(layout, gram, sample, weight))
+        else:
+            _begin(tokens, _current(tokens), 0, longest, gram, sample, weight, anew)
         return
-    length = layout.segment
+    length, current = layout.segment, _current(tokens)
     run = length * max(1, _PIECE // length)
     for at in range(0, longest, run):
         parts = -(-min(run, longest - at) // length)
@@ -67,8 +72,12 @@ def _weights(tokens: Tokens) -> torch.Tensor:
     return codec.even(both)
 
 
-def _loudness(tokens: Tokens, importance: torch.Tensor, longest: int) -> torch.Tensor:
-    """Of the first ``longest`` tokens that a row of a prompt codes, in the model's dtype [B, G, longest]."""
+def _loudness(tokens: Tokens, importance: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Of the tokens that a prompt codes, ``counts`` in each row, in the model's dtype [B, G, most of them]."""
+    longest = max(counts)
+    if tokens.index is None and min(counts) == longest:
+        judged = importance.narrow(2, tokens.layout.sinks, longest)
+        return codec.loudness(judged).to(tokens.key.dtype)
     token = tokens.layout.sinks + torch.arange(longest, device=importance.device)
     counted = token < tokens.layout.sinks + tokens.ledger[:, 3:4]
     column = token.expand(len(counted), -1) if tokens.index is None else tokens.index.gather(1, counted * token).long()
@@ -85,6 +94,35 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
         flat = flat.float()
         out = flat.mT @ flat
     return out.unflatten(0, x.shape[:-2])
+
+
+def _current(tokens: Tokens) -> torch.Tensor:
+    """The segment of each row's last coded token, -1 where there is none: int64 [B, 1]."""
+    return (tokens.buffers.starts <= tokens.ledger[:, 1:2]).sum(1, keepdim=True) - 1
+
+
+def _fits(
+    layout: Layout, gram: torch.Tensor, sample: torch.Tensor, weight: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Basis and affine numbers of each part, for keys and for values; arguments as ``_begin`` takes them."""
+    weight = weight[:, :, :, None].expand(gram.shape[:-1])
+    search = search_step if gram.is_cuda else codec.search_step
+    vectors = eigenbasis(gram * weight[..., None, :] * weight[..., None], max(layout.key.rank, layout.value.rank))
+    return [
+        codec.rounded(
+            vectors[i, ..., : tiers.rank], sample[i] * weight[i, ..., None, :], weight[i], tiers, layout.margin, search
+        )
+        for i, tiers in enumerate((layout.key, layout.value))
+    ]
+
+
+def _begin_first(tokens: Tokens, fits: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """``_begin`` of what the host knows to begin the first segment of each row: a prompt waits for few launches."""
+    buffers, (key, value) = tokens.buffers, fits
+    held = (buffers.k_basis.mT, buffers.k_affine, buffers.v_basis.mT, buffers.v_affine)
+    for buffer, x in zip(held, (*key, *value), strict=True):
+        buffer[:, :, 0] = x[:, :, 0]
+    buffers.starts[:, 0] = tokens.ledger[:, 1]
 
 
 def _begin(
@@ -104,15 +142,7 @@ def _begin(
     """
     buffers, layout, ledger = tokens.buffers, tokens.layout, tokens.ledger
     parts, segments = gram.shape[3], buffers.starts.shape[1]
-    weight = weight[:, :, :, None].expand(gram.shape[:-1])
-    search = search_step if gram.is_cuda else codec.search_step
-    vectors = eigenbasis(gram * weight[..., None, :] * weight[..., None], max(layout.key.rank, layout.value.rank))
-    fits = [
-        codec.rounded(
-            vectors[i, ..., : tiers.rank], sample[i].float() * weight[i, ..., None, :], weight[i], tiers, layout.margin, search
-        )
-        for i, tiers in enumerate((layout.key, layout.value))
-    ]
+    fits = _fits(layout, gram, sample, weight)
 
     part = at + torch.arange(parts, device=ledger.device)
     first = ledger[:, 1:2] + part * length  # [B, parts], as all that follows

@@ -161,7 +161,7 @@ def _code(
     if layout.weighted:
         k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
     if layout.judged and importance is not None:
-        loudness = codec.loudness(importance, torch.ones_like(importance, dtype=torch.bool))
+        loudness = codec.loudness(importance)
     length = layout.segment or key.shape[1]
     for at in range(0, key.shape[1], length):
         part = slice(at, at + length)

@@ -59,14 +59,18 @@ def even(weight: Tensor) -> Tensor:
     return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
 
 
-def loudness(importance: Tensor, counted: Tensor) -> Tensor:
+def loudness(importance: Tensor, counted: Tensor | None = None) -> Tensor:
     """What to multiply each token by where a basis is chosen: the fourth root of its importance over the mean one.
 
     Of what few tokens attend to all is forgotten else, so nothing is ever a tenth as important as the mean, or fifty times.
 
-    importance: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean -> ``[..., n]``.
+    importance: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean, by default all
+    -> ``[..., n]``.
     """
-    mean = (importance * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
+    if counted is None:
+        mean = importance.mean(-1, keepdim=True)
+    else:
+        mean = (importance * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
     return (importance / mean.clamp_min(_TINY)).clamp(*_IMPORTANCE) ** 0.25
 
 
@@ -83,7 +87,7 @@ def rounded(
     vectors: float32 ``[..., W, R]``; sample: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, made ``even``; ``search``
     computes ``search_step``.
     """
-    scale = vectors.abs().amax(-2) / 127
+    scale = torch.linalg.vector_norm(vectors, torch.inf, -2) / 127
     basis = (vectors / scale[..., None, :]).round().to(torch.int8)
     step = margin * search(_analyse(sample, _matrix(basis, scale)), tiers)
     return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
