@@ -207,6 +207,14 @@ def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
     assert all(word in shown for word in ("a title", "ratio, coded part", f"KL, first {DECODED}", "KL, same decoded", *results))
 
 
+def test_a_narrow_table_cuts_no_name_off(results: dict[str, Result]) -> None:
+    console = Console(width=80, file=io.StringIO())
+    long = [replace(result, name=f"{name}-without-nothing") for name, result in results.items()]
+    console.print(table(long, "a title"))
+    assert all(result.name in console.file.getvalue() for result in long if len(result.name) <= 24)
+    assert any(result.name == "balanced-without-nothing" for result in long)
+
+
 def test_the_verb_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
     text, out, plot = (tmp_path / name for name in ("text.txt", "out.json", "plot.png"))
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))

@@ -26,11 +26,13 @@ from spectral_compile.evaluation.texts import texts
 from spectral_compile.evaluation.trace import show, trace
 from spectral_compile.generate import fail, phases
 
+_WIDEST = 24  # characters of a cache's name in one line; no name is cut off
+
 
 def table(results: Sequence[Result], title: str) -> Table:
     """A row for each cache."""
     shown = Table(title=title, title_justify="left")
-    shown.add_column("cache")
+    shown.add_column("cache", min_width=min(_WIDEST, max(len(result.name) for result in results)), overflow="fold")
     decoded = results[0].first("decoded")
     columns = ["ratio, all bytes", "ratio, coded part", "perplexity", "change", "KL, nats", "top-1"]
     if decoded:

@@ -32,7 +32,7 @@ def assert_all_matched(sites: int) -> None:
 
 
 @pytest.mark.parametrize("inner", ["inductor", "eager"])
-@pytest.mark.parametrize("name", ["llama", "gpt-neox", "glm4-partial-interleaved"])
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "glm4-partial-interleaved", "gemma2-softcapping", "gpt-oss-sinks"])
 def test_greedy_tokens_equal_dense(name: str, inner: str) -> None:
     model, prompt = build(name).cuda(), tokens(2, 40).cuda()
     mask = torch.ones_like(prompt)
