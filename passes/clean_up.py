@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 import torch
 from torch._guards import detect_fake_mode
+from torch.fx import Graph, Node
 
-from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, fake, is_call
+from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, changes_in_place, fake, is_call
 from spectral_compile.tensor import SpectralTensor
+
+_VIEWS = (
+    *("view", "reshape", "flatten", "unflatten", "expand", "permute", "transpose", "unsqueeze", "squeeze", "getitem", "select"),
+    *("narrow", "chunk", "split", "unbind", "detach", "to", "contiguous", "view_as", "expand_as"),
+)
 
 
 def clean_up(trace: Trace) -> None:
@@ -16,7 +23,10 @@ def clean_up(trace: Trace) -> None:
     if trace.plan is None:
         return
     graph = trace.gm.graph
-    graph.eliminate_dead_code(lambda node: node.is_impure() or begins_or_ends_vmap(node))
+    live = _live(graph)
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
     inputs = {}
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         if not node.users:
@@ -31,6 +41,29 @@ def clean_up(trace: Trace) -> None:
     trace.plan = replace(trace.plan, inputs=inputs)
     graph.lint()
     trace.gm.recompile()
+
+
+def _live(graph: Graph) -> set[Node]:
+    """The nodes that results depend on, or something outside of the graph; FX knows of no change in place by a method."""
+    changes: dict[Node, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if changes_in_place(node):
+            changes[_viewed(node.args[0])].append(node)
+    live: set[Node] = set()
+    stack = [node for node in graph.nodes if node.is_impure() or begins_or_ends_vmap(node)]
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack += (*node.all_input_nodes, *changes[_viewed(node)])
+    return live
+
+
+def _viewed(node: Node) -> Node:
+    """What ``node`` may be a view of, or change in place and give."""
+    while is_call(node, *_VIEWS) or changes_in_place(node):
+        node = node.args[0]
+    return node
 
 
 def shape_of(x: SpectralTensor) -> torch.Tensor:

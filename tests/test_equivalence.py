@@ -364,6 +364,32 @@ def test_a_cache_of_dense_tensors_is_left_alone(spy: Spy) -> None:
     spy.assert_untouched()
 
 
+def test_what_a_model_writes_down_besides_its_cache_is_written_down() -> None:
+    """FX takes a method that changes a tensor in place for one that does nothing where its result is not used."""
+
+    class Counting(Decoder):
+        def __init__(self, shape: Shape) -> None:
+            super().__init__(shape)
+            self.register_buffer("calls", torch.zeros(2))
+            self.register_buffer("tokens", torch.zeros(()))
+
+        def forward(self, x: Tensor, cache: Layers | None = None, padding: Tensor | None = None) -> tuple[Tensor, Layers]:
+            self.calls[1:].add_(1)
+            self.tokens += x.shape[1]
+            seen = torch.zeros(1)
+            seen.view(-1).add_(self.calls[1] - self.calls[1])
+            out, grown = super().forward(x + seen, cache, padding)
+            return out, grown
+
+    model = Counting(Shape())
+    compiled, stored = run_compiled(model), None
+    with torch.no_grad():
+        for count in (12, 1, 1):
+            _, stored = compiled(torch.randn(1, count, 32), stored)
+    assert model.calls.tolist() == [0, 3] and model.tokens == 14
+    assert all(r.matched == r.sites == 2 for r in reports())
+
+
 SECOND_STEPS = {"bidirectional": "not causally", "float_mask": "adds numbers", "biased": "adds numbers"}
 
 
