@@ -19,8 +19,8 @@ class SpectralTensor(torch.Tensor):
     """A length on a ``SpectralStore``: logically [B, KV heads, T, head_dim] of the model's dtype.
 
     Concatenating, cropping, reordering, selecting and repeating rows, cloning, copying and moving act on the compressed form.
-    Any other operation decodes to a dense tensor, which is counted and warned of, or an error where ``strict``. To Dynamo
-    only ``handle``, an empty tensor, and the hashable ``(role, layout, strict)`` are visible.
+    Any other operation decodes to a dense tensor, which is counted and warned of, or an error where ``strict``; to write in
+    place is an error. To Dynamo only ``handle``, an empty tensor, and the hashable ``(role, layout, strict)`` are visible.
     """
 
     handle: torch.Tensor
@@ -126,6 +126,9 @@ class SpectralTensor(torch.Tensor):
             result = rule(first, *args[1:], **kwargs)
             if result is not NotImplemented:
                 return result
+
+        if func._schema.is_mutable and isinstance(first, SpectralTensor) and first.store is not None:
+            raise RuntimeError(f"{func} would write to a compressed cache, which only grows: start with a new cache")
 
         def plain(x: Any) -> Any:
             if not isinstance(x, SpectralTensor):

@@ -440,6 +440,49 @@ def test_a_chunk_whose_mask_hides_more_than_the_future_equals_dense() -> None:
     assert all(r.matched == r.sites for r in reports())
 
 
+def test_a_prompt_that_sees_itself_wholly_is_followed_by_steps_without_a_mask() -> None:
+    """A mask of no known kind hid nothing that is stored, so nothing keeps later steps from seeing all of it."""
+
+    class Prefixed(Decoder):
+        def mask(self, past: int, count: int, padding: Tensor | None) -> Tensor | None:
+            return None if past else torch.ones(1, 1, count, count, dtype=torch.bool)
+
+    model, generator = Prefixed(Shape()), torch.Generator().manual_seed(0)
+    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
+    stored = dense = None
+    with torch.no_grad():
+        for count in (20, 1, 1, 1):
+            chunk = torch.randn(2, count, 32, generator=generator)
+            expected, dense = model(chunk, dense)
+            out, stored = compiled(chunk, stored)
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert all(r.matched == r.sites for r in reports())
+
+
+def test_a_mask_of_no_known_kind_still_tells_which_columns_are_padding() -> None:
+    """Padding is then left out of the store, and a later causal mask with the same padding fits it."""
+
+    class Blind(Decoder):
+        def mask(self, past: int, count: int, padding: Tensor | None) -> Tensor | None:
+            q, k = torch.arange(past, past + count)[:, None], torch.arange(past + count)[None]
+            causal = (k <= q) if past else (k <= q) & ((q - k) % 3 != 1)
+            return causal[None, None] & padding[:, None, None, :].bool()
+
+    model, generator = Blind(Shape(mask="padding")), torch.Generator().manual_seed(0)
+    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
+    padding = (torch.arange(23) >= torch.tensor([[0], [5]])).long()
+    stored, dense, at = None, None, 0
+    with torch.no_grad():
+        for count in (20, 1, 1, 1):
+            chunk, at = torch.randn(2, count, 32, generator=generator), at + count
+            expected, dense = model(chunk, dense, padding[:, :at])
+            out, stored = compiled(chunk, stored, padding[:, :at])
+            keep = padding[:, at - count : at].bool()
+            torch.testing.assert_close(out[keep], expected[keep], atol=1e-4, rtol=1e-4)
+    assert all(r.matched == r.sites for r in reports())
+    assert stored[0][0].store.timeline.ledger[:, 2].tolist() == [23, 18]
+
+
 @settings(PROPERTY, max_examples=10)
 @given(window=st.integers(1, 12), counts=st.lists(st.sampled_from([1, 4]), min_size=1, max_size=4))
 def test_a_window_in_the_mask_equals_dense(window: int, counts: list[int]) -> None:

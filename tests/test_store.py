@@ -409,6 +409,20 @@ def test_decoding_is_counted_and_warned_of_once() -> None:
     assert report.decodes() == 0
 
 
+def test_writing_to_a_compressed_cache_is_an_error_and_not_lost() -> None:
+    cache = fresh(layout_of(), 1, 9, 0, strict=False)
+    key, dense = cache.layers[0][0], cache.dense[0][0]
+    for write in (
+        lambda: key.zero_(),
+        lambda: key.mul_(2),
+        lambda: key.index_fill_(2, torch.tensor([0]), 0.0),
+        lambda: key.copy_(dense),
+    ):
+        with pytest.raises(RuntimeError, match="would write to a compressed cache, which only grows: start with a new cache"):
+            write()
+    torch.testing.assert_close(dense.clone().copy_(key), dense)
+
+
 def test_a_handle_says_what_it_is_without_decoding() -> None:
     key, _ = fresh(layout_of(), 1, 9, 0).layers[0]
     assert repr(key) == "SpectralTensor(key, (1, 2, 9, 8), torch.float32, cpu)"
