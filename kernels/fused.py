@@ -680,7 +680,8 @@ def _seen(mask: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor | None,
     """A mask over columns [B or 1, 1, n, columns] as one over tokens, uint8 [B, n, slots], in which padding is left out."""
     batch, past = columns.shape[0], mask.shape[-1] - count
     held = columns.new_ones(batch, mask.shape[-1])
-    held[:, :past] = columns[:, :past]
+    held[:, :past] = False  # a static cache has columns that no store has room for yet
+    held[:, : min(past, columns.shape[1])] = columns[:, :past]
     if valid is not None:
         held[:, past:] = valid
     token = torch.where(held, held.cumsum(1) - 1, slots)  # padding goes to a slot that is cut off

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.fx import Node
 
@@ -54,37 +56,55 @@ def _edge(trace: Trace, site: Site, leaving: set[Node]) -> Edge | str:
     if fake(site.key).dtype not in _DTYPES:
         dtype = str(fake(site.key).dtype).removeprefix("torch.")
         return f"keys are {dtype}: load the model in float16, bfloat16 or float32"
-    sides = [_side(node) for node in (site.key, site.value)]
-    for side in sides:
+    found = [_side(node) for node in (site.key, site.value)]
+    for side in found:
         if isinstance(side, str):
             return side
-    (k_past, k_new), (v_past, v_new) = sides
-    if site.key not in leaving or site.value not in leaving:
+    key, value = found
+    if (key.past is None) != (value.past is None) or (key.write is None) != (value.write is None):
+        return "keys have a past and values have none, or the reverse"
+    new = (key.new, value.new)
+    writes = tuple(side.write for side in found if side.write is not None)
+    if (key.past is None or not writes) and not {key.grown, value.grown} <= leaving:
         if any(is_call(user, "getitem") and user in leaving for user in site.key.users):
             return "the cache keeps only a window of its tokens"
         return "the cache does not leave this graph"
-    count = fake(site.query).shape[2]
-    if (k_past is None) != (v_past is None):
-        return "keys have a past and values have none, or the reverse"
-    if k_past is None:
-        if not trace.texts(site.query) <= trace.texts(site.key):
+    if key.past is None:
+        if not trace.texts(site.query) <= trace.texts(key.new):
             return "its keys are not those of the tokens that ask (cross-attention)"
-        return Edge("prefill", None, (k_new, v_new), (site.key, site.value))
-    k, v = fake(k_past), fake(v_past)
+        return Edge("prefill", None, new, (key.grown, value.grown), writes)
+    k, v = fake(key.past), fake(value.past)
     if not isinstance(k, SpectralTensor) or not isinstance(v, SpectralTensor):
         return "the cache holds dense tensors: it was filled outside of a graph that this backend compiled"
-    if (k.role, v.role) != ("key", "value") or k.store_layout is not v.store_layout:
+    if (k.role, v.role) != ("key", "value") or k.store_layout is not v.store_layout or k.static != bool(writes):
         return "keys and values do not come from one compressed layer"
+    if writes and site.mask is None:
+        return "it attends to a static cache without a mask, so also to what is not there yet"
+    count = fake(site.query).shape[2]
     kind = "decode" if isinstance(count, int) and count == 1 else "extend"
-    return Edge(kind, (k_past, v_past), (k_new, v_new), (site.key, site.value))
+    return Edge(kind, (key.past, value.past), new, () if writes else (key.grown, value.grown), writes)
 
 
-def _side(node: Node) -> tuple[Node | None, Node] | str:
-    """(past, new) of one concatenation along tokens; past is None where it is empty."""
+class _Side(NamedTuple):
+    """Keys or values on their way: from ``past`` (if any) and ``new`` to ``grown``, by ``write`` where the cache is static."""
+
+    past: Node | None
+    new: Node
+    grown: Node
+    write: Node | None = None
+
+
+def _side(node: Node) -> _Side | str:
     base = node.args[0] if is_call(node, "getitem") else node
-    if is_call(base, "index_copy_") or any(is_call(user, "index_copy_") for user in base.users):
-        where = "exists outside of the graph" if base.op == "placeholder" else "this graph allocates"
-        return f"the cache is static, a buffer that {where}: use the default DynamicCache"
+    write = next((user for user in base.users if is_call(user, "index_copy_")), None)
+    if write is not None:
+        if write.args[0] is not base or write.args[1] not in (2, -2) or write.users:
+            return "the cache is static and written to in an unknown way: use the default DynamicCache"
+        if is_call(base, "zeros"):
+            return _Side(None, write.args[3], base, write)
+        if isinstance(fake(base), SpectralTensor):
+            return _Side(base, write.args[3], base, write)
+        return "the cache is static, a buffer that exists outside of the graph: use the default DynamicCache"
     if base is not node and is_call(base, "cat", "concat", "concatenate"):
         return "the cache keeps only a window of its tokens"
     if not is_call(node, "cat", "concat", "concatenate"):
@@ -94,7 +114,7 @@ def _side(node: Node) -> tuple[Node | None, Node] | str:
         return "the cache does not grow by one concatenation along tokens"
     past, new = tensors
     if not isinstance(fake(past), SpectralTensor) and any(isinstance(n, int) and n == 0 for n in fake(past).shape):
-        return None, new
+        return _Side(None, new, node)
     if past.op != "placeholder":
         return "the past of the cache is computed in the graph"
-    return past, new
+    return _Side(past, new, node)

@@ -45,7 +45,10 @@ def classify_masks(trace: Trace) -> None:
         if key not in known:
             known[key] = _classify(site)
         site.mask_kind, site.padding, site.window = known[key]
-        if site.mask_kind == "tensor" and (site.edge.past is not None or trace.is_data(site.mask)):
+        if site.edge.writes and site.edge.past is not None and site.mask_kind != "tensor":
+            site.refusal = "the mask of its static cache does not say which columns are there"
+        stays = site.edge.past is not None or site.edge.writes or trace.is_data(site.mask)  # what decode steps will have too
+        if site.mask_kind == "tensor" and stays:
             mask = fake(site.mask)
             if mask.dtype != torch.bool:
                 site.refusal = "its mask adds numbers to the scores"

@@ -25,12 +25,14 @@ from spectral_compile.passes.trace import Site, Trace, fake
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A matched site for the runtime: its store, and which arguments of the graph as it came hold its past."""
+    """A matched site for the runtime: its store, which arguments of the graph as it came hold its past, and for how many
+    columns a static cache has room."""
 
     layout: Layout
     dtype: torch.dtype
     device: torch.device
     past: tuple[int, int] | None
+    slots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def rewrite(trace: Trace) -> None:
 
     outputs, kept = [], []
     leaving = {
-        node: (role, i) for i, site in enumerate(sites) for role, node in zip(("key", "value"), site.edge.grown, strict=True)
+        node: (role, i) for i, site in enumerate(sites) for role, node in zip(("key", "value"), site.edge.grown, strict=False)
     }
     for node in trace.output.args[0]:
         if node in leaving:
@@ -119,6 +121,7 @@ def rewrite(trace: Trace) -> None:
                 dtype=site.dtype,
                 device=fake(site.query).device,
                 past=tuple(arguments[n] for n in site.edge.past) if site.edge.past else None,
+                slots=fake(site.edge.grown[0]).shape[2] if site.edge.grown and site.edge.writes else None,
             )
             for site in sites
         ),
@@ -146,16 +149,31 @@ def _substitute(
                 judged = graph.call_function(importance._opoverload, judging)
         with graph.inserting_after(site.attended):
             graph.call_function(append_._opoverload, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
-        for grown, new in zip(site.edge.grown, site.edge.new, strict=True):
+        for grown, new in zip(site.edge.grown, site.edge.new, strict=True) if not site.edge.writes else ():
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
         plain = not site.window and not site.softcap and site.sink is None
         if site.mask is not None and site.mask_kind == "causal" and plain:
             _replace(site, causal._opoverload, (query, key, value, ledger, valid, float(site.scale)))
         return
     mask = site.mask if site.mask_kind == "tensor" else None
+    if site.edge.writes:
+        mask = _as_if_grown(site, mask)
+        for write in site.edge.writes:
+            graph.erase_node(write)
     head = (query, stored_key, new_value, mask, columns if mask is not None else None, ledger, positions, valid)
     how = (float(site.scale), site.window, site.softcap, site.sink)
     _replace(site, attend_._opoverload, (*head, *buffers, spec, *how))
+
+
+def _as_if_grown(site: Site, mask: Node) -> Node:
+    """A mask of a static cache's columns and behind them, as if it had grown, those that are written now.
+
+    Where they are written the cache holds nothing yet, so what the mask says there is not read.
+    """
+    graph = mask.graph
+    with graph.inserting_before(site.attended):
+        own = graph.call_method("index_select", (mask, 3, site.edge.writes[0].args[2]))
+        return graph.call_function(torch.cat, ((mask, own), -1))
 
 
 def _in_dtype(site: Site, node: Node) -> Node:

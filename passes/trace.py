@@ -21,13 +21,15 @@ class Edge:
     """How a site's keys and values meet the cache.
 
     ``kind`` is prefill, extend or decode; ``past`` are the placeholders of keys and values (none in a prefill), ``new`` the
-    chunk's own keys (as attended to) and values, ``grown`` the two nodes that leave the graph as the new cache.
+    chunk's own keys (as attended to) and values, ``grown`` the two nodes that leave the graph as the new cache. A static cache
+    leaves only the graph that allocates it; ``writes`` are the calls that put the chunk there.
     """
 
     kind: str
     past: tuple[Node, Node] | None
     new: tuple[Node, Node]
-    grown: tuple[Node, Node]
+    grown: tuple[Node, ...]
+    writes: tuple[Node, ...] = ()
 
 
 @dataclass

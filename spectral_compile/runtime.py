@@ -69,7 +69,8 @@ class BoundGraph:
         if count != 1 or timeline.next_due <= timeline.length:
             self._settle(timeline, stores)
         return tuple(
-            results[i] if what == "result" else self._wrap(stores[i], what, timeline.length) for what, i in self.plan.outputs
+            results[i] if what == "result" else self._wrap(stores[i], what, self.plan.sites[i].slots)
+            for what, i in self.plan.outputs
         )
 
     def _begin(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
@@ -86,8 +87,8 @@ class BoundGraph:
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
         """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
         pasts = [(arguments[k], arguments[v]) for k, v in (site.past for site in self.plan.sites)]
-        length = pasts[0][0].shape[2]
-        if any(x.shape[2] != length for pair in pasts for x in pair):
+        length = pasts[0][0].length
+        if any(x.length != length for pair in pasts for x in pair):
             raise RuntimeError("the layers of the compressed cache have different lengths")
         if any(key.store is not value.store and not key.store.same_as(value.store) for key, value in pasts):
             raise RuntimeError("keys and values of the compressed cache belong to different caches")
@@ -101,6 +102,8 @@ class BoundGraph:
             for store in stores:
                 store.join(timeline)
         if length != timeline.length or any(store.pending for store in stores):
+            if pasts[0][0].static:
+                raise RuntimeError("keys were written to this static cache and values were not: start with a new cache")
             stores = self._fork(stores, length)
             timeline = stores[0].timeline
         if timeline.reserve(count):
@@ -173,8 +176,10 @@ class BoundGraph:
                 return shape_of(arguments[i])
         raise AssertionError(source)
 
-    def _wrap(self, store: SpectralStore, role: str, length: int) -> SpectralTensor:
-        tensor = SpectralTensor.of(store, role, length, self.config.strict)
+    def _wrap(self, store: SpectralStore, role: str, slots: int | None) -> SpectralTensor:
+        if slots is not None:
+            return SpectralTensor.of(store, role, slots, self.config.strict, static=True)
+        tensor = SpectralTensor.of(store, role, store.timeline.length, self.config.strict)
         if self.plan.kind == "prefill":
             # the next call then traces a graph for every length at once
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
@@ -192,6 +197,11 @@ class DenseGraph:
 
 
 def densely(tensor: SpectralTensor) -> torch.Tensor:
-    """``tensor`` decoded, which is counted."""
+    """``tensor`` decoded, which is counted; RuntimeError for a static cache, to which the graph would write."""
+    if tensor.static:
+        raise RuntimeError(
+            "a graph that was not compressed would write to a compressed static cache: use the default DynamicCache; "
+            "reports() says why it was not"
+        )
     count_decode("a graph in which not every attention site matched", tensor.strict)
     return tensor.dense()

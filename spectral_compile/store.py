@@ -234,7 +234,7 @@ class SpectralStore:
 
     def longest_view(self) -> int:
         """The number of columns that some live tensor still reads."""
-        return max((view.shape[2] for view in self.views), default=0)
+        return max((view.length for view in self.views), default=0)
 
     def map(self, timeline: Timeline, move: Callable[[torch.Tensor], torch.Tensor]) -> SpectralStore:
         """A store of its own on ``timeline``, with ``move`` applied to every buffer."""

@@ -18,9 +18,12 @@ aten = torch.ops.aten
 class SpectralTensor(torch.Tensor):
     """A length on a ``SpectralStore``: logically [B, KV heads, T, head_dim] of the model's dtype.
 
+    Where ``static``, T counts the columns that a static cache has room for, all that are not yet written being zeros, and the
+    length is always the store's own.
+
     Concatenating, cropping, reordering, selecting and repeating rows, cloning, copying and moving act on the compressed form.
     Any other operation decodes to a dense tensor, which is counted and warned of, or an error where ``strict``; to write in
-    place is an error. To Dynamo only ``handle``, an empty tensor, and the hashable ``(role, layout, strict)`` are visible.
+    place is an error. To Dynamo only ``handle``, an empty tensor, and what is hashable are visible.
     """
 
     handle: torch.Tensor
@@ -28,9 +31,10 @@ class SpectralTensor(torch.Tensor):
     role: str
     store_layout: Layout
     strict: bool
+    static: bool
 
     @staticmethod
-    def __new__(cls, handle, shape, dtype, role, layout, strict, store=None):
+    def __new__(cls, handle, shape, dtype, role, layout, strict, static=False, store=None):
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=handle.device)
 
     def __init__(
@@ -41,25 +45,32 @@ class SpectralTensor(torch.Tensor):
         role: str,
         layout: Layout,
         strict: bool,
+        static: bool = False,
         store: SpectralStore | None = None,
     ) -> None:
         self.handle, self.role, self.store_layout, self.strict, self.store = handle, role, layout, strict, store
+        self.static = static
         if store is not None:
             store.views[self] = True
 
     @classmethod
-    def of(cls, store: SpectralStore, role: str, length: int, strict: bool) -> SpectralTensor:
-        """The first ``length`` columns of ``store``; ``role`` is "key" or "value"."""
+    def of(cls, store: SpectralStore, role: str, length: int, strict: bool, static: bool = False) -> SpectralTensor:
+        """The first ``length`` columns of ``store``, or all of a ``static`` one's; ``role`` is "key" or "value"."""
         shape = torch.Size((store.timeline.batch, store.layout.kv_heads, length, store.layout.head_dim))
-        return cls(store.handle, shape, store.dtype, role, store.layout, strict, store)
+        return cls(store.handle, shape, store.dtype, role, store.layout, strict, static, store)
+
+    @property
+    def length(self) -> int:
+        """The columns that are there."""
+        return self.store.timeline.length if self.static else self.shape[2]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["handle"], (self.dtype, self.role, self.store_layout, self.strict)
+        return ["handle"], (self.dtype, self.role, self.store_layout, self.strict, self.static)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> SpectralTensor:
-        dtype, role, layout, strict = context
-        return SpectralTensor(inner["handle"], size, dtype, role, layout, strict)
+        dtype, *rest = context
+        return SpectralTensor(inner["handle"], size, dtype, *rest)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"SpectralTensor({self.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
@@ -71,7 +82,8 @@ class SpectralTensor(torch.Tensor):
         return self.store.dense(self.role, self.shape[2])
 
     def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
-        new = SpectralTensor.of(store, self.role, self.shape[2] if length is None else length, self.strict)
+        length = self.shape[2] if length is None or self.static else length
+        new = SpectralTensor.of(store, self.role, length, self.strict, self.static)
         if hasattr(self, "_dynamo_weak_dynamic_indices"):
             torch._dynamo.maybe_mark_dynamic(new, 2)  # what a prefill returned keeps its mark
         return new
@@ -81,7 +93,7 @@ class SpectralTensor(torch.Tensor):
 
         ``key`` names the operation: the layer's other role shares the new store, and other layers its timeline.
         """
-        store, length = self.store, self.shape[2]
+        store, length = self.store, self.length
 
         def timeline() -> Timeline:
             return store.timeline.crop(min(length, store.timeline.length)).map(move)
@@ -122,6 +134,8 @@ class SpectralTensor(torch.Tensor):
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         first = args[0] if args else None
+        if func is aten.index_copy_.default and isinstance(first, SpectralTensor) and first.static:
+            return _write(*args)
         if rule is not None and isinstance(first, (SpectralTensor, list)) and not _traced(args):
             result = rule(first, *args[1:], **kwargs)
             if result is not NotImplemented:
@@ -138,9 +152,7 @@ class SpectralTensor(torch.Tensor):
             return x.dense()
 
         if func in (aten.detach.default, aten.alias.default):
-            return SpectralTensor(
-                first.handle, first.shape, first.dtype, first.role, first.store_layout, first.strict, first.store
-            )
+            return SpectralTensor(first.handle, first.shape, first.dtype, *first.__tensor_flatten__()[1][1:], first.store)
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
@@ -162,9 +174,18 @@ def _traced(args: Any) -> bool:
     return any(isinstance(x, SpectralTensor) and x.store is None for x in flat)
 
 
+def _write(x: SpectralTensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> SpectralTensor:
+    """What a static cache does with new tokens, which can only come after those that are there."""
+    if x.store is not None:
+        if dim % 4 != 2 or index.tolist() != list(range(x.length, x.length + len(index))):
+            raise RuntimeError("a compressed static cache is only written to behind its last token: start with a new cache")
+        x.store.append_eagerly(x.role, new)
+    return x
+
+
 def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Any:
     first = tensors[0]
-    if not isinstance(first, SpectralTensor):
+    if not isinstance(first, SpectralTensor) or first.static:
         return NotImplemented
     if dim % 4 == 2 and len(tensors) == 2 and not isinstance(tensors[1], SpectralTensor):
         length, new = first.shape[2], tensors[1]
@@ -190,7 +211,7 @@ def _slice(x: SpectralTensor, dim: int = 0, start: int | None = None, end: int |
         return NotImplemented
     if last - first == x.shape[dim]:
         return x._on(x.store)
-    if dim % 4 == 2:
+    if dim % 4 == 2 and not x.static:
         return x._on(x.store, last)
     if dim % 4 == 0:
         return x._moved(("rows", first, last), lambda t: t[first:last].clone())

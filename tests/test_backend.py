@@ -126,16 +126,6 @@ def test_quantised_weights_compress_and_are_right() -> None:
     assert [(g.kind, g.sites, g.matched, g.notes) for g in sc.reports()] == [("prefill", 2, 2, ()), ("decode", 2, 2, ())]
 
 
-def test_a_static_cache_is_left_alone_with_a_reason() -> None:
-    prompt = tokens(1, 20)
-    expected = build("llama").generate(prompt, max_new_tokens=5, **GREEDY)
-    model = build("llama")
-    model.compile(backend=sc.spectral, options=EAGER)
-    with pytest.warns(SpectralWarning, match="the cache is static"):
-        out = model.generate(prompt, max_new_tokens=5, cache_implementation="static", **GREEDY)
-    assert torch.equal(out, expected)
-
-
 def test_a_dense_cache_is_left_alone_with_a_reason() -> None:
     model, prompt = build("llama"), tokens(1, 20)
     with torch.no_grad():

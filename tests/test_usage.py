@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 import spectral_compile as sc
 from spectral_compile import report
@@ -267,3 +267,68 @@ def test_a_static_cache_that_generate_compiles_is_refused_with_a_reason() -> Non
     with pytest.warns(report.SpectralWarning, match="the cache is static"):
         got = model.generate(PROMPT[:1], max_new_tokens=12, cache_implementation="static", compile_config=how, **GREEDY)
     assert torch.equal(got, expected)
+
+
+STATIC = {"cache_implementation": "static", "max_new_tokens": 40, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("how", [SEARCHED, SAMPLED, {**SEARCHED, "num_beams": 3}], ids=["greedy", "sampled", "beams"])
+def test_a_static_cache_that_a_graph_allocates_is_compressed(how: dict[str, Any]) -> None:
+    ours, dense = both(lambda model: model.generate(PROMPT, attention_mask=MASK, **STATIC, **how))
+    assert torch.equal(ours, dense)
+    assert_compressed("prefill", "decode")
+
+
+def test_a_static_cache_holds_what_a_growing_one_holds() -> None:
+    """Also in a second turn, and copied; what a cache has room for and does not hold is not stored."""
+    held = []
+    for empty in (lambda model: StaticCache(model.config, max_cache_len=400), lambda model: DynamicCache(config=model.config)):
+        sc.reset()
+        model = build("llama")
+        model.compile(backend=sc.spectral, options={**EXACT, "preset": "balanced"})
+        made, cache = [], empty(model)
+        for prompt in (PROMPT, tokens(2, 9, seed=1), tokens(2, 1, seed=2), tokens(2, 1, seed=3)):
+            with torch.no_grad():
+                out = model(prompt, past_key_values=cache, use_cache=True)
+            cache = copy.deepcopy(out.past_key_values)
+            made.append(out.logits[:, -1])
+        assert_compressed("prefill", "extend", "decode")
+        held.append((torch.stack(made), sc.memory_stats(cache).stored_bytes, cache.layers[0].keys))
+    (ours, bytes_held, static), (growing, bytes_grown, grown) = held
+    torch.testing.assert_close(ours, growing, atol=1e-5, rtol=1e-5)
+    assert bytes_held == bytes_grown
+    assert (static.shape[2], static.length) == (400, grown.shape[2]) == (400, 51)
+    torch.testing.assert_close(static.store.dense("key", 51), grown.store.dense("key", 51))
+
+
+def test_a_static_cache_with_a_mask_of_numbers_stays_dense_with_a_reason() -> None:
+    expected = build("llama-eager").generate(PROMPT, attention_mask=MASK, **STATIC, **SEARCHED)
+    model = build("llama-eager")
+    model.compile(backend=sc.spectral, options=EXACT)
+    with pytest.warns(report.SpectralWarning, match="its mask adds numbers to the scores"):
+        assert torch.equal(model.generate(PROMPT, attention_mask=MASK, **STATIC, **SEARCHED), expected)
+    assert report.decodes() == 0
+
+
+def test_a_static_cache_is_not_decoded_for_a_graph_that_would_write_to_it() -> None:
+    """What it writes would be lost with the decoded tensor."""
+    model = build("llama")
+    model.compile(backend=sc.spectral, options={**EXACT, "strict": False})
+    with torch.no_grad():
+        cache = model(PROMPT, past_key_values=StaticCache(model.config, max_cache_len=60), use_cache=True).past_key_values
+    with (
+        pytest.warns(report.SpectralWarning, match="gradients"),
+        pytest.raises(RuntimeError, match="would write to a compressed static cache: use the default DynamicCache"),
+    ):
+        model(tokens(2, 1), past_key_values=cache, use_cache=True)
+
+
+def test_a_static_cache_is_written_to_behind_its_last_token_alone() -> None:
+    model = build("llama")
+    model.compile(backend=sc.spectral, options=EXACT)
+    cache = model.generate(PROMPT, return_dict_in_generate=True, **STATIC, **SEARCHED).past_key_values
+    key = cache.layers[0].keys
+    with pytest.raises(RuntimeError, match="only written to behind its last token"):
+        key.index_copy_(2, torch.tensor([3]), torch.zeros(2, 2, 1, 16))
+    with pytest.raises(RuntimeError, match="would write to a compressed cache"):
+        cache.reset()
