@@ -21,7 +21,7 @@ from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 
 Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FEW = settings(max_examples=12, deadline=None)  # the interpreter is slow
+FEW = settings(max_examples=9, deadline=None)  # the interpreter is slow
 
 
 def on_device(books: Books) -> tuple[Tensor, Tensor, Buffers]:

@@ -78,6 +78,7 @@ def test_exact_equals_dense_over_512_new_tokens(smollm2: Real) -> None:
     assert_two_graphs()
 
 
+@pytest.mark.slow
 def test_short_long_short_prompts_share_no_state(smollm2: Real) -> None:
     model = smollm2[0]
     model.compile(backend=sc.spectral, options={"preset": "balanced", "strict": True, "inner": "eager"})
@@ -108,6 +109,7 @@ def test_a_needle_survives_compression(smollm2: Real) -> None:
     assert_two_graphs()
 
 
+@pytest.mark.slow
 def test_long_prompt_bytes_are_what_the_presets_promise(smollm2: Real) -> None:
     """4096 tokens in bfloat16; everything counted, windows, bases and spare capacity included."""
     model = smollm2[0]
