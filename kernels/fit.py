@@ -116,13 +116,17 @@ def _fits(
     ]
 
 
+def _held(buffers: Buffers) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Basis and affine numbers of all segments as they are stored, for keys and for values, in the shapes of ``_fits``."""
+    return (buffers.k_basis.mT, buffers.k_affine), (buffers.v_basis.mT, buffers.v_affine)
+
+
 def _begin_first(tokens: Tokens, fits: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """``_begin`` of what the host knows to begin the first segment of each row: a prompt waits for few launches."""
-    buffers, (key, value) = tokens.buffers, fits
-    held = (buffers.k_basis.mT, buffers.k_affine, buffers.v_basis.mT, buffers.v_affine)
-    for buffer, x in zip(held, (*key, *value), strict=True):
-        buffer[:, :, 0] = x[:, :, 0]
-    buffers.starts[:, 0] = tokens.ledger[:, 1]
+    for old, fitted in zip(_held(tokens.buffers), fits, strict=True):
+        for buffer, x in zip(old, fitted, strict=True):
+            buffer[:, :, 0] = x[:, :, 0]
+    tokens.buffers.starts[:, 0] = tokens.ledger[:, 1]
 
 
 def _begin(
@@ -159,8 +163,7 @@ def _begin(
     begins &= takes.gather(1, chosen)
     buffers.starts.copy_(torch.where(begins, first.gather(1, chosen), buffers.starts))
     row = torch.arange(len(ledger), device=ledger.device)[:, None]
-    held = ((buffers.k_basis.mT, buffers.k_affine), (buffers.v_basis.mT, buffers.v_affine))
-    for old, fitted in zip(held, fits, strict=True):
+    for old, fitted in zip(_held(buffers), fits, strict=True):
         for buffer, x in zip(old, fitted, strict=True):
             x = x.transpose(1, 2)[row, chosen].transpose(1, 2)  # [B, G, S, ...]
             buffer.copy_(torch.where(begins[:, None, :].reshape(len(row), 1, segments, *[1] * (x.ndim - 3)), x, buffer))
@@ -172,8 +175,7 @@ def _serves(
     """Whether the basis of a row's segment captures its tokens nearly as well as the new one: bool [B, 1]."""
     row, segment = torch.arange(len(current), device=current.device), current[:, 0].clamp(min=0)
     serves = torch.ones_like(current, dtype=torch.bool)
-    old = ((buffers.k_basis.mT, buffers.k_affine), (buffers.v_basis.mT, buffers.v_affine))
-    for x, (basis, affine), new in zip(gram[:, :, :, 0], old, fits, strict=True):
+    for x, (basis, affine), new in zip(gram[:, :, :, 0], _held(buffers), fits, strict=True):
         lost = codec.gram_residual(x, basis[row, :, segment], affine[row, :, segment])
         least = codec.gram_residual(x, *(part[:, :, 0] for part in new))
         serves &= (lost <= REFRESH * least).all(1, keepdim=True)

@@ -26,6 +26,7 @@ _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 _MERGED = 1 << 14  # and that one program of the merge holds at a time
+_LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 _FAR: tl.constexpr = tl.constexpr(80.0)  # powers of two that scores may be off their reference: float32 has 126
 
 
@@ -53,7 +54,7 @@ def _product(codes, basis, FIRST: tl.constexpr, COUNT: tl.constexpr, PRECISION: 
 @triton.jit
 def _capped(s, CAP: tl.constexpr):
     """``CAP * tanh(s / CAP)``, or scores as they are where ``CAP`` is 0; all counted in powers of two."""
-    return CAP - 2 * CAP / (tl.exp2(s * (2 * 1.4426950408889634 / CAP)) + 1) if CAP > 0 else s
+    return CAP - 2 * CAP / (tl.exp2(s * (2 * _LOG2E / CAP)) + 1) if CAP > 0 else s
 
 
 @triton.jit
@@ -433,7 +434,7 @@ def _attend_kernel(
         seen_row = seen + (b * n + qi) * seen_cap
 
     q_row = q_ptr + b * q_b + (g * ROWS + qh) * q_h + qi * q_n
-    scale = scale * 1.4426950408889634
+    scale = scale * _LOG2E
     row_positions = positions + b * slots_cap
     at = ((pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits) + split
     if not LOSSLESS and split < splits:
@@ -501,7 +502,7 @@ def _merge_kernel(
         exact = tl.load(max_ptr + at + splits + e, mask=e < exact_splits, other=float("-inf"))
         top = tl.maximum(tl.max(highest, 0), tl.max(exact, 0))
         if HAS_SINK:
-            taken = tl.load(sink + g * ROWS + m % ROWS).to(tl.float32) * 1.4426950408889634
+            taken = tl.load(sink + g * ROWS + m % ROWS).to(tl.float32) * _LOG2E
             top = tl.maximum(top, taken)
         top = tl.where(top == float("-inf"), 0.0, top)
         weight, own = tl.exp2(highest - top), tl.exp2(exact - top)
@@ -589,7 +590,7 @@ def attend(
     widths = [extent * (16 // bits) for _, _, extent, bits in plan["V_PIECES"]] if late else []
     places = tuple(accumulate(widths, initial=0))
     left = {"WIDTH": max(padded, places[-1]), "PLACES": places, "LATE": late}
-    cap = softcap * math.log2(math.e)
+    cap = softcap * _LOG2E.value
     out = query.new_empty(batch, count, q_heads, dim)
     index = valid.cumsum(1, dtype=torch.int32) - 1 if valid is not None and count > 1 else None
     seen = None if mask is None else _seen(mask, columns, valid, positions.shape[1], count)

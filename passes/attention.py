@@ -7,7 +7,7 @@ import math
 import torch
 from torch.fx import Node
 
-from spectral_compile.passes.eager import written_out
+from spectral_compile.passes.eager import DROPS_OUT, written_out
 from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call, module_of
 from spectral_compile.report import Refusal
 
@@ -42,7 +42,7 @@ def _called(sdpa: Node) -> Site:
         mask=argument(sdpa, 3, "attn_mask"),
         scale=1 / math.sqrt(fake(query).shape[-1]) if scale is None else scale,
         where=module_of(sdpa),
-        refusal="attention dropout is on: call model.eval()" if argument(sdpa, 4, "dropout_p", 0.0) else None,
+        refusal=DROPS_OUT if argument(sdpa, 4, "dropout_p", 0.0) else None,
     )
 
 

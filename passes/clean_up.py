@@ -9,9 +9,10 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 
-from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, changes_in_place, fake, is_call
+from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, call_name, fake, is_call
 from spectral_compile.tensor import SpectralTensor
 
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 _VIEWS = (
     *("view", "reshape", "flatten", "unflatten", "expand", "permute", "transpose", "unsqueeze", "squeeze", "getitem", "select"),
     *("narrow", "chunk", "split", "unbind", "detach", "to", "contiguous", "view_as", "expand_as"),
@@ -47,7 +48,7 @@ def _live(graph: Graph) -> set[Node]:
     """The nodes that results depend on, or something outside of the graph; FX knows of no change in place by a method."""
     changes: dict[Node, list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        if changes_in_place(node):
+        if _changes_in_place(node):
             changes[_viewed(node.args[0])].append(node)
     live: set[Node] = set()
     stack = [node for node in graph.nodes if node.is_impure() or begins_or_ends_vmap(node)]
@@ -61,9 +62,17 @@ def _live(graph: Graph) -> set[Node]:
 
 def _viewed(node: Node) -> Node:
     """What ``node`` may be a view of, or change in place and give."""
-    while is_call(node, *_VIEWS) or changes_in_place(node):
+    while is_call(node, *_VIEWS) or _changes_in_place(node):
         node = node.args[0]
     return node
+
+
+def _changes_in_place(node: Node) -> bool:
+    """Whether ``node`` writes to its first argument, as PyTorch names what does."""
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], Node):
+        return False
+    name = call_name(node)
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def shape_of(x: SpectralTensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from spectral_compile.passes.trace import Site, argument, fake, is_call, module_of
 
+DROPS_OUT = "attention dropout is on: call model.eval()"
 _CASTS = ("to", "type_as", "float", "type")
 _PRODUCTS = ("matmul", "bmm")
 _OTHERWISE = "attention is computed by matmul and softmax: load the model with attn_implementation='sdpa' if it has that"
@@ -113,7 +114,7 @@ def _check(way: list[Node], has_sink: bool) -> None:
         if len(node.users) > 1:
             raise _Unknown("its attention weights are used elsewhere too: leave output_attentions out")
         if is_call(user, "dropout") and argument(user, 1, "p", 0.5) and argument(user, 2, "training", True):
-            raise _Unknown("attention dropout is on: call model.eval()")
+            raise _Unknown(DROPS_OUT)
         if is_call(user, "view") or (is_call(user, "getitem") and not has_sink) or user.args[0] is not node:
             raise _Unknown(_OTHERWISE)
     shares = [node.args[1] for node in way if is_call(node, "getitem")]

@@ -13,8 +13,6 @@ from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.config import SpectralConfig
 from spectral_compile.report import Refusal
 
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
-
 
 @dataclass(frozen=True)
 class Edge:
@@ -160,14 +158,6 @@ def module_of(node: Node) -> str:
 def begins_or_ends_vmap(node: Node) -> bool:
     """Whether ``node`` gives nothing, but has what comes after it run under one more ``vmap``, or one fewer."""
     return is_call(node, "lazy_load_decompositions", "_vmap_increment_nesting", "_vmap_decrement_nesting")
-
-
-def changes_in_place(node: Node) -> bool:
-    """Whether ``node`` writes to its first argument, as PyTorch names what does."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], Node):
-        return False
-    name = call_name(node)
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def is_float(node: Any) -> bool:

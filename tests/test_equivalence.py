@@ -420,6 +420,23 @@ def test_a_past_that_would_be_decoded_is_an_error_where_strict(variant: str) -> 
             compiled(torch.randn(1, 3, 32), stored)
 
 
+def assert_chunks_equal_dense(model: Decoder, counts: tuple[int, ...], padding: Tensor | None = None) -> Layers:
+    """Feed chunks of two rows to the compressed model and the dense one; the compressed cache. ``padding`` [2, tokens]."""
+    compiled, generator = run_compiled(model, sinks=1, recent=4, block=2, warmup=4), torch.Generator().manual_seed(0)
+    shown = torch.ones(2, sum(counts)) if padding is None else padding
+    stored, dense, at = None, None, 0
+    with torch.no_grad():
+        for count in counts:
+            chunk, at = torch.randn(2, count, 32, generator=generator), at + count
+            so_far = None if padding is None else padding[:, :at]
+            expected, dense = model(chunk, dense, so_far)
+            out, stored = compiled(chunk, stored, so_far)
+            keep = shown[:, at - count : at].bool()
+            torch.testing.assert_close(out[keep], expected[keep], atol=1e-4, rtol=1e-4)
+    assert all(r.matched == r.sites for r in reports())
+    return stored
+
+
 def test_a_chunk_whose_mask_hides_more_than_the_future_equals_dense() -> None:
     """A bool mask that is none of the known kinds is attended with as it is."""
 
@@ -428,16 +445,7 @@ def test_a_chunk_whose_mask_hides_more_than_the_future_equals_dense() -> None:
             q, k = torch.arange(past, past + count)[:, None], torch.arange(past + count)[None]
             return ((k <= q) & ((q - k) % 3 != 1))[None, None]
 
-    model, generator = Blind(Shape()), torch.Generator().manual_seed(0)
-    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
-    stored = dense = None
-    with torch.no_grad():
-        for count in (20, 5, 1, 1):
-            chunk = torch.randn(2, count, 32, generator=generator)
-            expected, dense = model(chunk, dense)
-            out, stored = compiled(chunk, stored)
-            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    assert all(r.matched == r.sites for r in reports())
+    assert_chunks_equal_dense(Blind(Shape()), (20, 5, 1, 1))
 
 
 def test_a_prompt_that_sees_itself_wholly_is_followed_by_steps_without_a_mask() -> None:
@@ -447,16 +455,7 @@ def test_a_prompt_that_sees_itself_wholly_is_followed_by_steps_without_a_mask() 
         def mask(self, past: int, count: int, padding: Tensor | None) -> Tensor | None:
             return None if past else torch.ones(1, 1, count, count, dtype=torch.bool)
 
-    model, generator = Prefixed(Shape()), torch.Generator().manual_seed(0)
-    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
-    stored = dense = None
-    with torch.no_grad():
-        for count in (20, 1, 1, 1):
-            chunk = torch.randn(2, count, 32, generator=generator)
-            expected, dense = model(chunk, dense)
-            out, stored = compiled(chunk, stored)
-            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    assert all(r.matched == r.sites for r in reports())
+    assert_chunks_equal_dense(Prefixed(Shape()), (20, 1, 1, 1))
 
 
 def test_a_mask_of_no_known_kind_still_tells_which_columns_are_padding() -> None:
@@ -468,18 +467,8 @@ def test_a_mask_of_no_known_kind_still_tells_which_columns_are_padding() -> None
             causal = (k <= q) if past else (k <= q) & ((q - k) % 3 != 1)
             return causal[None, None] & padding[:, None, None, :].bool()
 
-    model, generator = Blind(Shape(mask="padding")), torch.Generator().manual_seed(0)
-    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
     padding = (torch.arange(23) >= torch.tensor([[0], [5]])).long()
-    stored, dense, at = None, None, 0
-    with torch.no_grad():
-        for count in (20, 1, 1, 1):
-            chunk, at = torch.randn(2, count, 32, generator=generator), at + count
-            expected, dense = model(chunk, dense, padding[:, :at])
-            out, stored = compiled(chunk, stored, padding[:, :at])
-            keep = padding[:, at - count : at].bool()
-            torch.testing.assert_close(out[keep], expected[keep], atol=1e-4, rtol=1e-4)
-    assert all(r.matched == r.sites for r in reports())
+    stored = assert_chunks_equal_dense(Blind(Shape(mask="padding")), (20, 1, 1, 1), padding)
     assert stored[0][0].store.timeline.ledger[:, 2].tolist() == [23, 18]
 
 
@@ -491,13 +480,4 @@ def test_a_window_in_the_mask_equals_dense(window: int, counts: list[int]) -> No
             q, k = torch.arange(past, past + count)[:, None], torch.arange(past + count)[None]
             return ((k <= q) & (k > q - window))[None, None]
 
-    model, generator = Windowed(Shape()), torch.Generator().manual_seed(0)
-    compiled = run_compiled(model, sinks=1, recent=4, block=2, warmup=4)
-    stored = dense = None
-    with torch.no_grad():
-        for count in (20, *counts):
-            chunk = torch.randn(2, count, 32, generator=generator)
-            expected, dense = model(chunk, dense)
-            out, stored = compiled(chunk, stored)
-            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    assert all(r.matched == r.sites for r in reports())
+    assert_chunks_equal_dense(Windowed(Shape()), (20, *counts))
