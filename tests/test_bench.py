@@ -173,7 +173,9 @@ def test_no_measurement_begins_when_the_time_is_up() -> None:
         (("--parts", "attentoin"), "unknown part 'attentoin': choose from attention"),
         (("--parts", ","), "name at least one part"),
         (("--geometry", "llama"), "unknown geometry 'llama': choose from llama-3-8b"),
-        (("--presets", "balance"), "unknown preset 'balance'"),
+        (("--presets", "balance"), "unknown preset 'balance'; did you mean 'balanced'?"),
+        (("--presets", '{"preset": "balanced", "recnt": 9}'), "unknown option 'recnt'; did you mean 'recent'?"),
+        (("--presets", ","), "name at least one preset"),
         (("--variants", "fast"), "unknown variant 'fast': choose from eager, inductor, static, spectral"),
         (("--inner", "inductr"), "unknown inner compiler 'inductr'; did you mean 'inductor'?"),
         (("--pairs", "4096"), "'4096' is no batch and count of tokens, such as 8x16384"),
@@ -220,7 +222,9 @@ def test_tied_weights_are_one_tensor() -> None:
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "exact"])
+@pytest.mark.parametrize(
+    "preset", [*(name for name in PRESETS if name != "exact"), "balanced-joint", '{"preset": "balanced", "recent": 9}']
+)
 def test_a_repeated_step_gives_the_same(preset: str) -> None:
     geometry = GEOMETRIES["tiny"]
     tokens = draw(geometry, SETTINGS, 2, 1201)

@@ -22,11 +22,11 @@ from spectral_compile.codec import Profile
 from spectral_compile.evaluation import contenders, simulated, size, tasks
 from spectral_compile.evaluation import texts as built_in
 from spectral_compile.evaluation.calibrate import calibrate
-from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched
+from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched, split
 from spectral_compile.evaluation.measure import Agreement, Result, compare, read
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.evaluation.trace import Step, show, trace
-from spectral_compile.evaluation.verb import split, table
+from spectral_compile.evaluation.verb import table
 from spectral_compile.report import GraphReport
 from tests.shell import invoke
 from tests.tiny import GROUPED, tokens

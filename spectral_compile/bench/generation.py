@@ -32,7 +32,7 @@ from spectral_compile.bench.measure import (
     times,
     wait,
 )
-from spectral_compile.evaluation.contenders import require_matched
+from spectral_compile.evaluation.contenders import options_of, require_matched
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.generate import compile_seconds
 from spectral_compile.report import reports
@@ -121,7 +121,7 @@ def prepare(model: PreTrainedModel, settings: Settings, variant: str, options: d
     if variant == "inductor":
         model.compile(backend=settings.inner)
     elif variant == SPECTRAL:
-        given = {"preset": settings.presets[0], "strict": True, "inner": settings.inner, **options}
+        given = {**(options_of(settings.presets[0]) or {}), "strict": True, "inner": settings.inner, **options}
         model.compile(backend=spectral_backend, options=given)
     return {}
 

@@ -10,6 +10,7 @@ import torch
 from spectral_compile.bench.measure import Geometry, Settings
 from spectral_compile.codec.layout import Layout
 from spectral_compile.config import SpectralConfig
+from spectral_compile.evaluation.contenders import options_of
 from spectral_compile.kernels.buffers import UNUSED
 from spectral_compile.store import SpectralStore, Timeline
 
@@ -56,7 +57,9 @@ class Layer:
 
     def __init__(self, geometry: Geometry, settings: Settings, preset: str, batch: int, count: int) -> None:
         """Empty, with room for a prompt of ``count`` columns in each of ``batch`` rows."""
-        self.layout: Layout = SpectralConfig(preset).layout(geometry.kv_heads, geometry.head_dim, geometry.rotary)
+        self.layout: Layout = SpectralConfig.parse(options_of(preset)).layout(
+            geometry.kv_heads, geometry.head_dim, geometry.rotary
+        )
         self.timeline = Timeline(self.layout, batch, count, count, settings.device)
         self.store = SpectralStore(self.layout, self.timeline, settings.dtype)
 

@@ -24,6 +24,7 @@ from spectral_compile.bench import attention, encode, generation, host
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
 from spectral_compile.codec import PRESETS
 from spectral_compile.config import SpectralConfig
+from spectral_compile.evaluation.contenders import options_of, split
 from spectral_compile.generate import fail, phases
 from spectral_compile.models import device_of
 
@@ -57,7 +58,9 @@ def bench(
         Option(help=f"Sizes, by comma: {', '.join(GEOMETRIES)}", show_default="llama-3-8b; steady and host: smollm2"),
     ] = None,
     pairs: Annotated[str, Option(help="attention: batch x cached tokens, by comma")] = "1x4096,1x8192,1x32768,1x131072,8x16384",
-    presets: Annotated[str, Option(help="Codecs, by comma; the parts with a whole model take the first")] = "balanced,seed",
+    presets: Annotated[
+        str, Option(help="Codecs, by comma, named as for eval; the parts with a whole model take the first")
+    ] = "balanced,seed",
     cached: Annotated[str, Option(help="Lengths of prompts, by comma; steady and host take the first")] = "4096,32768,131072",
     variants: Annotated[str, Option(help="generate: by comma")] = ",".join(generation.VARIANTS),
     chunk: Annotated[
@@ -82,7 +85,7 @@ def bench(
     settings = Settings(
         geometries=tuple(by_comma("geometry", geometry, GEOMETRIES)) if geometry else None,
         pairs=tuple(pair(text) for text in pairs.split(",")),
-        presets=tuple(by_comma("preset", presets, PRESETS)),
+        presets=tuple(by_comma("preset", presets)),
         cached=tuple(count(text) for text in cached.split(",")),
         variants=tuple(by_comma("variant", variants, generation.VARIANTS)),
         chunk=chunk,
@@ -94,8 +97,9 @@ def bench(
         seed=seed,
     )
     try:
-        SpectralConfig(settings.presets[0], inner=inner)
-    except ValueError as error:
+        for preset in settings.presets:
+            SpectralConfig.parse({**(options_of(preset) or {"preset": preset}), "inner": inner})
+    except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     if plot and find_spec("matplotlib") is None:
         fail(screen, "--plot needs matplotlib: pip install 'spectral-compile[bench]'")
@@ -134,14 +138,14 @@ def bench(
         draw(plot, measured, facts)
 
 
-def by_comma(what: str, given: str, known: Iterable[str]) -> list[str]:
-    """The names in ``given``, each of which must be ``known``."""
-    names = [name for name in given.split(",") if name]
+def by_comma(what: str, given: str, known: Iterable[str] = ()) -> list[str]:
+    """The names in ``given``, each of which must be ``known`` if any are."""
+    names = split(given)
     for name in names:
-        if name not in known:
+        if known and name not in known:
             raise typer.BadParameter(f"unknown {what} {name!r}: choose from {', '.join(known)}")
     if not names:
-        raise typer.BadParameter(f"name at least one {what}: choose from {', '.join(known)}")
+        raise typer.BadParameter(f"name at least one {what}: choose from {', '.join(known or PRESETS)}")
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,6 +80,11 @@ def options_of(name: str, profile: Profile | None = None) -> dict[str, Any] | No
         raise ValueError(f"{name} needs --profile with a file that `spectral-compile calibrate` wrote")
     changes = {field: value for ingredient in without for field, value in WITHOUT[ingredient].items()}
     return {"preset": replace(PRESETS[base], **changes), "profile": profile}
+
+
+def split(given: str) -> list[str]:
+    """The names in ``given``, by comma; commas within JSON separate nothing."""
+    return [name for name in re.split(r",(?![^{]*\})", given) if name]
 
 
 def contender(model: PreTrainedModel, name: str | Preset, inner: str = "eager", profile: Profile | None = None) -> Contender:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,8 +96,8 @@ def evaluate(
     """Compare caches by quality and bytes on one model and the same texts."""
     screen = Console(stderr=True)
     transformers.logging.disable_progress_bar()
-    names = [*split(presets), *split(rivals or "")]
-    wanted = [(task, int(length)) for length in split(task_tokens) for task in split(tasks)]
+    names = [*contenders.split(presets), *contenders.split(rivals or "")]
+    wanted = [(task, int(length)) for length in contenders.split(task_tokens) for task in contenders.split(tasks)]
     try:
         known = Profile.load(profile) if profile else None
         contenders.check(names, known)
@@ -147,8 +146,3 @@ def evaluate(
     Console().print(table(results, title))
     if plot:
         draw(results, title, plot)
-
-
-def split(given: str) -> list[str]:
-    """The names in ``given``, by comma; commas within JSON separate nothing."""
-    return [name for name in re.split(r",(?![^{]*\})", given) if name]
