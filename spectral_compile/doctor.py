@@ -16,7 +16,7 @@ from typer import Argument, Option
 from spectral_compile import models
 from spectral_compile.backend import examine
 from spectral_compile.codec.layout import Layout
-from spectral_compile.generate import fail, parse_options, phases
+from spectral_compile.generate import fail, output, parse_options, phases
 from spectral_compile.kernels.buffers import allocate
 from spectral_compile.report import GraphReport, first_refusal
 from spectral_compile.store import Timeline
@@ -48,7 +48,7 @@ def doctor(
             fail(screen, str(error))
         display.update(task, description="tracing")
         found = examine(built, options=vars(config) | {"inner": "eager"}, input_ids=torch.ones(1, PROMPT, dtype=torch.int64))
-    out = Console()
+    out = output()
     decode = next((graph for graph in found if graph.kind == "decode"), None)
     if decode is None:
         fail(screen, f"nothing would be compressed: {first_refusal(found)}")

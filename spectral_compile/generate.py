@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from spectral_compile.kernels import append
 from spectral_compile.report import GraphReport, first_refusal, reports
 from spectral_compile.stats import MemoryStats, memory_stats
 
+WIDTH = 200  # of tables that go to a file
 WARM_UP = 4  # tokens: prefill, a first decode step, and one more for compilers that then ask for a dynamic length
 
 
@@ -73,7 +75,7 @@ def generate(
     if dense:
         # the same inner compiler, so that the columns differ in the cache alone
         runs = {"dense": session.run("dense", config.inner, dict(config.inductor)), **runs}
-    Console().print(table(runs, ids.shape[1]))
+    output().print(table(runs, ids.shape[1]))
 
 
 def parse_options(given: dict[str, Any], pairs: list[str]) -> SpectralConfig:
@@ -90,6 +92,11 @@ def parse_options(given: dict[str, Any], pairs: list[str]) -> SpectralConfig:
         return SpectralConfig.parse(given)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def output() -> Console:
+    """Where tables go: a terminal, as wide as it is, or a file."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
 def fail(screen: Console, sentence: str) -> None:

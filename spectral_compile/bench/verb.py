@@ -25,10 +25,8 @@ from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Setting
 from spectral_compile.codec import PRESETS
 from spectral_compile.config import SpectralConfig
 from spectral_compile.evaluation.contenders import options_of, split
-from spectral_compile.generate import fail, phases
+from spectral_compile.generate import fail, output, phases
 from spectral_compile.models import device_of
-
-WIDTH = 200  # of tables that go to a file
 
 
 class Part(NamedTuple):
@@ -106,7 +104,7 @@ def bench(
     transformers.logging.set_verbosity_error()
 
     facts = header(settings)
-    out = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    out = output()
     out.print(", ".join(f"{name} {value}" for name, value in facts.items()), markup=False, soft_wrap=True)
     ends = time.monotonic() + 60 * minutes if minutes else float("inf")
     measured: dict[str, list[Row]] = {}

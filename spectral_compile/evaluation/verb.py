@@ -23,7 +23,7 @@ from spectral_compile.evaluation.measure import Result, compare
 from spectral_compile.evaluation.tasks import TASKS, questions
 from spectral_compile.evaluation.texts import texts
 from spectral_compile.evaluation.trace import show, trace
-from spectral_compile.generate import fail, phases
+from spectral_compile.generate import fail, output, phases
 
 _WIDEST = 24  # characters of a cache's name in one line; no name is cut off
 
@@ -136,13 +136,13 @@ def evaluate(
             for name in names:
                 step(f"{name}: {steps} tokens")
                 traced = trace(loaded, name, next(iter(passages.values()))[:, :tokens], steps, inner, known)
-                Console().print(show(traced, name, tokenizer))
+                output().print(show(traced, name, tokenizer))
             return
         for result in compare(loaded, tokenizer, names, passages, tokens, decode, chunk, asked, inner, known, step):
             results.append(result)
             if json_:
                 json_.write_text(json.dumps({"settings": settings, "caches": [r.summary() for r in results]}, indent=1))
     title = f"{model or models.DEFAULT} in {dtype}: {tokens} tokens cached, {scored} scored, {len(passages)} texts"
-    Console().print(table(results, title))
+    output().print(table(results, title))
     if plot:
         draw(results, title, plot)
