@@ -16,16 +16,22 @@ _WIDEST = 256  # channels of a group whose basis fits the shared memory of a GPU
 
 
 def classify_edges(trace: Trace) -> None:
-    """Give every site its ``Edge`` and layout, or a refusal. All edges of one graph are of one kind."""
+    """Give every site its ``Edge`` and layout, or a refusal. All edges of one graph are of one kind and on one device."""
     leaving = set(trace.output.all_input_nodes)
     for layer, site in enumerate(trace.sites):
         if site.refusal is not None:
             continue
+        first = trace.matched[0]
+        if (device := fake(site.query).device) != fake(first.query).device:
+            site.refusal = (
+                f"it is on {device} and the graph's first on {fake(first.query).device}: load the model onto one device"
+            )
+            continue
         edge = _edge(trace, site, leaving)
         if isinstance(edge, str):
             site.refusal = edge
-        elif trace.matched[0].edge is not None and edge.kind != trace.matched[0].edge.kind:
-            site.refusal = f"its cache edge is {edge.kind}, the graph's first is {trace.matched[0].edge.kind}"
+        elif first.edge is not None and edge.kind != first.edge.kind:
+            site.refusal = f"its cache edge is {edge.kind}, the graph's first is {first.edge.kind}"
         else:
             site.edge = edge
             site.refusal = _give_layout(trace, site, layer)

@@ -187,9 +187,6 @@ def _in_dtype(site: Site, node: Node) -> Node:
 
 
 def _replace(site: Site, operation: Any, arguments: tuple[Any, ...]) -> None:
-    graph = site.attended.graph
-    with graph.inserting_before(site.attended):
-        attended = graph.call_function(operation, arguments)
-    attended.meta = {"example_value": fake(site.attended), "nn_module_stack": site.attended.meta.get("nn_module_stack")}
-    site.attended.replace_all_uses_with(attended)
-    graph.erase_node(site.attended)
+    """Make attention the operation in place, since the next attention may be to what this one comes to."""
+    node = site.attended
+    node.op, node.target, node.args, node.kwargs = "call_function", operation, arguments, {}

@@ -17,6 +17,7 @@ from spectral_compile.passes.attention import canonicalise_attention
 from spectral_compile.passes.clean_up import clean_up, dense_example
 from spectral_compile.passes.edges import classify_edges
 from spectral_compile.passes.masks import classify_masks
+from spectral_compile.passes.patched import refuse_patched
 from spectral_compile.passes.rewrite import Plan, rewrite
 from spectral_compile.passes.rope import match_rope
 from spectral_compile.passes.trace import Trace, fake
@@ -26,6 +27,7 @@ from spectral_compile.tensor import SpectralTensor
 
 PASSES: tuple[Callable[[Trace], None], ...] = (
     canonicalise_attention,
+    refuse_patched,
     classify_edges,
     match_rope,
     classify_masks,
@@ -89,6 +91,7 @@ def own_copy(gm: GraphModule) -> GraphModule:
             copied._dynamo_source = getattr(node, "_dynamo_source", None)
     new = GraphModule(gm, graph)
     new.meta.update(gm.meta)
+    new.compile_subgraph_reason = getattr(gm, "compile_subgraph_reason", None)
     new._param_name_to_source = getattr(gm, "_param_name_to_source", {})
     return new
 

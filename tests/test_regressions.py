@@ -258,3 +258,37 @@ def test_a_second_model_with_other_heads_is_compressed_too() -> None:
         out = generated(model, prompt, 20)
         assert torch.equal(out.sequences, expected)
         assert all(isinstance(layer.keys, SpectralTensor) for layer in out.past_key_values.layers)
+
+
+def test_attention_to_what_attention_gives() -> None:
+    def model(x: torch.Tensor, cache: hf.DynamicCache) -> torch.Tensor:
+        for layer in range(2):
+            x = torch.nn.functional.scaled_dot_product_attention(
+                x, *cache.update(x.clone(), x, layer), is_causal=x.shape[2] > 1
+            )
+        return x
+
+    compiled = torch.compile(model, backend=sc.spectral, options=EXACT)
+    dense, cache = hf.DynamicCache(), hf.DynamicCache()
+    with torch.no_grad():
+        for count in (9, 1, 1):
+            x = torch.randn(1, 2, count, 16, generator=torch.Generator().manual_seed(count))
+            torch.testing.assert_close(compiled(x, cache), model(x, dense))
+    assert {(graph.kind, graph.matched, graph.sites) for graph in sc.reports()} == {("prefill", 2, 2), ("decode", 2, 2)}
+
+
+def test_layers_on_another_device_stay_dense_with_a_reason() -> None:
+    def model(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        out = []
+        for x in inputs:
+            key, value = (torch.cat((x[:, :, :0], x + n), 2) for n in range(2))
+            out += [torch.nn.functional.scaled_dot_product_attention(x, key, value, is_causal=True), key, value]
+        return out
+
+    x = torch.randn(1, 2, 9, 16)
+    with torch.no_grad():
+        out = torch.compile(model, backend=sc.spectral, options={**EXACT, "strict": False})(x, x.to("meta"))
+    (graph,) = sc.reports()
+    assert (graph.matched, graph.sites) == (1, 2)
+    assert "it is on meta and the graph's first on cpu: load the model onto one device" in str(graph)
+    assert [isinstance(held, SpectralTensor) for held in out] == [False, True, True, False, False, False]

@@ -1,0 +1,43 @@
+"""Refuse what other libraries have patched: what is left of attention in such a graph says nothing of how the model decodes."""
+
+from __future__ import annotations
+
+import re
+
+from spectral_compile.passes.trace import Trace
+
+UNSLOTH = (
+    "Unsloth replaces attention while it decodes by code that no compiler sees: compile "
+    "spectral_compile.unsloth.standard_forward(model) instead"
+)
+ACCELERATE = (
+    "accelerate's hooks (device_map over several devices, or offloading) break the model into pieces: load it onto one device"
+)
+_UNSLOTH_FILE = re.compile(r'File "[^"\n]*\bunsloth')
+_HOOKS = ("accelerate/hooks.py", "accelerate\\hooks.py")
+
+
+def refuse_patched(trace: Trace) -> None:
+    """Refuse every site of a graph that Unsloth wrote parts of, and of one that accelerate's hooks cut off around a layer."""
+    reason = UNSLOTH if _by_unsloth(trace) else ACCELERATE if _cut_by_hooks(trace) else None
+    if reason is not None:
+        for site in trace.sites:
+            site.refusal = site.refusal or reason
+
+
+def _by_unsloth(trace: Trace) -> bool:
+    """Whether operations or code of Unsloth's stand in the graph; it assigns to transformers' classes, whose names stay."""
+    for node in trace.gm.graph.nodes:
+        if getattr(node.target, "namespace", None) == "unsloth" or str(node.target).startswith("unsloth."):
+            return True
+        if _UNSLOTH_FILE.search(node.stack_trace or ""):
+            return True
+    return False
+
+
+def _cut_by_hooks(trace: Trace) -> bool:
+    """Whether the graph ends where a hook within the model begins; a hook around the whole model leaves all sites in one."""
+    cut = getattr(trace.gm, "compile_subgraph_reason", None)
+    if cut is None or not cut.graph_break or len(trace.sites) != 1:
+        return False
+    return any(frame.filename.endswith(_HOOKS) for frame in cut.user_stack)

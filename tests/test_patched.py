@@ -1,0 +1,123 @@
+"""Models that other libraries have patched or quantised: compressed where the model is one graph, else dense with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
+
+import spectral_compile as sc
+from spectral_compile import report
+from spectral_compile.report import SpectralWarning
+from tests.tiny import EXACT, GREEDY, build, tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    sc.reset()
+
+
+def generated(model: PreTrainedModel) -> torch.Tensor:
+    """Tokens after two prompts, one of them padded."""
+    prompt = tokens(2, 40).to(model.device)
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    return model.generate(prompt, attention_mask=mask, max_new_tokens=8, **GREEDY)
+
+
+def assert_compressed_and_right(model: PreTrainedModel) -> None:
+    expected = generated(model)
+    model.compile(backend=sc.spectral, options=EXACT)
+    assert torch.equal(generated(model), expected)
+    assert [(graph.kind, graph.matched, graph.sites) for graph in sc.reports() if graph.sites] == [
+        ("prefill", 2, 2),
+        ("decode", 2, 2),
+    ]
+
+
+def test_weights_of_four_bits_are_compressed_and_right(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map=DEVICE)
+    assert type(model.model.layers[0].self_attn.q_proj).__module__.startswith("bitsandbytes")
+    assert_compressed_and_right(model)
+
+
+def test_a_hook_around_the_whole_model_leaves_it_compressed() -> None:
+    model = build("llama").to(DEVICE)
+    add_hook_to_module(model, AlignDevicesHook(execution_device=DEVICE, io_same_device=True, skip_keys="past_key_values"))
+    assert_compressed_and_right(model)
+
+
+def test_hooks_within_a_model_keep_it_dense_with_a_reason() -> None:
+    model = build("llama")
+    expected = generated(model)
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0", "model.layers.1"]
+    model = accelerate.dispatch_model(model, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    model.compile(backend=sc.spectral, options={**EXACT, "strict": False})
+    with pytest.warns(SpectralWarning, match=r"accelerate's hooks \(device_map over several devices.* load it onto one device"):
+        assert torch.equal(generated(model), expected)
+    assert not any(graph.matched for graph in sc.reports())
+    assert report.decodes() == 0
+
+
+@torch.library.custom_op("unsloth::rope_embedding", mutates_args=())
+def rope_embedding(x: torch.Tensor) -> torch.Tensor:
+    """Stands in for an operation of Unsloth's."""
+    return x.clone()
+
+
+@rope_embedding.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+ATTENTION = """
+def attention(x, cache, layer, rope):
+    key, value = cache.update(rope(x), x, layer)
+    return sdpa(x, key, value, is_causal=x.shape[2] > 1)
+"""
+
+
+def attention_in(file: str) -> Any:
+    """Attention to a cache whose source is said to stand in ``file``."""
+    names: dict[str, Any] = {"sdpa": sdpa}
+    exec(compile(ATTENTION, file, "exec"), names)
+    return names["attention"]
+
+
+@pytest.mark.parametrize(
+    ("file", "rope", "patched"),
+    [
+        ("/site-packages/unsloth/models/llama.py", torch.clone, True),
+        ("/work/unsloth_compiled_cache/unsloth_compiled_module_llama.py", torch.clone, True),
+        ("/work/model.py", rope_embedding, True),
+        ("/work/model.py", torch.clone, False),
+    ],
+)
+def test_what_unsloth_has_patched_stays_dense_with_a_reason(file: str, rope: Any, patched: bool) -> None:
+    attention = attention_in(file)
+
+    def model(x: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        return attention(attention(x, cache, 0, rope), cache, 1, rope)
+
+    chunks = torch.randn(3, 1, 2, 9, 16, generator=torch.Generator().manual_seed(0)).split([1, 1, 1])
+    chunks = [chunks[0][0], chunks[1][0, :, :, :1], chunks[2][0, :, :, :1]]
+    with torch.no_grad():
+        dense, cache = DynamicCache(), DynamicCache()
+        expected = [model(x, dense) for x in chunks]
+        compiled = torch.compile(model, backend=sc.spectral, options={**EXACT, "strict": not patched})
+        for x, wanted in zip(chunks, expected, strict=True):
+            torch.testing.assert_close(compiled(x, cache), wanted)
+    refusals = {refusal.reason for graph in sc.reports() for refusal in graph.refusals}
+    if patched:
+        assert len(refusals) == 1 and "compile spectral_compile.unsloth.standard_forward(model) instead" in refusals.pop()
+    assert any(graph.matched for graph in sc.reports()) is not patched
