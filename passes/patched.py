@@ -13,7 +13,9 @@ UNSLOTH = (
 ACCELERATE = (
     "accelerate's hooks (device_map over several devices, or offloading) break the model into pieces: load it onto one device"
 )
-_UNSLOTH_FILE = re.compile(r'File "[^"\n]*\bunsloth')
+_UNSLOTH_FILE = re.compile(
+    r'[/\\](unsloth[/\\](models|kernels|utils)|unsloth_zoo|unsloth_compiled_cache)[/\\]([^/\\"]+[/\\])?[^/\\"]+\.py"'
+)
 _HOOKS = ("accelerate/hooks.py", "accelerate\\hooks.py")
 
 

@@ -172,7 +172,8 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     """
     made = examine(model, options=options, **inputs)
     if not made:
-        return "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
+        nothing = "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
+        return report.stance_warning() or nothing
     return "\n".join(str(graph) for graph in made)
 
 

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from spectral_compile.codec.layout import Layout
 
 
@@ -112,10 +114,21 @@ def expect_a_graph() -> None:
     atexit.register(_warn_if_unused)
 
 
+def stance_warning() -> str | None:
+    """What to do about a stance of ``torch.compiler`` under which no backend is asked, if it is on."""
+    if torch._dynamo.eval_frame._stance.stance != "eager_on_recompile":
+        return None
+    return (
+        'the stance of torch.compiler is "eager_on_recompile", which Unsloth sets after its first inference and which compiles'
+        ' nothing new: call torch.compiler.set_stance("default") first'
+    )
+
+
 def _warn_if_unused() -> None:
     if not _ever:
         warnings.warn(
-            'the backend "spectral" was asked for but never given a graph, so nothing was compressed:'
+            stance_warning()
+            or 'the backend "spectral" was asked for but never given a graph, so nothing was compressed:'
             " torch.compile(model).generate() runs the uncompiled model;"
             ' call model.compile(backend="spectral") and then model.generate()',
             SpectralWarning,

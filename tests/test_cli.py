@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,15 @@ from spectral_compile.generate import parse_options
 from tests import shell
 
 TINY = ("--inner", "eager", "--dtype", "float32", "--prompt-tokens", "700", "--new-tokens", "6", "--device", "cpu")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+UNSLOTH = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+class FastLanguageModel:  # what stands in for Unsloth, which needs a GPU to be imported
+    @staticmethod
+    def from_pretrained(name, max_seq_length, load_in_4bit):
+        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+"""
 
 
 invoke = partial(shell.invoke, "generate")
@@ -141,10 +151,12 @@ def test_the_default_model_is_the_real_one(smollm2: tuple[PreTrainedModel, PreTr
 
 
 @pytest.mark.skipif("spectral" not in list_backends(()), reason="needs an installed spectral-compile")
-def test_the_example_runs(tiny_folder: Path) -> None:
-    example = Path(__file__).parents[1] / "examples" / "generate.py"
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_runs(example: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "unsloth.py").write_text(UNSLOTH)
     text = " ".join(f"w{2 + i % 100}" for i in range(700))
-    done = subprocess.run([sys.executable, example, tiny_folder, text], capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, example, tiny_folder, text], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert "decode: 2 of 2 attention sites compressed" in done.stdout
     assert "times smaller" in done.stdout
