@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 
 from spectral_compile.passes.trace import Trace
+from spectral_compile.report import UNSLOTH, Refusal
 
-UNSLOTH = (
-    "Unsloth replaces attention while it decodes by code that no compiler sees: compile "
-    "spectral_compile.unsloth.standard_forward(model) instead"
-)
 ACCELERATE = (
     "accelerate's hooks (device_map over several devices, or offloading) break the model into pieces: load it onto one device"
 )
@@ -22,9 +19,12 @@ _HOOKS = ("accelerate/hooks.py", "accelerate\\hooks.py")
 def refuse_patched(trace: Trace) -> None:
     """Refuse every site of a graph that Unsloth wrote parts of, and of one that accelerate's hooks cut off around a layer."""
     reason = UNSLOTH if _by_unsloth(trace) else ACCELERATE if _cut_by_hooks(trace) else None
-    if reason is not None:
-        for site in trace.sites:
-            site.refusal = site.refusal or reason
+    if reason is None:
+        return
+    for site in trace.sites:
+        site.refusal = site.refusal or reason
+    if not trace.sites:
+        trace.refusals.append(Refusal("graph", reason))
 
 
 def _by_unsloth(trace: Trace) -> bool:

@@ -173,7 +173,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     made = examine(model, options=options, **inputs)
     if not made:
         nothing = "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
-        return report.stance_warning() or nothing
+        return report.why_no_graph() or nothing
     return "\n".join(str(graph) for graph in made)
 
 

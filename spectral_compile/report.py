@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -68,6 +69,10 @@ def first_refusal(made: Iterable[GraphReport]) -> str:
     return next(reasons, "the backend got no graph with a KV cache")
 
 
+UNSLOTH = (
+    "Unsloth replaces attention while it decodes by code that no compiler sees: compile "
+    "spectral_compile.unsloth.standard_forward(model) instead"
+)
 _reports: list[GraphReport] = []
 _decodes = 0
 _ever = False
@@ -124,10 +129,15 @@ def stance_warning() -> str | None:
     )
 
 
+def why_no_graph() -> str | None:
+    """Why the backend is given no graph, where something else in this process explains it."""
+    return stance_warning() or (UNSLOTH if "unsloth" in sys.modules else None)
+
+
 def _warn_if_unused() -> None:
     if not _ever:
         warnings.warn(
-            stance_warning()
+            why_no_graph()
             or 'the backend "spectral" was asked for but never given a graph, so nothing was compressed:'
             " torch.compile(model).generate() runs the uncompiled model;"
             ' call model.compile(backend="spectral") and then model.generate()',

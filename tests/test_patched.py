@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def attention_in(file: str) -> Any:
         ("/site-packages/unsloth/models/llama.py", torch.clone, True),
         ("/work/unsloth_compiled_cache/unsloth_compiled_module_llama.py", torch.clone, True),
         ("/work/model.py", rope_embedding, True),
-        ("/work/model.py", torch.clone, False),
+        ("/home/unsloth/.venv/site-packages/model.py", torch.clone, False),
     ],
 )
 def test_what_unsloth_has_patched_stays_dense_with_a_reason(file: str, rope: Any, patched: bool) -> None:
@@ -121,3 +122,15 @@ def test_what_unsloth_has_patched_stays_dense_with_a_reason(file: str, rope: Any
     if patched:
         assert len(refusals) == 1 and "compile spectral_compile.unsloth.standard_forward(model) instead" in refusals.pop()
     assert any(graph.matched for graph in sc.reports()) is not patched
+
+
+def test_a_graph_of_unsloth_without_attention_says_so_too() -> None:
+    compiled = torch.compile(lambda x: rope_embedding(x) + 1, backend=sc.spectral, options={**EXACT, "strict": False})
+    with torch.no_grad(), pytest.warns(SpectralWarning, match="compile spectral_compile.unsloth.standard_forward"):
+        compiled(torch.ones(2))
+
+
+def test_where_unsloth_is_loaded_it_is_the_likely_cause_of_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report.why_no_graph() is None
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    assert "standard_forward" in report.why_no_graph()
