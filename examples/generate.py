@@ -6,15 +6,15 @@ MODEL is any decoder of transformers, by id or folder; without one it is SmolLM2
 import sys
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from spectral_compile import memory_stats, reports
 from spectral_compile.models import load, prompt
 
 
-def main(model_name: str | None = None, text: str | None = None, new_tokens: int = 64) -> None:
-    model, tokenizer = load(model_name, torch.bfloat16)
+def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None, new_tokens: int = 64) -> None:
     ids = tokenizer(text, return_tensors="pt").input_ids if text else prompt(tokenizer, 1000)
+    ids = ids.to(model.device)
 
     model.compile(backend="spectral", options={"preset": "balanced"})
     out = model.generate(
@@ -30,6 +30,10 @@ def main(model_name: str | None = None, text: str | None = None, new_tokens: int
         print(report)
     stats = memory_stats(out.past_key_values)
     print(f"{stats.logical_bytes} bytes of keys and values in {stats.stored_bytes}: {stats.ratio:.2f} times smaller")
+
+
+def main(model_name: str | None = None, text: str | None = None) -> None:
+    run(*load(model_name, torch.bfloat16), text)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ import torch
 
 from spectral_compile.codec.layout import Layout
 
+UNSLOTH = (
+    "Unsloth replaces attention while it decodes by code that no compiler sees: compile "
+    "spectral_compile.unsloth.standard_forward(model) instead"
+)
+
 
 class SpectralWarning(UserWarning):
     """Something runs densely that could have been compressed."""
@@ -69,10 +74,6 @@ def first_refusal(made: Iterable[GraphReport]) -> str:
     return next(reasons, "the backend got no graph with a KV cache")
 
 
-UNSLOTH = (
-    "Unsloth replaces attention while it decodes by code that no compiler sees: compile "
-    "spectral_compile.unsloth.standard_forward(model) instead"
-)
 _reports: list[GraphReport] = []
 _decodes = 0
 _ever = False

@@ -108,32 +108,18 @@ def _share(base: nn.Module, new: nn.Module) -> None:
             continue
         theirs = held.get(path)
         if type(module).__module__.startswith("transformers.models."):
-            _share_parameters(new, path, module, theirs, device)
+            if not module._parameters and hasattr(module, "config"):  # RoPE is computed from the configuration
+                with torch.device(device):
+                    new.set_submodule(path, type(module)(module.config))
+            elif theirs is not None:
+                for own, held_there in ((module._parameters, theirs._parameters), (module._buffers, theirs._buffers)):
+                    own.update({name: held_there[name] for name in own if name in held_there})
         elif theirs is None:
             raise ValueError(_LACKS.format(type(base).__name__, path))
         else:
             new.set_submodule(path, _as_written(theirs))
     if left := [name for name, x in (*new.named_parameters(), *new.named_buffers()) if x.is_meta]:
         raise ValueError(_LACKS.format(type(base).__name__, left[0]))
-
-
-def _share_parameters(
-    new: PreTrainedModel, path: str, module: nn.Module, theirs: nn.Module | None, device: torch.device
-) -> None:
-    """Give ``module``, of a class of transformers' own, the parameters of ``theirs``; what it computes from the configuration
-    is computed."""
-    for name in module._parameters:
-        if theirs is not None and name in theirs._parameters:
-            module._parameters[name] = theirs._parameters[name]
-    if not module._buffers:
-        return
-    if not module._parameters and hasattr(module, "config"):  # RoPE
-        with torch.device(device):
-            new.set_submodule(path, type(module)(module.config))
-        return
-    for name in module._buffers:
-        if theirs is not None and name in theirs._buffers:
-            module._buffers[name] = theirs._buffers[name]
 
 
 def _as_written(module: nn.Module) -> nn.Module:

@@ -12,14 +12,15 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import spectral_compile as sc
 from spectral_compile.report import SpectralWarning, stance_warning
 from spectral_compile.unsloth import standard_forward
-from tests.tiny import EXACT, GREEDY, GROUPED, OTHERS, build, tokens
+from tests.test_patched import DEVICE, assert_compressed, generated, in_four_bits
+from tests.tiny import GROUPED, build, tokens
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WINDOWED = {"matched": 1, "decodes": 2}  # one of two layers, and a graph more once the window is full
 GEMMA = hf.GemmaConfig(**GROUPED, head_dim=16)
 PATCHED: dict[str, Any] = {}
 exec(
@@ -60,21 +61,6 @@ def assign(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], None]
     return assign
 
 
-def generated(model: PreTrainedModel) -> torch.Tensor:
-    prompt = tokens(2, 40).to(model.device)
-    mask = torch.ones_like(prompt)
-    mask[0, :5] = 0
-    return model.generate(prompt, attention_mask=mask, max_new_tokens=8, **GREEDY)
-
-
-def assert_compressed(model: PreTrainedModel, expected: torch.Tensor, matched: int = 2) -> None:
-    """The compiled model gives these tokens, from graphs of which ``matched`` of two sites are compressed."""
-    model.compile(backend=sc.spectral, options={**EXACT, "strict": matched == 2})
-    assert torch.equal(generated(model), expected)
-    found = {(graph.kind, graph.matched, graph.sites) for graph in sc.reports() if graph.sites}
-    assert found == {("prefill", matched, 2), ("decode", matched, 2)}
-
-
 @pytest.mark.parametrize(
     "name", ["llama", "llama-scaled-rope", "mistral", "qwen2", "qwen3", "gemma", "gemma2-softcapping", "gemma3"]
 )
@@ -85,7 +71,7 @@ def test_it_is_compressed_and_right(name: str, assign: Callable[[PreTrainedModel
     assign(model)
     with pytest.raises(AssertionError, match="a forward of Unsloth ran"):
         model(tokens(1, 3))
-    assert_compressed(standard_forward(model), expected, matched=1 if name in OTHERS else 2)
+    assert_compressed(standard_forward(model), expected, **(WINDOWED if name == "gemma3" else {}))
 
 
 def test_weights_are_shared_and_what_is_trained_is_seen() -> None:
@@ -143,9 +129,7 @@ def test_adapters_are_compressed_and_right(merged: bool, assign: Callable[[PreTr
 
 
 def test_weights_of_four_bits_are_compressed_and_right(tmp_path: Path, assign: Callable[[PreTrainedModel], None]) -> None:
-    build("llama").save_pretrained(tmp_path)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map=DEVICE)
+    model = in_four_bits(tmp_path)
     expected = generated(model)
     assign(model)
     new = standard_forward(model)

@@ -121,7 +121,7 @@ def prepare(model: PreTrainedModel, settings: Settings, variant: str, options: d
     if variant == "inductor":
         model.compile(backend=settings.inner)
     elif variant == SPECTRAL:
-        given = {**(options_of(settings.presets[0]) or {}), "strict": True, "inner": settings.inner, **options}
+        given = {**options_of(settings.presets[0]), "strict": True, "inner": settings.inner, **options}
         model.compile(backend=spectral_backend, options=given)
     return {}
 

@@ -83,7 +83,7 @@ def bench(
     settings = Settings(
         geometries=tuple(by_comma("geometry", geometry, GEOMETRIES)) if geometry else None,
         pairs=tuple(pair(text) for text in pairs.split(",")),
-        presets=tuple(by_comma("preset", presets)),
+        presets=tuple(by_comma("preset", presets, PRESETS, others=True)),
         cached=tuple(count(text) for text in cached.split(",")),
         variants=tuple(by_comma("variant", variants, generation.VARIANTS)),
         chunk=chunk,
@@ -136,14 +136,14 @@ def bench(
         draw(plot, measured, facts)
 
 
-def by_comma(what: str, given: str, known: Iterable[str] = ()) -> list[str]:
-    """The names in ``given``, each of which must be ``known`` if any are."""
+def by_comma(what: str, given: str, known: Iterable[str], others: bool = False) -> list[str]:
+    """The names in ``given``, each of which must be ``known`` unless there may be ``others``."""
     names = split(given)
     for name in names:
-        if known and name not in known:
+        if not others and name not in known:
             raise typer.BadParameter(f"unknown {what} {name!r}: choose from {', '.join(known)}")
     if not names:
-        raise typer.BadParameter(f"name at least one {what}: choose from {', '.join(known or PRESETS)}")
+        raise typer.BadParameter(f"name at least one {what}: choose from {', '.join(known)}")
     return names
 
 
