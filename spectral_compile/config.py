@@ -24,8 +24,10 @@ class SpectralConfig:
     None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile``, a file that
     ``spectral-compile calibrate`` wrote or its content, spends the preset's bytes on the layers that need them. ``sinks`` first
     and ``recent`` last tokens stay exact, ``block`` tokens are coded at a time, ``warmup`` tokens are awaited before a basis is
-    computed; None keeps the preset's. ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner`` compiles the
-    rewritten graph. ``inductor`` holds options that are Inductor's own.
+    computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024):
+    until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records
+    decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor`` holds options that are
+    Inductor's own.
     """
 
     preset: str | Preset = "balanced"
@@ -38,6 +40,7 @@ class SpectralConfig:
     recent: int | None = None
     block: int | None = None
     warmup: int | None = None
+    headroom: int | None = None
     cudagraphs: bool = True
     inner: str = "inductor"
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -50,7 +53,7 @@ class SpectralConfig:
         for name in ("strict", "cudagraphs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        for name, least in (("head_group", 1), ("sinks", 0), ("recent", 0), ("block", 1), ("warmup", 1)):
+        for name, least in (("head_group", 1), ("sinks", 0), ("recent", 0), ("block", 1), ("warmup", 1), ("headroom", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

@@ -80,7 +80,7 @@ class BoundGraph:
         tokens = count
         if valid is not None:
             tokens = int(valid.sum(1).min())
-        timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device)
+        timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device, self.config.headroom)
         timeline.padded, timeline.unread = tokens < count, self.plan.masked and self.plan.padding is None
         return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
 

@@ -55,11 +55,16 @@ class Timeline:
     ``positions`` int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device.
     """
 
-    def __init__(self, layout: Layout, batch: int, count: int, tokens: int, device: torch.device) -> None:
-        """Books for ``batch`` rows; the first step brings ``count`` columns, in the shortest row ``tokens`` tokens."""
+    def __init__(
+        self, layout: Layout, batch: int, count: int, tokens: int, device: torch.device, headroom: int | None = None
+    ) -> None:
+        """Books for ``batch`` rows; the first step brings ``count`` columns, in the shortest row ``tokens`` tokens.
+
+        ``headroom`` coded slots are there to spare, None takes the device's ``HEADROOM``.
+        """
         self.layout = layout
         self.length = 0
-        self.spare = HEADROOM.get(device.type, HEADROOM["cpu"])
+        self.spare = headroom or HEADROOM.get(device.type, HEADROOM["cpu"])
         self.waiting = tokens - layout.sinks - layout.recent < layout.first  # some row has no basis yet
         self.next_due = 0  # the least length at which a row may have a segment to begin, as far as the host knows
         self.offered = False  # a chunk was long enough for a basis of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -26,8 +27,9 @@ UNSLOTH = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 class FastLanguageModel:  # what stands in for Unsloth, which needs a GPU to be imported
     @staticmethod
-    def from_pretrained(name, max_seq_length, load_in_4bit):
-        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    def from_pretrained(name, max_seq_length, load_in_4bit, dtype=None):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    for_inference = staticmethod(lambda model: None)
 """
 
 
@@ -151,12 +153,29 @@ def test_the_default_model_is_the_real_one(smollm2: tuple[PreTrainedModel, PreTr
 
 
 @pytest.mark.skipif("spectral" not in list_backends(()), reason="needs an installed spectral-compile")
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_runs(example: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "unsloth.py").write_text(UNSLOTH)
-    text = " ".join(f"w{2 + i % 100}" for i in range(700))
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, example, tiny_folder, text], capture_output=True, text=True, env=env)
+@pytest.mark.parametrize("example", ["generate.py", "unsloth_generate.py"])
+def test_an_example_runs(example: str, tiny_folder: Path, tmp_path: Path) -> None:
+    shown = run_example(example, tmp_path, tiny_folder, " ".join(f"w{2 + i % 100}" for i in range(700)))
+    assert "decode: 2 of 2 attention sites compressed" in shown
+    assert "times smaller" in shown
+
+
+@pytest.mark.skipif("spectral" not in list_backends(()), reason="needs an installed spectral-compile")
+def test_unsloth_is_timed_beside_the_compressed_cache(tmp_path: Path) -> None:
+    sizes = ("--geometry", "tiny", "--cached", "300,400", "--new-tokens", "4")
+    shown = run_example("unsloth_bench.py", tmp_path, *sizes, "--inner", "eager", "--device", "cpu", "--json", tmp_path / "x")
+    found = json.loads((tmp_path / "x").read_text())["rows"]
+    assert [(row["cached"], row["variant"], row["error"]) for row in found] == [
+        (count, variant, None) for count in (300, 400) for variant in ("unsloth", "static", "spectral")
+    ]
+    assert found[2]["sites"] == {"prefill": [2, 2], "decode": [2, 2]}
+    assert "against best dense" in shown
+
+
+def run_example(name: str, folder: Path, *arguments: str | Path) -> str:
+    """What an example prints, with a stand-in for Unsloth in ``folder``."""
+    (folder / "unsloth.py").write_text(UNSLOTH)
+    env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert "decode: 2 of 2 attention sites compressed" in done.stdout
-    assert "times smaller" in done.stdout
+    return done.stdout

@@ -120,6 +120,16 @@ def test_a_chat_of_several_turns_grows_one_cache() -> None:
     assert_compressed("prefill", "decode", "extend")
 
 
+@pytest.mark.parametrize(("headroom", "copied"), [(None, False), (24, False), (3, True)])
+def test_buffers_are_not_replaced_while_there_is_headroom(headroom: int | None, copied: bool) -> None:
+    model = build("llama")
+    model.compile(backend=sc.spectral, options={**EXACT, "headroom": headroom})
+    cache = growing(model, PROMPT[:1]).past_key_values
+    codes = cache.layers[0].keys.store.buffers.k_codes
+    growing(model, torch.cat([PROMPT[:1], tokens(1, 11)], 1), past_key_values=cache)
+    assert (cache.layers[0].keys.store.buffers.k_codes is not codes) == copied
+
+
 def test_logits_and_hidden_states_are_there_and_right() -> None:
     def run(model: PreTrainedModel) -> Any:
         more = {"output_logits": True, "output_hidden_states": True, "return_dict_in_generate": True}

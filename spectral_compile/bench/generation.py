@@ -114,7 +114,8 @@ class Run:
 def prepare(model: PreTrainedModel, settings: Settings, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     """Compile ``model`` as ``variant`` asks, the spectral backend with more ``options``; what ``generate`` must be told.
 
-    ``static`` leaves the model as it is: ``generate`` itself compiles the decode step where the cache is static.
+    ``static`` leaves the model as it is: ``generate`` itself compiles the decode step where the cache is static. So does a
+    variant that is none of ``VARIANTS``.
     """
     if variant == "static":
         return {"cache_implementation": "static", "compile_config": static_config(settings)}
@@ -140,14 +141,26 @@ def generate(
     options: dict[str, Any] | None = None,
     keep: bool = False,
 ) -> Row:
+    """What ``measure`` finds with random weights."""
+    reset()
+    return measure(build(geometry, settings), settings, cached, new_tokens, variant, options, keep)
+
+
+def measure(
+    model: PreTrainedModel,
+    settings: Settings,
+    cached: int,
+    new_tokens: int,
+    variant: str,
+    options: dict[str, Any] | None = None,
+    keep: bool = False,
+) -> Row:
     """Generate twice from ``cached`` random tokens: compile the first time, and measure the second.
 
     Memory counts what is beyond weights. With ``keep`` the row has the new tokens and the milliseconds of all steps.
     """
-    reset()
     counters.clear()
-    model = build(geometry, settings)
-    prompt = random_prompt(geometry, settings, cached)
+    prompt = random_prompt(model.config.vocab_size, settings, cached)
     how = prepare(model, settings, variant, options or {})
     if settings.chunk:
         how["prefill_chunk_size"] = settings.chunk
@@ -178,7 +191,7 @@ def generate(
         "tokens_per_s_mean": len(steps) / sum(steps),
         "peak_bytes": torch.cuda.max_memory_allocated(settings.device) - weights if on_gpu else None,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(settings.device) - weights if on_gpu else None,
-        "cache_bytes": weigh(run.cache).stored_bytes,
+        "cache_bytes": weigh(run.cache).stored_bytes if isinstance(run.cache, Cache) else None,
         "recordings": [b - a for a, b in pairwise(recorded)],
     }
     if variant == SPECTRAL:
@@ -188,9 +201,9 @@ def generate(
     return row
 
 
-def random_prompt(geometry: Geometry, settings: Settings, count: int) -> torch.Tensor:
+def random_prompt(vocabulary: int, settings: Settings, count: int) -> torch.Tensor:
     """Random tokens, int64 [1, count]."""
-    return torch.randint(1, geometry.vocabulary, (1, count), generator=settings.generator(), device=settings.device)
+    return torch.randint(1, vocabulary, (1, count), generator=settings.generator(), device=settings.device)
 
 
 def matched_sites(cache: Cache, chunked: bool = False) -> dict[str, list[int]]:

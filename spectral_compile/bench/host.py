@@ -45,7 +45,7 @@ def host(geometry: Geometry, settings: Settings, cached: int, variant: str, opti
     before = recordings(settings.device)
     model = build(geometry, settings)
     total = cached + WARM_UP + TIMED
-    ids = random_prompt(geometry, settings, total)
+    ids = random_prompt(geometry.vocabulary, settings, total)
     mask = torch.ones_like(ids)
     prepare(model, settings, variant, options)
     cache: Cache = DynamicCache(config=model.config)
