@@ -11,8 +11,9 @@ ACCELERATE = (
     "accelerate's hooks (device_map over several devices, or offloading) break the model into pieces: load it onto one device"
 )
 _UNSLOTH_FILE = re.compile(
-    r'[/\\](unsloth[/\\](models|kernels|utils)|unsloth_zoo|unsloth_compiled_cache)[/\\]([^/\\"]+[/\\])?[^/\\"]+\.py"'
+    r'[/\\](unsloth[/\\](models|kernels|utils)|unsloth_zoo|unsloth_compiled_cache)[/\\]([^/\\"]+[/\\])?[^/\\"]+\.py$'
 )
+_FILE = re.compile(r'^ *File "(.*?)", line', re.MULTILINE)
 _HOOKS = ("accelerate/hooks.py", "accelerate\\hooks.py")
 
 
@@ -28,11 +29,15 @@ def refuse_patched(trace: Trace) -> None:
 
 
 def _by_unsloth(trace: Trace) -> bool:
-    """Whether operations or code of Unsloth's stand in the graph; it assigns to transformers' classes, whose names stay."""
+    """Whether operations or code of Unsloth's stand in the graph; it assigns to transformers' classes, whose names stay.
+
+    Its code around all of a layer, which only hands on what it is given, stands in stack traces too, but never innermost.
+    """
     for node in trace.gm.graph.nodes:
         if getattr(node.target, "namespace", None) == "unsloth" or str(node.target).startswith("unsloth."):
             return True
-        if _UNSLOTH_FILE.search(node.stack_trace or ""):
+        files = _FILE.findall(node.stack_trace or "")
+        if files and _UNSLOTH_FILE.search(files[-1]):
             return True
     return False
 

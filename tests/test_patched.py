@@ -91,18 +91,22 @@ def attention(x, cache, layer, rope):
     key, value = cache.update(rope(x), x, layer)
     return sdpa(x, key, value, is_causal=x.shape[2] > 1)
 """
+HANDED_ON = """
+def attention(*args):
+    return original(*args)
+"""
 
 
-def attention_in(file: str) -> Any:
+def attention_in(file: str, source: str = ATTENTION, **names: Any) -> Any:
     """Attention to a cache whose source is said to stand in ``file``."""
-    names: dict[str, Any] = {"sdpa": sdpa}
-    exec(compile(ATTENTION, file, "exec"), names)
+    exec(compile(source, file, "exec"), names)
     return names["attention"]
 
 
 @pytest.mark.parametrize(
     ("file", "rope", "patched"),
     [
+        ("/site-packages/unsloth_zoo/temporary_patches/gpt_oss.py", torch.clone, True),
         ("/site-packages/unsloth/models/llama.py", torch.clone, True),
         ("/work/unsloth_compiled_cache/unsloth_compiled_module_llama.py", torch.clone, True),
         ("/work/model.py", rope_embedding, True),
@@ -110,7 +114,8 @@ def attention_in(file: str) -> Any:
     ],
 )
 def test_what_unsloth_has_patched_stays_dense_with_a_reason(file: str, rope: Any, patched: bool) -> None:
-    attention = attention_in(file)
+    own = attention_in(file, sdpa=sdpa)
+    attention = attention_in("/site-packages/unsloth_zoo/temporary_patches/misc.py", HANDED_ON, original=own)
 
     def model(x: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         return attention(attention(x, cache, 0, rope), cache, 1, rope)
