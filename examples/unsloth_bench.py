@@ -4,6 +4,7 @@
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -73,14 +74,16 @@ def main(
         running = model if variant == UNSLOTH else standard_forward(model)
         return generation.measure(running, settings, count, new_tokens, variant)
 
-    rows = []
+    rows, facts = [], header(settings)
     for variant in VARIANTS:
         for count in lengths:
             labels = {"geometry": geometry, "cached": count, "variant": variant}
-            rows.append(Measurement(labels, lambda count=count, variant=variant: row(count, variant)).row())
+            rows.append(Measurement(labels, partial(row, count, variant)).row())
+            typer.echo(f"{rows[-1]['seconds']:7.1f} s  {variant}, {count}  {rows[-1]['error'] or ''}", err=True)
+            if json_:
+                json_.write_text(json.dumps({"header": facts, "rows": rows}, indent=1))
     rows.sort(key=lambda row: (row["cached"], -VARIANTS.index(row["variant"])))
     generation.derive(rows)
-    facts = header(settings)
     if json_:
         json_.write_text(json.dumps({"header": facts, "rows": rows}, indent=1))
     output().print(facts, generation.show(rows))
