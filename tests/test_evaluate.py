@@ -269,16 +269,21 @@ def test_a_simulated_codec_loses_and_weighs_what_its_bits_say(name: str, most: f
         assert bits / 8 < stored / x.numel() <= bits / 8 + 1 / 8
 
 
-def test_a_simulated_cache_loses_of_the_prompt_alone(llama: PreTrainedModel) -> None:
-    trial = contender(llama, "turbo-2")
-    cache = trial.empty()
-    ids = tokens(1, 400)
-    assert torch.equal(trial.feed(cache, ids), contender(llama, "dense").feed(contender(llama, "dense").empty(), ids))
-    keys = cache.layers[0].keys.clone()
-    trial.feed(cache, ids[:, :3])
-    assert torch.equal(cache.layers[0].keys[:, :, :400], keys) and cache.get_seq_length() == 403
-    whole = 2 * keys.numel() * keys.element_size() * len(cache.layers)
-    assert whole / 16 < weigh(cache).stored_bytes < whole / 2
+@pytest.mark.parametrize("name", ["turbo-2", "kivi-2"])
+def test_a_simulated_cache_loses_all_but_its_windows(name: str, llama: PreTrainedModel) -> None:
+    trial, dense = contender(llama, name), contender(llama, "dense")
+    cache, plain = trial.empty(), dense.empty()
+    ids = tokens(1, 500)
+    assert torch.equal(trial.feed(cache, ids[:, :400]), dense.feed(plain, ids[:, :400]))
+    for i in range(400, 500):
+        trial.feed(cache, ids[:, i : i + 1])
+        dense.feed(plain, ids[:, i : i + 1])
+        lost = (cache.layers[0].keys != plain.layers[0].keys).any(-1).any(1)[0]
+        coded = (i + 1 - 4 - 96) // 32 * 32
+        assert not lost[:4].any() and lost[4 : 4 + coded].all() and not lost[4 + coded :].any()
+    row = 2 * cache.layers[0].keys[:, :, 0].nbytes * len(cache.layers)
+    packed = coded * row * (2 / 32 + (1 / 32 if name == "kivi-2" else 1 / 64))  # bits, and scales, in numbers of 32 bits
+    assert weigh(cache).stored_bytes == packed + (500 - coded) * row
 
 
 def test_calibration_finds_the_layer_that_matters(llama: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
-"""Rival codecs written down for comparison: the prompt's keys and values are coded and decoded at once, and attended densely.
+"""Rival codecs written down for comparison: keys and values are coded and decoded at once, and attended densely.
 
-They get the windows of the presets: the first and last tokens stay exact, and so do all that follow the prompt. Bytes are those
-that packed codes and their scales would take.
+They get the windows of the presets: the first and last tokens stay exact. Bytes are those that packed codes and their scales
+would take.
 """
 
 from __future__ import annotations
@@ -16,23 +16,17 @@ from transformers import DynamicCache, PreTrainedConfig
 from spectral_compile.codec import PRESETS
 
 _WINDOWS = PRESETS["balanced"]
-_GROUP = 32  # numbers with one scale and one zero
+_GROUP = 32  # numbers with one scale and one zero; as many tokens are coded at a time
 Codec = Callable[[torch.Tensor], tuple[torch.Tensor, float]]  # float32 [B, H, n, D] -> the same with losses, and bytes
 
 
 def ranged(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, float]:
-    """Integers between the least and the greatest of ``_GROUP`` numbers along ``axis`` < 0; scale and zero take 16 bits each.
-
-    What remains of tokens over whole groups stays exact.
-    """
-    whole = x.shape[axis] // _GROUP * _GROUP
-    groups, rest = x.split((whole, x.shape[axis] - whole), axis)
-    parts = groups.unflatten(axis, (-1, _GROUP))
+    """Integers between least and greatest of ``_GROUP`` numbers along ``axis`` < 0; scale and zero take 16 bits each."""
+    parts = x.unflatten(axis, (-1, _GROUP))
     least, most = parts.amin(axis, keepdim=True), parts.amax(axis, keepdim=True)
     scale = ((most - least) / (2**bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
     coded = ((parts - least) / scale).round() * scale + least
-    restored = torch.cat([coded.flatten(axis - 1, axis), rest], axis)
-    return restored, groups.numel() * (bits / 8 + 4 / _GROUP) + 2 * rest.numel()
+    return coded.flatten(axis - 1, axis), x.numel() * (bits / 8 + 4 / _GROUP)
 
 
 def kivi(bits: int) -> tuple[Codec, Codec]:
@@ -74,24 +68,40 @@ SIMULATED = {
 
 
 class SimulatedCache(DynamicCache):
-    """A dense cache that loses of its prompt what a codec would lose; ``stored_bytes`` is what that codec would hold."""
+    """A dense cache that loses what a codec would lose of all tokens between its first and its last."""
 
     def __init__(self, codecs: tuple[Codec, Codec], config: PreTrainedConfig) -> None:
         super().__init__(config=config)
-        self.codecs, self.stored_bytes = codecs, 0.0
+        self.codecs = codecs
+        self.coded: list[int] = []  # by layer: where its exact window begins
+        self.coded_bytes = 0.0
+
+    @property
+    def stored_bytes(self) -> float:
+        """What codes, scales and exact tokens would take."""
+        exact = (
+            x[:, :, :1].nbytes * (x.shape[2] - coded + _WINDOWS.sinks)
+            for layer, coded in zip(self.layers, self.coded, strict=True)
+            for x in (layer.keys, layer.values)
+        )
+        return self.coded_bytes + sum(exact)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
-        """The prompt attends to itself as it is; later tokens see what is left of it."""
-        prompt = self.get_seq_length(layer_idx) == 0
+        """Tokens attend to each other as they come, and to what is left of those before them."""
         attended = super().update(key, value, layer_idx, *rest, **more)
-        if prompt:
-            layer = self.layers[layer_idx]
-            layer.keys, layer.values = (self._lose(x, codec) for x, codec in zip((key, value), self.codecs, strict=True))
+        layer = self.layers[layer_idx]
+        if layer_idx == len(self.coded):
+            self.coded.append(_WINDOWS.sinks)
+        begin = self.coded[layer_idx]
+        end = begin + max(0, layer.keys.shape[2] - _WINDOWS.recent - begin) // _GROUP * _GROUP
+        if end > begin:
+            layer.keys, layer.values = (
+                self._lose(x, codec, begin, end) for x, codec in zip((layer.keys, layer.values), self.codecs, strict=True)
+            )
+            self.coded[layer_idx] = end
         return attended
 
-    def _lose(self, x: torch.Tensor, codec: Codec) -> torch.Tensor:
-        end = max(_WINDOWS.sinks, x.shape[2] - _WINDOWS.recent)
-        first, middle, last = x.tensor_split((_WINDOWS.sinks, end), 2)
-        coded, size = codec(middle.float())
-        self.stored_bytes += size + x.element_size() * (first.numel() + last.numel())
-        return torch.cat([first, coded.to(x.dtype), last], 2)
+    def _lose(self, x: torch.Tensor, codec: Codec, begin: int, end: int) -> torch.Tensor:
+        coded, size = codec(x[:, :, begin:end].float())
+        self.coded_bytes += size
+        return torch.cat([x[:, :, :begin], coded.to(x.dtype), x[:, :, end:]], 2)
