@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.bench.generation import recordings
+from spectral_compile.report import SpectralWarning
 from tests.test_profile import profile
 from tests.tiny import GREEDY, GROUPED, WINDOWS, build, smollm2_sized, tokens
 
@@ -82,6 +84,19 @@ def test_presets_lose_what_they_lose_on_the_cpu(options: dict[str, Any], dtype: 
     dropped = 1 - min(layout.value.rank / layout.width for layout in layouts)  # of values without any spectrum
     assert dropped**0.5 > lost[0] > 0.005
     assert lost[1] == pytest.approx(lost[0], rel=0.03)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_a_model_over_two_gpus_stays_dense_with_a_reason() -> None:
+    model, prompt = build("llama"), tokens(2, 40).cuda()
+    first = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
+    model = accelerate.dispatch_model(model, first | dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1))
+    expected = model.generate(prompt, max_new_tokens=8, **GREEDY)
+    model.compile(backend=sc.spectral, options={"preset": "exact", **WINDOWS})
+    with pytest.warns(SpectralWarning, match=r"accelerate's hooks \(device_map over several devices"):
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, **GREEDY), expected)
+    assert not any(graph.matched for graph in sc.reports())
+    assert report.decodes() == 0
 
 
 def test_peak_memory_of_a_long_prefill_is_near_the_compressed_cache() -> None:
