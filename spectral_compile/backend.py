@@ -62,9 +62,12 @@ def spectral(
         compiled = compile_densely(gm, example_inputs, config)
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
-        if (why := not_recorded(trace.plan, examples, config)) is not None:
+        recorded = records(trace.plan, config)
+        if recorded and (why := varying(examples)) is not None:
             trace.notes.append(Refusal("graph", why))
-        inner = compile_inner(trace.gm, examples, config, trace.plan)
+            recorded = False
+        # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
+        inner = compile_inner(trace.gm, examples, config, {"size_asserts": False, "triton.cudagraphs": recorded})
         compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)])
     done = time.perf_counter()
 
@@ -96,29 +99,26 @@ def own_copy(gm: GraphModule) -> GraphModule:
     return new
 
 
-def compile_inner(gm: GraphModule, examples: list[Any], config: SpectralConfig, plan: Plan | None = None) -> Callable[..., Any]:
-    """Hand a graph to the inner compiler that the options name; ``plan`` is there if it was rewritten."""
+def compile_inner(
+    gm: GraphModule, examples: list[Any], config: SpectralConfig, patches: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Hand a graph to the inner compiler that the options name; Inductor takes ``patches`` over its own options."""
     if config.inner == "eager":
         return gm.forward
     if config.inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
-    patches = dict(config.inductor)
-    if plan is not None:
-        # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
-        patches["size_asserts"] = False
-        patches["triton.cudagraphs"] = _records(plan, config) and not_recorded(plan, examples, config) is None
-    return compile_fx(gm, examples, config_patches=patches or None)
+    return compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
 
 
-def _records(plan: Plan, config: SpectralConfig) -> bool:
+def records(plan: Plan, config: SpectralConfig) -> bool:
     """Whether a graph should become a CUDA graph; only decode never waits for the GPU."""
     wanted = config.inner == "inductor" and dict(config.inductor).get("triton.cudagraphs", config.cudagraphs)
     return wanted and plan.kind == "decode" and plan.sites[0].device.type == "cuda"
 
 
-def not_recorded(plan: Plan, examples: list[Any], config: SpectralConfig) -> str | None:
-    """Why a decode graph that should be a CUDA graph cannot be one, if so: with each new size it would be recorded again."""
-    for example in examples if _records(plan, config) else ():
+def varying(examples: list[Any]) -> str | None:
+    """Why a graph with these inputs cannot be a CUDA graph, if so: with each new size it would be recorded again."""
+    for example in examples:
         sizes = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
         if any(isinstance(size, torch.SymInt) for size in sizes):
             return "it has inputs whose sizes vary, such as a mask or a batch, so it is not recorded as a CUDA graph"

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import spectral_compile as sc
 from spectral_compile import report
-from spectral_compile.backend import not_recorded
+from spectral_compile.backend import records, varying
 from spectral_compile.config import SpectralConfig
 from spectral_compile.passes.edges import too_wide
 from spectral_compile.report import SpectralWarning
@@ -267,15 +267,20 @@ def test_nothing_of_torch_or_transformers_is_assigned_to() -> None:
 @pytest.mark.parametrize("cudagraphs", [True, False])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
-def test_a_decode_graph_that_cannot_be_recorded_says_so(kind: str, device: str, cudagraphs: bool) -> None:
+def test_decode_on_a_gpu_is_recorded_unless_options_say_otherwise(kind: str, device: str, cudagraphs: bool) -> None:
     plan = SimpleNamespace(kind=kind, sites=[SimpleNamespace(device=torch.device(device))])
-    config = SpectralConfig(cudagraphs=cudagraphs)
+    wanted = (kind, device, cudagraphs) == ("decode", "cuda", True)
+    assert records(plan, SpectralConfig(cudagraphs=cudagraphs)) == wanted
+    assert records(plan, SpectralConfig.parse({"triton.cudagraphs": cudagraphs})) == wanted
+    assert not records(plan, SpectralConfig(cudagraphs=cudagraphs, inner="eager"))
+
+
+def test_a_graph_whose_inputs_vary_in_size_cannot_be_recorded() -> None:
     varies = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
     mask = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.zeros(3, 4), symbolic_context=varies)
-    wanted = (kind, device, cudagraphs) == ("decode", "cuda", True)
     for example in (mask, mask.shape[0]):
-        assert (not_recorded(plan, [torch.zeros(2), example], config) is not None) == wanted
-    assert not_recorded(plan, [torch.zeros(2), 7], config) is None
+        assert "inputs whose sizes vary" in varying([torch.zeros(2), example])
+    assert varying([torch.zeros(2), 7]) is None
 
 
 def test_groups_too_wide_for_a_gpu_are_refused() -> None:
