@@ -19,9 +19,9 @@ DEFAULT = ("smollm2",)
 WARM_UP = 8  # steps
 TIMED = 50  # steps
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # by title: variant of ``generate``, and options of the backend
-    "inductor, growing cache": ("inductor", {}),
     "inductor, static cache, CUDA graphs": ("static", {}),
     "spectral, CUDA graphs": (SPECTRAL, {"strict": False}),
+    "inductor, growing cache": ("inductor", {}),
     "spectral, no CUDA graphs": (SPECTRAL, {"strict": False, "cudagraphs": False}),
 }
 
