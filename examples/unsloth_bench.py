@@ -15,11 +15,11 @@ from unsloth import FastLanguageModel  # first: it assigns to what the others im
 import torch
 import typer
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spectral_compile.bench import generation
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Settings, build, tidy
-from spectral_compile.bench.verb import header
+from spectral_compile.bench.verb import count, header
 from spectral_compile.generate import output
 from spectral_compile.models import device_of
 from spectral_compile.unsloth import standard_forward
@@ -45,7 +45,7 @@ def main(
     inner: str = "inductor",
     json_: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    lengths = tuple(int(count) for count in cached.split(","))
+    lengths = tuple(count(text) for text in cached.split(","))
     settings = Settings(
         geometries=(geometry,),
         pairs=(),
@@ -69,23 +69,26 @@ def main(
         )
     FastLanguageModel.for_inference(model)
 
-    def row(count: int, variant: str) -> generation.Row:
+    def make(variant: str) -> PreTrainedModel:
         torch.compiler.set_stance("default")  # Unsloth's text leaves eager_on_recompile behind
-        running = model if variant == UNSLOTH else standard_forward(model)
-        return generation.measure(running, settings, count, new_tokens, variant)
+        return model if variant == UNSLOTH else standard_forward(model)
 
     rows, facts = [], header(settings)
+
+    def write() -> None:
+        if json_:
+            json_.write_text(json.dumps({"header": facts, "rows": rows}, indent=1))
+
     for variant in VARIANTS:
-        for count in lengths:
-            labels = {"geometry": geometry, "cached": count, "variant": variant}
-            rows.append(Measurement(labels, partial(row, count, variant)).row())
-            typer.echo(f"{rows[-1]['seconds']:7.1f} s  {variant}, {count}  {rows[-1]['error'] or ''}", err=True)
-            if json_:
-                json_.write_text(json.dumps({"header": facts, "rows": rows}, indent=1))
+        for length in lengths:
+            labels = {"geometry": geometry, "cached": length, "variant": variant}
+            run = partial(generation.generate, partial(make, variant), settings, length, new_tokens, variant)
+            rows.append(Measurement(labels, run).row())
+            typer.echo(f"{rows[-1]['seconds']:7.1f} s  {variant}, {length}  {rows[-1]['error'] or ''}", err=True)
+            write()
     rows.sort(key=lambda row: (row["cached"], -VARIANTS.index(row["variant"])))
     generation.derive(rows)
-    if json_:
-        json_.write_text(json.dumps({"header": facts, "rows": rows}, indent=1))
+    write()
     output().print(facts, generation.show(rows))
 
 

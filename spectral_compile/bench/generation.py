@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
@@ -21,7 +22,6 @@ from spectral_compile.bench.measure import (
     GEOMETRIES,
     GIB,
     Column,
-    Geometry,
     Measurement,
     Row,
     Settings,
@@ -52,7 +52,7 @@ def measurements(settings: Settings) -> list[Measurement]:
     return [
         Measurement(
             {"geometry": name, "cached": cached, "variant": variant},
-            partial(generate, GEOMETRIES[name], settings, cached, settings.new_tokens, variant),
+            partial(generate, partial(build, GEOMETRIES[name], settings), settings, cached, settings.new_tokens, variant),
         )
         for name in settings.geometries or DEFAULT
         for cached in settings.cached
@@ -64,7 +64,7 @@ def steady_measurements(settings: Settings) -> list[Measurement]:
     """For each geometry many new tokens from the compressed cache, with CUDA graphs and without."""
     made = []
     for name in settings.geometries or STEADY_DEFAULT:
-        sizes = (GEOMETRIES[name], settings, settings.cached[0], settings.steady_tokens, SPECTRAL)
+        sizes = (partial(build, GEOMETRIES[name], settings), settings, settings.cached[0], settings.steady_tokens, SPECTRAL)
         labels = {"geometry": name, "cached": settings.cached[0], "new_tokens": settings.steady_tokens}
         made.append(Measurement({**labels, "cudagraphs": True}, partial(generate, *sizes, keep=True)))
         made.append(Measurement({**labels, "cudagraphs": False}, partial(generate, *sizes, {"cudagraphs": False}, keep=True)))
@@ -114,8 +114,8 @@ class Run:
 def prepare(model: PreTrainedModel, settings: Settings, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     """Compile ``model`` as ``variant`` asks, the spectral backend with more ``options``; what ``generate`` must be told.
 
-    ``static`` leaves the model as it is: ``generate`` itself compiles the decode step where the cache is static. So does a
-    variant that is none of ``VARIANTS``.
+    Any name but ``inductor`` and ``spectral`` leaves the model as it is; with ``static``, ``generate`` itself compiles the
+    decode step.
     """
     if variant == "static":
         return {"cache_implementation": "static", "compile_config": static_config(settings)}
@@ -133,7 +133,7 @@ def static_config(settings: Settings) -> CompileConfig:
 
 
 def generate(
-    geometry: Geometry,
+    make: Callable[[], PreTrainedModel],
     settings: Settings,
     cached: int,
     new_tokens: int,
@@ -141,25 +141,13 @@ def generate(
     options: dict[str, Any] | None = None,
     keep: bool = False,
 ) -> Row:
-    """What ``measure`` finds with random weights."""
-    reset()
-    return measure(build(geometry, settings), settings, cached, new_tokens, variant, options, keep)
-
-
-def measure(
-    model: PreTrainedModel,
-    settings: Settings,
-    cached: int,
-    new_tokens: int,
-    variant: str,
-    options: dict[str, Any] | None = None,
-    keep: bool = False,
-) -> Row:
-    """Generate twice from ``cached`` random tokens: compile the first time, and measure the second.
+    """Generate twice from ``cached`` random tokens with what ``make`` gives: compile the first time, measure the second.
 
     Memory counts what is beyond weights. With ``keep`` the row has the new tokens and the milliseconds of all steps.
     """
+    reset()
     counters.clear()
+    model = make()
     prompt = random_prompt(model.config.vocab_size, settings, cached)
     how = prepare(model, settings, variant, options or {})
     if settings.chunk:
