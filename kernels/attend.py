@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels import reference
+from spectral_compile.kernels import extend, reference
 from spectral_compile.kernels.append import append
 from spectral_compile.kernels.buffers import Buffers
 
@@ -42,7 +42,9 @@ def attend_(
     buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
     parsed = Layout.parse(layout)
     chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window, softcap, sink)
-    if not query.is_cuda:
+    if extend.takes(query, mask, window, softcap, sink):
+        out = extend.attend(query, key, value, ledger, positions, valid, buffers, parsed, scale)
+    elif not query.is_cuda:
         out = reference.attend(*chunk)
     else:
         from spectral_compile.kernels.fused import attend  # Triton is there only where a GPU is

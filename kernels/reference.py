@@ -238,7 +238,7 @@ def _serves(side: _Side, segment: int, fit: tuple[torch.Tensor, torch.Tensor]) -
     return bool((lost <= REFRESH * codec.residual(side.x, *fit)).all())
 
 
-def _spans(row: int, coded: int, buffers: Buffers, layout: Layout) -> list[tuple[int, slice]]:
+def spans(row: int, coded: int, buffers: Buffers, layout: Layout) -> list[tuple[int, slice]]:
     """The coded slots of a row, as (segment, slots)."""
     if coded == 0:
         return []
@@ -248,7 +248,7 @@ def _spans(row: int, coded: int, buffers: Buffers, layout: Layout) -> list[tuple
     return [(i, slice(a, b)) for i, (a, b) in enumerate(zip(starts, [*starts[1:], coded], strict=True))]
 
 
-def _exact(x: torch.Tensor, before: int, coded: int, layout: Layout) -> torch.Tensor:
+def exact_tokens(x: torch.Tensor, before: int, coded: int, layout: Layout) -> torch.Tensor:
     """Sinks and window of one row, [H, E, D] -> [H, n, D], in the order of tokens."""
     window = x.shape[1] - layout.sinks
     slots = torch.arange(coded, max(before - layout.sinks, coded), device=x.device)
@@ -288,15 +288,15 @@ def attend(
         chunk_k, chunk_v = rotate(key[row][:, keep], where[before:], layout.rotary), value[row][:, keep]
         old = slice(layout.sinks, layout.sinks + coded)  # tokens that are coded, between sinks and window
         exact_at = torch.cat((where[: min(before, layout.sinks)], where[old.stop : before]))
-        exact_k = rotate(_exact(buffers.k_exact[row], before, coded, layout), exact_at, layout.rotary)
+        exact_k = rotate(exact_tokens(buffers.k_exact[row], before, coded, layout), exact_at, layout.rotary)
 
         q = query[row].float().reshape(layout.kv_heads, -1, dim) * scale  # queries of a KV head side by side
         scores = q.new_empty(*q.shape[:2], after)
         order = torch.cat((torch.arange(min(before, layout.sinks)), torch.arange(old.stop, max(before, old.stop))))
         scores[..., order] = q @ exact_k.float().mT
         scores[..., before:] = q @ chunk_k.float().mT
-        for segment, slots in _spans(row, coded, buffers, layout):
-            k = ungroup(_decode(row, segment, slots, "k", buffers, layout), layout)
+        for segment, slots in spans(row, coded, buffers, layout):
+            k = ungroup(decode(row, segment, slots, "k", buffers, layout), layout)
             k = rotate(k, where[layout.sinks + slots.start : layout.sinks + slots.stop], layout.rotary)
             scores[..., layout.sinks + slots.start : layout.sinks + slots.stop] = q @ k.float().mT
 
@@ -310,8 +310,8 @@ def attend(
         p = torch.softmax(scores, -1)[..., :after].nan_to_num(0.0).flatten(1, 2)
 
         mixed = p[..., before:] @ chunk_v.float()
-        mixed += p[..., order] @ _exact(buffers.v_exact[row], before, coded, layout).float()
-        for segment, slots in _spans(row, coded, buffers, layout):
+        mixed += p[..., order] @ exact_tokens(buffers.v_exact[row], before, coded, layout).float()
+        for segment, slots in spans(row, coded, buffers, layout):
             part = p[..., layout.sinks + slots.start : layout.sinks + slots.stop]
             mixed += _mix(part, row, segment, slots, buffers, layout)
         out[row] = mixed.reshape(q_heads, count, dim).to(query.dtype)
@@ -348,7 +348,7 @@ def _side(side: str, buffers: Buffers, layout: Layout):
     return buffers.v_codes, buffers.v_basis.mT, buffers.v_affine, layout.value
 
 
-def _decode(row: int, segment: int, slots: slice, side: str, buffers: Buffers, layout: Layout) -> torch.Tensor:
+def decode(row: int, segment: int, slots: slice, side: str, buffers: Buffers, layout: Layout) -> torch.Tensor:
     """Coded tokens of one segment, [G, n, W]: float32, or the model's dtype where the store is lossless."""
     codes, basis, affine, tiers = _side(side, buffers, layout)
     if layout.lossless:
@@ -380,9 +380,9 @@ def materialise(
     """Dense keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, in the model's dtype."""
     dense = []
     for side, exact in (("k", buffers.k_exact[row]), ("v", buffers.v_exact[row])):
-        spans = _spans(row, coded, buffers, layout)
-        parts = [ungroup(_decode(row, i, slots, side, buffers, layout), layout) for i, slots in spans]
-        kept = _exact(exact, before, coded, layout)
+        coded_spans = spans(row, coded, buffers, layout)
+        parts = [ungroup(decode(row, i, slots, side, buffers, layout), layout) for i, slots in coded_spans]
+        kept = exact_tokens(exact, before, coded, layout)
         head = min(before, layout.sinks)
         dense.append(torch.cat([kept[:, :head], *(x.to(kept.dtype) for x in parts), kept[:, head:]], 1))
     return rotate(dense[0], positions[:before], layout.rotary), dense[1]

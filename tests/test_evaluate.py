@@ -65,6 +65,18 @@ def test_the_dense_cache_agrees_with_itself(results: dict[str, Result]) -> None:
         assert (mean.change, mean.top1) == (0, 1) and abs(mean.kl) < 1e-9
 
 
+def test_texts_read_together_give_what_they_give_alone(results: dict[str, Result], llama: PreTrainedModel) -> None:
+    texts = {name: tokens(1, PROMPT + SCORED + 1, seed) for seed, name in enumerate(("one", "two"))}
+    for found in compare(llama, None, ("exact", "seed", "kivi-4"), texts, PROMPT, DECODED, batch=2):
+        alone = results[found.name]
+        assert found.dense_bytes == alone.dense_bytes
+        assert found.size.stored_bytes == pytest.approx(alone.size.stored_bytes, rel=1e-3)
+        for name, score in found.scores.items():
+            for which in ("span", "extended", "decoded"):
+                one, other = getattr(score, which), getattr(alone.scores[name], which)
+                assert (one.nll, one.kl) == (pytest.approx(other.nll, rel=1e-4), pytest.approx(other.kl, rel=0.02, abs=1e-6))
+
+
 def test_the_exact_preset_loses_nothing(results: dict[str, Result]) -> None:
     for which in ("span", "extended", "decoded"):
         mean = results["exact"].mean(which)

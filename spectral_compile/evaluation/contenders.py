@@ -53,7 +53,7 @@ class Contender:
         return self.run(cache, ids, logits_to_keep=keep).logits[0]
 
     def run(self, cache: Cache, ids: torch.Tensor, **options: Any) -> Any:
-        """What the model returns for ``ids`` [1, n], which are appended to ``cache``."""
+        """What the model returns for ``ids`` [B, n], which are appended to ``cache``."""
         ids, start = ids.to(self.model.device), cache.get_seq_length()
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, **options)

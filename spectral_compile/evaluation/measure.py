@@ -73,19 +73,21 @@ class Reading:
 
 
 @torch.no_grad()
-def read(cache_of: Contender, ids: torch.Tensor, prompt: int, decode: int = 0, chunk: int | None = None) -> Reading:
-    """Prefill the first ``prompt`` of ``ids`` [1, n + 1], then predict the n - prompt tokens that follow each of the others.
+def read(cache_of: Contender, ids: torch.Tensor, prompt: int, decode: int = 0, chunk: int | None = None) -> list[Reading]:
+    """Prefill the first ``prompt`` of ``ids`` [B, n + 1], then predict the n - prompt tokens that follow each of the others.
 
     They are fed ``chunk`` at a time, or all at once: tokens of one chunk see each other as they are. The first ``decode`` of
-    them are predicted a second time, token by token on a copy of the cache.
+    them are predicted a second time, token by token on a copy of the cache. One reading a row, with its share of the bytes.
     """
     cache = cache_of.empty()
-    cache_of.feed(cache, ids[:, :prompt], keep=1)
-    size = weigh(cache)
+    cache_of.run(cache, ids[:, :prompt], logits_to_keep=1)
+    size = weigh(cache).share(len(ids))
     copied = copy.deepcopy(cache) if decode else cache
-    extended = torch.cat([cache_of.feed(cache, part) for part in ids[:, prompt:-1].split(chunk or ids.shape[1], 1)])
-    steps = [cache_of.feed(copied, ids[:, i : i + 1]) for i in range(prompt, prompt + decode)]
-    return Reading(size, extended, torch.cat([extended[:0], *steps]))
+    parts = ids[:, prompt:-1].split(chunk or ids.shape[1], 1)
+    extended = torch.cat([cache_of.run(cache, part).logits for part in parts], 1)
+    steps = [cache_of.run(copied, ids[:, i : i + 1]).logits for i in range(prompt, prompt + decode)]
+    decoded = torch.cat([extended[:, :0], *steps], 1)
+    return [Reading(size, *logits) for logits in zip(extended, decoded, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,12 @@ def compare(
     asked: Sequence[Question] = (),
     inner: str = "eager",
     profile: Profile | None = None,
+    batch: int = 1,
     step: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Result]:
     """A ``Result`` for the dense cache and then for each of ``names``; ``step`` is told of every text and question to come.
+
+    ``batch`` texts are read at a time; all have the same number of tokens.
 
     A cache of this backend whose graphs do not match at every site is a RuntimeError.
     """
@@ -170,10 +175,13 @@ def compare(
     for name in (DENSE, *names):
         cache_of = contender(model, name, inner, profile)
         scores, answered = {}, {}
-        for text, ids in passages.items():
-            step(f"{name}: {text}")
-            reading = read(cache_of, ids, prompt, decode, chunk)
-            scores[text] = score(reading, dense.setdefault(text, reading), ids[0, prompt + 1 :].to(model.device))
+        for start in range(0, len(passages), batch):
+            together = dict(list(passages.items())[start : start + batch])
+            for text in together:
+                step(f"{name}: {text}")
+            readings = read(cache_of, torch.cat(list(together.values())), prompt, decode, chunk)
+            for (text, ids), reading in zip(together.items(), readings, strict=True):
+                scores[text] = score(reading, dense.setdefault(text, reading), ids[0, prompt + 1 :].to(model.device))
         for question in asked:
             step(f"{name}: {question.task} at {question.depth:.0%}")
             found, cases = answered.get(question.task, (0, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ class Size:
     stored_bytes: int
     parts: dict[str, int]
     coded_ratio: float | None = None
+
+    def share(self, rows: int) -> Size:
+        """Of one of ``rows`` rows that hold equally many tokens."""
+        parts = {part: size // rows for part, size in self.parts.items()}
+        return replace(self, stored_bytes=self.stored_bytes // rows, parts=parts)
 
 
 def weigh(cache: Cache) -> Size:

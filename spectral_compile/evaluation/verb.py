@@ -78,6 +78,7 @@ def evaluate(
     chunk: Annotated[int, Option(min=1, help="How many of those are fed at a time, so that they see each other exactly")] = 8,
     decode: Annotated[int, Option(min=0, help="How many of those to score token by token too")] = 0,
     texts_: Annotated[int, Option("--texts", min=1, help="Number of built-in texts: prose, source and dialogue")] = 8,
+    batch: Annotated[int | None, Option(min=1, help="Texts at a time", show_default="all on a GPU, else 1")] = None,
     text: Annotated[list[Path] | None, Option(exists=True, dir_okay=False, help="A text to use instead; repeatable")] = None,
     tasks: Annotated[str, Option(help=f"Questions to ask too, by comma: {', '.join(TASKS)}")] = "",
     task_tokens: Annotated[str, Option(help="Lengths of their prompts, by comma")] = "3000",
@@ -109,9 +110,12 @@ def evaluate(
         raise typer.BadParameter("--decode counts scored tokens: it cannot exceed --scored")
     if plot and find_spec("matplotlib") is None:
         fail(screen, "--plot needs matplotlib: pip install 'spectral-compile[bench]'")
+    where = models.device_of(device)
+    batch = batch or (1 if where.type == "cpu" else len(text or ()) or texts_)
     settings = {
         "model": model or models.DEFAULT, "tokens": tokens, "scored": scored, "chunk": chunk, "decode": decode,
-        "dtype": dtype, "inner": inner, "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__,
+        "batch": batch, "dtype": dtype, "inner": inner, "seed": seed,
+        "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     results: list[Result] = []
     with phases(screen, BarColumn(), MofNCompleteColumn()) as display:
@@ -122,7 +126,7 @@ def evaluate(
             asked = [question for what, length in wanted for question in questions(tokenizer, what, length, cases, seed)]
         except (OSError, ValueError) as error:
             fail(screen, str(error))
-        loaded.to(models.device_of(device))
+        loaded.to(where)
         installed = contenders.installed_rivals(loaded.config)
         if missing := [name for name in names if name in contenders.RIVALS and name not in installed]:
             fail(screen, f"{missing[0]} needs a package that is not installed, such as optimum-quanto or hqq: leave it out")
@@ -138,7 +142,7 @@ def evaluate(
                 traced = trace(loaded, name, next(iter(passages.values()))[:, :tokens], steps, inner, known)
                 output().print(show(traced, name, tokenizer))
             return
-        for result in compare(loaded, tokenizer, names, passages, tokens, decode, chunk, asked, inner, known, step):
+        for result in compare(loaded, tokenizer, names, passages, tokens, decode, chunk, asked, inner, known, batch, step):
             results.append(result)
             if json_:
                 json_.write_text(json.dumps({"settings": settings, "caches": [r.summary() for r in results]}, indent=1))

@@ -1,0 +1,86 @@
+"""A long chunk's attention: the compressed past is decoded a piece at a time, which all queries of the chunk then share.
+
+``fused`` rebuilds keys for every tile of queries, which is the cheapest for few of them. Where there are many, a piece of the
+past is decoded once and attended to by a library's kernel; pieces are merged by log-sum-exp (Dao et al., arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels import reference
+from spectral_compile.kernels.autocast import without_autocast
+from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.ledger import on_host
+
+LEAST = 512  # queries for which decoding costs less than rebuilding keys tile by tile
+PIECE = 8192  # tokens that are dense at a time
+
+
+def takes(query: torch.Tensor, mask: torch.Tensor | None, window: int, softcap: float, sink: torch.Tensor | None) -> bool:
+    """Whether a chunk [B, Hq, n, D] is long, and its attention plain enough for the library's kernel."""
+    fits = not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0)
+    return fits and query.shape[2] >= LEAST and mask is None and not window and not softcap and sink is None
+
+
+@without_autocast
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ledger: torch.Tensor,
+    positions: torch.Tensor,
+    valid: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+    scale: float,
+) -> torch.Tensor:
+    """``reference.attend`` without a mask, holding ``PIECE`` tokens of the past at a time. The host reads the ledger."""
+    batch, heads, count, dim = query.shape
+    out = query.new_zeros(batch, count, heads, dim).transpose(1, 2)
+    for row, (before, coded, after, *_) in enumerate(on_host(ledger)):
+        kept = slice(None) if valid is None or after - before == count else valid[row].nonzero()[:, 0]
+        if after == before:
+            continue
+        q, k, v = query[row][:, kept], key[row][:, kept], value[row][:, kept]
+        k = reference.rotate(k, positions[row, before:after], layout.rotary)
+        mixed, total = _attention(q, k, v, scale, causal=True)
+        mixed = mixed.float()
+        for k, v in _past(row, before, coded, positions[row], buffers, layout):
+            part, own = _attention(q, k, v, scale)
+            mixed.lerp_(part.float(), (own - total).sigmoid()[..., None])
+            total = total.logaddexp(own)
+        out[row][:, kept] = mixed.to(query.dtype)
+    return out
+
+
+def _past(
+    row: int, before: int, coded: int, positions: torch.Tensor, buffers: Buffers, layout: Layout
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, ``PIECE`` at a time, in no order."""
+    dtype, first = buffers.k_exact.dtype, min(before, layout.sinks)
+    if before > coded:
+        at = torch.cat((positions[:first], positions[first + coded : before]))
+        k, v = (reference.exact_tokens(x[row], before, coded, layout) for x in (buffers.k_exact, buffers.v_exact))
+        yield reference.rotate(k, at, layout.rotary), v
+    for segment, slots in reference.spans(row, coded, buffers, layout):
+        for start in range(slots.start, slots.stop, PIECE):
+            part = slice(start, min(start + PIECE, slots.stop))
+            k, v = (
+                reference.ungroup(reference.decode(row, segment, part, side, buffers, layout), layout).to(dtype)
+                for side in ("k", "v")
+            )
+            yield reference.rotate(k, positions[first + part.start : first + part.stop], layout.rotary), v
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [Hq, n, D] of queries to [H, m, D] and the logarithm [Hq, n] of the sum of its weights."""
+    aten = torch.ops.aten
+    kernel = aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+    out, total, *_ = kernel(query[None], key[None], value[None], is_causal=causal, scale=scale)
+    return out[0], total[0]
