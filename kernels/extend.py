@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import reference
@@ -80,7 +81,11 @@ def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention [Hq, n, D] of queries to [H, m, D] and the logarithm [Hq, n] of the sum of its weights."""
-    aten = torch.ops.aten
-    kernel = aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
-    out, total, *_ = kernel(query[None], key[None], value[None], is_causal=causal, scale=scale)
-    return out[0], total[0]
+    aten, given = torch.ops.aten, (query[None], key[None], value[None])
+    if not query.is_cuda:
+        out, total = aten._scaled_dot_product_flash_attention_for_cpu(*given, is_causal=causal, scale=scale)
+    elif torch._fused_sdp_choice(*given, is_causal=causal, scale=scale, enable_gqa=True) == SDPBackend.CUDNN_ATTENTION.value:
+        out, total, *_ = aten._scaled_dot_product_cudnn_attention(*given, None, True, is_causal=causal, scale=scale)
+    else:
+        out, total, *_ = aten._scaled_dot_product_flash_attention(*given, is_causal=causal, scale=scale)
+    return out[0], total[0].view(query.shape[:2])

@@ -8,6 +8,7 @@ token before.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,12 +24,16 @@ REFRESH = 2.0  # a new segment starts when the old basis loses this many times w
 _PIECE = 1024  # tokens that are coded at a time, which bounds what the prefill needs beside its own activations
 
 
+@functools.cache
+def _frequencies(rotary: Rotary, device: torch.device) -> torch.Tensor:
+    return torch.tensor(rotary.frequencies, dtype=torch.float32, device=device)  # a copy that waits for the device
+
+
 def rotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
     """``x`` [..., n, D] rotated to int ``positions`` [n] (RoPE; Su et al., arXiv 2104.09864), in the dtype of ``x``."""
     if rotary is None:
         return x
-    frequencies = torch.tensor(rotary.frequencies, dtype=torch.float32, device=x.device)
-    angle = positions.to(torch.float32)[:, None] * frequencies
+    angle = positions.to(torch.float32)[:, None] * _frequencies(rotary, x.device)
     cos, sin = (angle.cos() * rotary.scaling).to(x.dtype), (angle.sin() * rotary.scaling).to(x.dtype)
     turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]
     if rotary.interleaved:
