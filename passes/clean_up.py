@@ -13,6 +13,7 @@ from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, call_name,
 from spectral_compile.tensor import SpectralTensor
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+_ARITHMETIC = ("add", "iadd", "sub", "isub", "mul", "imul")
 _VIEWS = (
     *("view", "reshape", "flatten", "unflatten", "expand", "permute", "transpose", "unsqueeze", "squeeze", "getitem", "select"),
     *("narrow", "chunk", "split", "unbind", "detach", "to", "contiguous", "view_as", "expand_as"),
@@ -39,6 +40,9 @@ def clean_up(trace: Trace) -> None:
             inputs[node] = ("shape" if only_shape else "dense", inputs[node][1])
             example = shape_of(fake(node)) if only_shape else dense_example(fake(node))
             trace.examples[node] = node.meta["example_value"] = example
+        elif trace.kind == "decode" and isinstance(fake(node), torch.SymInt) and _counts(node):
+            inputs[node] = ("number", inputs[node][1])
+            trace.examples[node] = node.meta["example_value"] = _number(trace)
     trace.plan = replace(trace.plan, inputs=inputs)
     graph.lint()
     trace.gm.recompile()
@@ -73,6 +77,16 @@ def _changes_in_place(node: Node) -> bool:
         return False
     name = call_name(node)
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _counts(node: Node) -> bool:
+    """Whether an integer is only counted with, so that a tensor may stand for it: a CUDA graph keeps integers as they were."""
+    return all(is_call(user, *_ARITHMETIC) and (isinstance(fake(user), torch.Tensor) or _counts(user)) for user in node.users)
+
+
+def _number(trace: Trace) -> torch.Tensor:
+    with detect_fake_mode([fake(site.query) for site in trace.matched]):
+        return torch.empty((), dtype=torch.int64, device=trace.plan.sites[0].device)
 
 
 def shape_of(x: SpectralTensor) -> torch.Tensor:

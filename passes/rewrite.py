@@ -40,9 +40,9 @@ class Plan:
     """How the runtime feeds a rewritten graph and what it makes of the results.
 
     ``inputs`` names each input of the new graph: ("argument", i), ("ledger",), ("positions",), ("valid",), ("columns",),
-    ("buffer", site, field), and after clean-up ("dense", i) or ("shape", i). ``outputs`` names each output of the old one:
-    ("result", i) or ("key" | "value", site). ``padding`` is the argument that holds the 2-D mask; ``masked`` says that some
-    mask is none that the store could know by itself. ``batch`` and ``count`` are ints or symbolic sizes.
+    ("buffer", site, field), and after clean-up ("dense", i), ("shape", i) or ("number", i). ``outputs`` names each output of
+    the old one: ("result", i) or ("key" | "value", site). ``padding`` is the argument that holds the 2-D mask; ``masked`` says
+    that some mask is none that the store could know by itself. ``batch`` and ``count`` are ints or symbolic sizes.
     """
 
     kind: str

@@ -174,6 +174,8 @@ class BoundGraph:
                 return densely(arguments[i])
             case ("shape", i):
                 return shape_of(arguments[i])
+            case ("number", i):
+                return torch.full((), arguments[i], device=stores[0].device)
         raise AssertionError(source)
 
     def _wrap(self, store: SpectralStore, role: str, slots: int | None) -> SpectralTensor:

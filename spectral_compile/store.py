@@ -97,7 +97,7 @@ class Timeline:
         self.offered = old.segments > 0 and not layout.segment and count >= layout.warmup + layout.block
         if coded <= old.coded and window <= old.window and end <= self.columns.shape[1] and not self.offered:
             return False
-        if 0 < old.coded < coded:
+        if 0 < old.coded < coded and count <= self.spare:  # else a chunk came, which is no reason to expect more
             self.spare *= 2
         segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
         coded = coded + self.spare if coded > old.coded else old.coded

@@ -13,9 +13,10 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers import DynamicCache
 
 import spectral_compile as sc
-from spectral_compile import report
+from spectral_compile import backend, report
 from spectral_compile.backend import records, varying
 from spectral_compile.config import SpectralConfig
 from spectral_compile.passes.edges import too_wide
@@ -281,6 +282,23 @@ def test_a_graph_whose_inputs_vary_in_size_cannot_be_recorded() -> None:
     for example in (mask, mask.shape[0]):
         assert "inputs whose sizes vary" in varying([torch.zeros(2), example])
     assert varying([torch.zeros(2), 7]) is None
+
+
+def test_a_decode_step_by_hand_takes_no_integer_that_varies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``position_ids`` a model counts on from its cache's length, and a graph of integers is recorded for each anew."""
+    given = []
+    monkeypatch.setattr(backend, "compile_inner", lambda gm, examples, *rest: given.append(examples) or gm.forward)
+    model, prompt, logits = build("llama"), tokens(1, 40), []
+    with torch.no_grad():
+        for options in (None, EAGER | {"strict": True}):
+            if options:
+                model.compile(backend=sc.spectral, options=options)
+            cache = DynamicCache(config=model.config)
+            parts = [prompt[:, :30], *prompt[:, 30:].split(1, 1)]
+            logits.append(torch.cat([model(part, past_key_values=cache).logits for part in parts], 1))
+    torch.testing.assert_close(*logits)
+    assert [(graph.kind, graph.matched) for graph in sc.reports()] == [("prefill", 2), ("decode", 2)]
+    assert varying(given[-1]) is None
 
 
 def test_groups_too_wide_for_a_gpu_are_refused() -> None:

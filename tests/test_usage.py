@@ -130,6 +130,18 @@ def test_buffers_are_not_replaced_while_there_is_headroom(headroom: int | None, 
     assert (cache.layers[0].keys.store.buffers.k_codes is not codes) == copied
 
 
+def test_a_prompt_in_chunks_leaves_no_more_room_than_one_in_a_piece() -> None:
+    room = []
+    for chunk in (None, 40):
+        sc.reset()
+        model = build("llama")
+        model.compile(backend=sc.spectral, options={**EXACT, "headroom": 24})
+        cache = growing(model, tokens(1, 400), prefill_chunk_size=chunk).past_key_values
+        timeline = cache.layers[0].keys.store.timeline
+        room.append(timeline.capacity.coded - int(timeline.ledger[0, 3]))
+    assert room[1] <= room[0] + timeline.layout.block
+
+
 def test_logits_and_hidden_states_are_there_and_right() -> None:
     def run(model: PreTrainedModel) -> Any:
         more = {"output_logits": True, "output_hidden_states": True, "return_dict_in_generate": True}
