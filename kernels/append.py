@@ -77,12 +77,17 @@ def append_(
     v_affine: torch.Tensor,
     k_exact: torch.Tensor,
     v_exact: torch.Tensor,
+    k_recent: torch.Tensor,
+    v_recent: torch.Tensor,
+    k_sizes: torch.Tensor,
+    v_sizes: torch.Tensor,
     starts: torch.Tensor,
     moment: torch.Tensor,
     layout: str,
 ) -> None:
     """See ``reference.append``; ``layout`` is ``Layout.spec()``."""
-    buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
+    coded = k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine
+    buffers = Buffers(*coded, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment)
     append(query, key, value, ledger, valid, importance, buffers, Layout.parse(layout))
     for listener in listeners:
         listener()

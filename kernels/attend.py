@@ -29,6 +29,10 @@ def attend_(
     v_affine: torch.Tensor,
     k_exact: torch.Tensor,
     v_exact: torch.Tensor,
+    k_recent: torch.Tensor,
+    v_recent: torch.Tensor,
+    k_sizes: torch.Tensor,
+    v_sizes: torch.Tensor,
     starts: torch.Tensor,
     moment: torch.Tensor,
     layout: str,
@@ -39,7 +43,8 @@ def attend_(
 ) -> torch.Tensor:
     """See ``reference.attend`` and ``reference.append``; ``layout`` is ``Layout.spec()``. One call a layer keeps the host's
     share of a decode step small."""
-    buffers = Buffers(k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment)
+    coded = k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine
+    buffers = Buffers(*coded, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment)
     parsed = Layout.parse(layout)
     chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window, softcap, sink)
     if extend.takes(query, mask, window, softcap, sink):

@@ -24,7 +24,8 @@ class Buffers(NamedTuple):
     """One layer's cache. B rows, H KV heads, G groups of W channels, C coded slots, E = sinks + window, S segments, R rank.
 
     Token i of a row (counted from its first valid one) stands in ``exact[i]`` if it is a sink; else it has the slot
-    j = i - sinks, and stands in ``codes[j]`` once coded and in ``exact[sinks + j % window]`` before.
+    j = i - sinks, and stands in ``codes[j]`` once coded and in ``exact[sinks + j % window]`` before. Where the window is in
+    bytes E = sinks, and it stands in ``recent[j % window]`` with its size in ``sizes[j % window]``; else these hold nothing.
     """
 
     k_codes: torch.Tensor  # uint8 [B, G, C, key row bytes]; in a lossless store the keys, [B, G, C, W]
@@ -36,20 +37,31 @@ class Buffers(NamedTuple):
     v_affine: torch.Tensor  # float32 [B, G, S, 2 R + W]
     k_exact: torch.Tensor  # model dtype [B, H, E, D], keys before RoPE where the layout has a rotary
     v_exact: torch.Tensor  # model dtype [B, H, E, D]
+    k_recent: torch.Tensor  # int8 [B, H, window, D], keys before RoPE in bytes; see ``codec.window_code``
+    v_recent: torch.Tensor  # int8 [B, H, window, D]
+    k_sizes: torch.Tensor  # uint8 [B, H, window]
+    v_sizes: torch.Tensor  # uint8 [B, H, window]
     starts: torch.Tensor  # int32 [B, S], first slot of each segment
     moment: torch.Tensor  # float32 [B, H, D], summed squares of the queries that saw this KV head
+
+    def window(self, layout: Layout) -> int:
+        """Slots of the window."""
+        return self.k_recent.shape[2] if layout.window_bits == 8 else self.k_exact.shape[2] - layout.sinks
 
 
 PART = Buffers(  # the line of a memory report in which each buffer is counted
     k_codes="codes", v_codes="codes", v_norms="scales", k_basis="bases", v_basis="bases", k_affine="scales",
-    v_affine="scales", k_exact="exact windows", v_exact="exact windows", starts="other", moment="other",
+    v_affine="scales", k_exact="exact windows", v_exact="exact windows", k_recent="exact windows",
+    v_recent="exact windows", k_sizes="exact windows", v_sizes="exact windows", starts="other", moment="other",
 )  # fmt: skip
 
 
 def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype, device: torch.device | str) -> Buffers:
     """Empty buffers for ``batch`` rows; ``dtype`` is the model's."""
     g, h, w, d = layout.groups, layout.kv_heads, layout.width, layout.head_dim
-    c, s, e = capacity.coded, capacity.segments, layout.sinks + capacity.window
+    c, s = capacity.coded, capacity.segments
+    in_bytes = capacity.window if layout.window_bits == 8 else 0
+    e = layout.sinks + capacity.window - in_bytes
     rk, rv = layout.key.rank, layout.value.rank
     if layout.lossless:
         codes, row_k, row_v, s_basis, norms = dtype, w, w, 0, 0
@@ -70,6 +82,10 @@ def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype,
         v_affine=zeros(batch, g, s_basis, 2 * rv + w, dtype=torch.float32),
         k_exact=zeros(batch, h, e, d, dtype=dtype),
         v_exact=zeros(batch, h, e, d, dtype=dtype),
+        k_recent=zeros(batch, h, in_bytes, d, dtype=torch.int8),
+        v_recent=zeros(batch, h, in_bytes, d, dtype=torch.int8),
+        k_sizes=zeros(batch, h, in_bytes, dtype=torch.uint8),
+        v_sizes=zeros(batch, h, in_bytes, dtype=torch.uint8),
         starts=torch.full((batch, s_basis), UNUSED, dtype=torch.int32, device=device),
         moment=zeros(batch, h, d, dtype=torch.float32),
     )

@@ -72,22 +72,35 @@ def _advance_kernel(
 
 
 @triton.jit
+def window_size(code):
+    """What bytes of a window are times; see ``codec.window_code``."""
+    return tl.exp2((code.to(tl.float32) - 192) * 0.125)
+
+
+@triton.jit
 def _tokens(
-    new, exact, index, b, g, slots, live, before, n, extent, s_b, s_h, s_n,
-    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr, HAS_INDEX: tl.constexpr,
+    new, exact, recent, sizes, index, b, g, slots, live, before, n, extent, s_b, s_h, s_n,
+    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr, BYTES: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
 ):  # fmt: skip
     """Tokens in these slots as joint channels [N, WP]: out of the window what stood there before, else out of the chunk."""
     c = tl.arange(0, WP)
     real = c < HEADS * D
     head, d = g * HEADS + c // D, c % D
     held = slots < tl.maximum(before - SINKS, 0)
-    ring = ((b * H + head) * extent + SINKS)[None, :] * D + (slots % (extent - SINKS))[:, None] * D + d[None, :]
-    old = tl.load(exact + ring, mask=(live & held)[:, None] & real[None, :], other=0.0)
+    place, kept = (slots % (extent - SINKS))[:, None], (live & held)[:, None] & real[None, :]
+    if BYTES:
+        at = ((b * H + head) * (extent - SINKS))[None, :] + place
+        size = window_size(tl.load(sizes + at, mask=kept, other=0))
+        old = tl.load(recent + at * D + d[None, :], mask=kept, other=0).to(tl.float32) * size
+    else:
+        ring = ((b * H + head) * extent + SINKS)[None, :] * D + place * D + d[None, :]
+        old = tl.load(exact + ring, mask=kept, other=0.0)
     rank = slots + SINKS - before
     fresh = live & (slots >= tl.maximum(before - SINKS, 0))
     column = tl.load(index + b * (n + 1) + rank, mask=fresh, other=0) if HAS_INDEX else rank
     at = b * s_b + column[:, None] * s_n + (head * s_h + d)[None, :]
-    x = tl.load(new + at, mask=fresh[:, None] & real[None, :], other=0.0)
+    x = tl.load(new + at, mask=fresh[:, None] & real[None, :], other=0.0).to(old.dtype)
     return tl.where(held[:, None], old, x)
 
 
@@ -172,21 +185,45 @@ def _code(
 
 
 @triton.jit
+def _keep_bytes(x, recent, sizes, first, place, kept, extent, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr):
+    """Write tokens [N, WP] of HEADS heads, of which ``first`` is the first, to their places of a window of bytes."""
+    c = tl.arange(0, WP)
+    x = x.to(tl.float32)
+    for h in tl.static_range(HEADS):
+        own = (c // D == h)[None, :]
+        most = tl.max(tl.where(own, tl.abs(x), 0.0), 1)
+        size = tl.ceil(tl.log2(tl.maximum(most / 127, 1.1754943508222875e-38)) * 8 + 192)
+        size = tl.minimum(tl.maximum(size, 0.0), 255.0)
+        code = tl.floor(x / window_size(size)[:, None] + 0.5)
+        code = tl.minimum(tl.maximum(code, -127.0), 127.0)
+        at = (first + h) * extent + place
+        tl.store(recent + at[:, None] * D + (c % D)[None, :], code.to(tl.int8), mask=kept[:, None] & own)
+        tl.store(sizes + at, size.to(tl.uint8), mask=kept)
+
+
+@triton.jit
 def _keep(
-    new, exact, index, b, g, tile, before, after, coded_after, n, extent, s_b, s_h, s_n,
-    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
+    new, exact, recent, sizes, index, b, g, tile, before, after, coded_after, n, extent, s_b, s_h, s_n,
+    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr, BYTES: tl.constexpr,
     HAS_INDEX: tl.constexpr, ONE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Write the new tokens that stay exact, place by place of sinks and window, or the one new token."""
+    """Write the new tokens that are not coded, place by place of sinks and window, or the one new token."""
     window = extent - SINKS
     c = tl.arange(0, WP)
     head, d = g * HEADS + c // D, c % D
+    rows = SINKS if BYTES else extent  # of what is exact
     if ONE:
         slot = before - SINKS
         place = tl.where(slot < 0, before, SINKS + slot % window)
-        kept = c < tl.where((after > before) & ((slot < 0) | (slot >= coded_after)), HEADS * D, 0)
+        stays = (after > before) & ((slot < 0) | (slot >= coded_after))
+        kept = c < tl.where(stays, HEADS * D, 0)
         x = tl.load(new + b * s_b + head * s_h + d, mask=kept, other=0.0)
-        tl.store(exact + ((b * H + head) * extent + place) * D + d, x, mask=kept)
+        if BYTES:
+            own = tl.zeros([1], tl.int32) + tl.where(stays, slot, -1)
+            at = tl.maximum(own, 0) % window
+            _keep_bytes(x[None, :], recent, sizes, b * H + g * HEADS, at, own >= 0, window, HEADS, D, WP)
+            kept = kept & (c < tl.where(slot < 0, HEADS * D, 0))
+        tl.store(exact + ((b * H + head) * rows + place) * D + d, x, mask=kept)
     else:
         place = tile * N + tl.arange(0, N)
         lowest = tl.maximum(tl.maximum(before - SINKS, 0), coded_after)
@@ -197,17 +234,21 @@ def _keep(
         column = tl.load(index + b * (n + 1) + rank, mask=kept, other=0) if HAS_INDEX else rank
         mask = kept[:, None] & (c < HEADS * D)[None, :]
         x = tl.load(new + b * s_b + column[:, None] * s_n + (head * s_h + d)[None, :], mask=mask, other=0.0)
-        tl.store(exact + ((b * H + head) * extent)[None, :] * D + place[:, None] * D + d[None, :], x, mask=mask)
+        if BYTES:
+            _keep_bytes(x, recent, sizes, b * H + g * HEADS, place - SINKS, kept & (place >= SINKS), window, HEADS, D, WP)
+            mask = mask & (place < SINKS)[:, None]
+        tl.store(exact + ((b * H + head) * rows)[None, :] * D + place[:, None] * D + d[None, :], x, mask=mask)
 
 
 @triton.jit
 def enter(
     tile, pair, side, query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact,
-    starts, moment, ledger, index, n, code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
+    k_recent, v_recent, k_sizes, v_sizes, starts, moment, ledger, index, n, code_tiles, coded_cap, segments, extent,
+    q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
     H: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
-    K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
-    LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
-    ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    BYTES: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr,
+    V2: tl.constexpr, LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr,
+    KEEP: tl.constexpr, ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of what one group and side store the part ``tile``: the first ``code_tiles`` code N tokens each, others keep."""
     GROUPS: tl.constexpr = H // HEADS
@@ -220,20 +261,20 @@ def enter(
                 slots = coded + tile * N + tl.arange(0, N)
                 live = slots < coded_after
                 if side == 0:
-                    x = _tokens(key, k_exact, index, b, g, slots, live, before, n, extent, k_b, k_h, k_n,
-                                H, HEADS, D, WP, SINKS, HAS_INDEX)  # fmt: skip
+                    x = _tokens(key, k_exact, k_recent, k_sizes, index, b, g, slots, live, before, n, extent, k_b, k_h, k_n,
+                                H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
                     _code(x, k_codes, v_norms, k_basis, k_affine, starts, b, g, slots, live, coded_cap, segments,
                           GROUPS, W, WP, K8, K4, K2, LOSSLESS, False, N, PRECISION)  # fmt: skip
                 else:
-                    x = _tokens(value, v_exact, index, b, g, slots, live, before, n, extent, v_b, v_h, v_n,
-                                H, HEADS, D, WP, SINKS, HAS_INDEX)  # fmt: skip
+                    x = _tokens(value, v_exact, v_recent, v_sizes, index, b, g, slots, live, before, n, extent, v_b, v_h, v_n,
+                                H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
                     _code(x, v_codes, v_norms, v_basis, v_affine, starts, b, g, slots, live, coded_cap, segments,
                           GROUPS, W, WP, V8, V4, V2, LOSSLESS, NORMALISED, N, PRECISION)  # fmt: skip
     else:
         if KEEP:
             if side == 0:
-                _keep(key, k_exact, index, b, g, tile - code_tiles, before, after, coded_after, n, extent, k_b, k_h, k_n,
-                      H, HEADS, D, WP, SINKS, HAS_INDEX, ONE, N)  # fmt: skip
+                _keep(key, k_exact, k_recent, k_sizes, index, b, g, tile - code_tiles, before, after, coded_after, n, extent,
+                      k_b, k_h, k_n, H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX, ONE, N)  # fmt: skip
                 if ONE:
                     c = tl.arange(0, WP)
                     head = g * HEADS + c // D
@@ -245,8 +286,8 @@ def enter(
                         squares += q * q
                     tl.store(moment + (b * H + head) * D + c % D, total + squares, mask=counts)
             else:
-                _keep(value, v_exact, index, b, g, tile - code_tiles, before, after, coded_after, n, extent, v_b, v_h, v_n,
-                      H, HEADS, D, WP, SINKS, HAS_INDEX, ONE, N)  # fmt: skip
+                _keep(value, v_exact, v_recent, v_sizes, index, b, g, tile - code_tiles, before, after, coded_after, n, extent,
+                      v_b, v_h, v_n, H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX, ONE, N)  # fmt: skip
 
 
 @triton.jit
@@ -256,31 +297,33 @@ def enter_one(
     """``enter`` in a step of one column, from what ``Tokens.pointers`` and ``Tokens.step`` give."""
     C: tl.constexpr = CONSTANTS
     enter(tile, pair, side, *pointers, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10], C[11], C[12], C[13],
-          C[14], CODE, KEEP, True, C[15], PRECISION)  # fmt: skip
+          C[14], C[15], CODE, KEEP, True, C[16], PRECISION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "code_tiles", "segments"])
 def _append_kernel(
-    query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts, moment,
-    ledger, index, n, code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
+    query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, k_recent, v_recent,
+    k_sizes, v_sizes, starts, moment, ledger, index, n, code_tiles, coded_cap, segments, extent,
+    q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
     H: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
-    K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
-    LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr,
-    ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    BYTES: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr,
+    V2: tl.constexpr, LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr,
+    KEEP: tl.constexpr, ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part a program."""
     enter(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis,
-        k_affine, v_affine, k_exact, v_exact, starts, moment, ledger, index, n, code_tiles, coded_cap, segments, extent, q_b,
-        q_h, k_b, k_h, k_n, v_b, v_h, v_n, H, HEADS, GQA, D, WP, SINKS, K8, K4, K2, V8, V4, V2, LOSSLESS, NORMALISED,
-        HAS_INDEX, CODE, KEEP, ONE, N, PRECISION,
+        k_affine, v_affine, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment, ledger, index, n,
+        code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n, H, HEADS, GQA, D, WP, SINKS, BYTES,
+        K8, K4, K2, V8, V4, V2, LOSSLESS, NORMALISED, HAS_INDEX, CODE, KEEP, ONE, N, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "offset", "count"])
 def _gather_kernel(
-    key, value, k_exact, v_exact, ledger, index, out, n, offset, count, sample, extent, rows, k_b, k_h, k_n, v_b, v_h, v_n,
-    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
+    key, value, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, ledger, index, out, n, offset, count, sample, extent,
+    rows, k_b, k_h, k_n, v_b, v_h, v_n,
+    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr, BYTES: tl.constexpr,
     NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """``count`` of the tokens that this step codes, from the one at ``offset`` on; one in several where ``sample`` is not 0."""
@@ -299,16 +342,16 @@ def _gather_kernel(
     at = (((side * rows + b) * GROUPS + g) * count + i) * W
     mask = (i < count)[:, None] & (c < W)[None, :]
     if side == 0:
-        x = _tokens(key, k_exact, index, b, g, slots, live, before, n, extent, k_b, k_h, k_n,
-                    H, HEADS, D, WP, SINKS, HAS_INDEX)  # fmt: skip
-        tl.store(out + at[:, None] + c[None, :], x, mask=mask)
+        x = _tokens(key, k_exact, k_recent, k_sizes, index, b, g, slots, live, before, n, extent, k_b, k_h, k_n,
+                    H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
+        tl.store(out + at[:, None] + c[None, :], x.to(out.dtype.element_ty), mask=mask)
     else:
-        x = _tokens(value, v_exact, index, b, g, slots, live, before, n, extent, v_b, v_h, v_n,
-                    H, HEADS, D, WP, SINKS, HAS_INDEX)  # fmt: skip
+        x = _tokens(value, v_exact, v_recent, v_sizes, index, b, g, slots, live, before, n, extent, v_b, v_h, v_n,
+                    H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
         if NORMALISED:
             _, size = _norm(x.to(tl.float32), W)
-            x = (x.to(tl.float32) / size[:, None]).to(out.dtype.element_ty)
-        tl.store(out + at[:, None] + c[None, :], x, mask=mask)
+            x = x.to(tl.float32) / size[:, None]
+        tl.store(out + at[:, None] + c[None, :], x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -374,6 +417,7 @@ class Tokens:
         self.query, self.key, self.value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
         self.ledger, self.buffers, self.layout = ledger, buffers, layout
         self.count = key.shape[2]
+        self.extent = layout.sinks + buffers.window(layout)
         self.valid = None if self.count < 2 else flags(valid)  # of one column the ledger says enough
         self.index = None if self.valid is None else _columns(valid)
         self.geometry = {
@@ -382,6 +426,7 @@ class Tokens:
             "D": layout.head_dim,
             "WP": max(LEAST, triton.next_power_of_2(layout.width)),
             "SINKS": layout.sinks,
+            "BYTES": layout.window_bits == 8,
             "HAS_INDEX": self.index is not None,
             "N": _TILE,
         }
@@ -408,8 +453,8 @@ class Tokens:
         layout, buffers, batch = self.layout, self.buffers, len(self.ledger)
         out = self.key.new_empty(2, batch, layout.groups, count, layout.width)
         _gather_kernel[(-(-count // _TILE), batch * layout.groups, 2)](
-            self.key, self.value, buffers.k_exact, buffers.v_exact, self.ledger, self.index, out,
-            self.count, offset, count, sample, buffers.k_exact.shape[2], batch,
+            self.key, self.value, buffers.k_exact, buffers.v_exact, buffers.k_recent, buffers.v_recent, buffers.k_sizes,
+            buffers.v_sizes, self.ledger, self.index, out, self.count, offset, count, sample, self.extent, batch,
             *self.key.stride()[:3], *self.value.stride()[:3],
             NORMALISED=layout.normalised, **self.geometry,
         )  # fmt: skip
@@ -418,7 +463,7 @@ class Tokens:
     def write(self, code_tiles: int, keep: bool) -> None:
         """Code up to ``code_tiles`` tiles a row, and keep what stays exact; both in one launch only for one column."""
         one = self.count == 1
-        tiles = code_tiles + keep * (1 if one else -(-self.buffers.k_exact.shape[2] // _TILE))
+        tiles = code_tiles + keep * (1 if one else -(-self.extent // _TILE))
         if tiles == 0:
             return
         grid = (tiles, len(self.ledger) * self.layout.groups, 2)
@@ -429,14 +474,14 @@ class Tokens:
         """What ``enter`` takes before its constants."""
         return (
             self.query, self.key, self.value, *self.buffers, self.ledger, self.index, self.count, code_tiles,
-            self.buffers.k_codes.shape[2], self.buffers.starts.shape[1], self.buffers.k_exact.shape[2],
+            self.buffers.k_codes.shape[2], self.buffers.starts.shape[1], self.extent,
             *self.query.stride()[:2], *self.key.stride()[:3], *self.value.stride()[:3],
         )  # fmt: skip
 
     def step(self) -> tuple[int, ...]:
         """The constants of ``enter`` that are not the same for every step of one column, in its order."""
         last = ("LOSSLESS", "NORMALISED", "HAS_INDEX", "N")
-        order = ("H", "HEADS", "GQA", "D", "WP", "SINKS", "K8", "K4", "K2", "V8", "V4", "V2", *last)
+        order = ("H", "HEADS", "GQA", "D", "WP", "SINKS", "BYTES", "K8", "K4", "K2", "V8", "V4", "V2", *last)
         constants = self.constants
         return tuple(constants[name] for name in order)
 

@@ -65,7 +65,7 @@ def _past(
     dtype, first = buffers.k_exact.dtype, min(before, layout.sinks)
     if before > coded:
         at = torch.cat((positions[:first], positions[first + coded : before]))
-        k, v = (reference.exact_tokens(x[row], before, coded, layout) for x in (buffers.k_exact, buffers.v_exact))
+        k, v = (reference.not_coded(row, side, before, coded, buffers, layout) for side in ("k", "v"))
         yield reference.rotate(k, at, layout.rotary), v
     for segment, slots in reference.spans(row, coded, buffers, layout):
         for start in range(slots.start, slots.stop, PIECE):

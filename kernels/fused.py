@@ -19,7 +19,7 @@ import triton.language as tl
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.digits import PACKED, digits, load, matrix, opaque, pair, pieces, rows, scaled, unpack
-from spectral_compile.kernels.encode import COLUMNS, LEAST, Tokens, books, enter_one, tiles_of
+from spectral_compile.kernels.encode import COLUMNS, LEAST, Tokens, books, enter_one, tiles_of, window_size
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
@@ -290,19 +290,34 @@ def _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH: tl.conste
 
 
 @triton.jit
-def _exact(at, ok, channels, live):
-    """Channels [N, channels] of tokens that are held as they are, in float32; ``at`` is where each begins."""
-    return tl.load(at[:, None] + channels[None, :], mask=ok[:, None] & live[None, :], other=0.0).to(tl.float32)
+def _exact(at, ok, channels, live, bytes_at, in_bytes, size, BYTES: tl.constexpr):
+    """Channels [N, channels] of tokens that are not coded, in float32; ``at``, or ``bytes_at``, is where each begins."""
+    x = tl.load(at[:, None] + channels[None, :], mask=ok[:, None] & live[None, :], other=0.0).to(tl.float32)
+    if BYTES:
+        y = tl.load(bytes_at[:, None] + channels[None, :], mask=in_bytes[:, None] & live[None, :], other=0).to(tl.float32)
+        x += y * size[:, None]
+    return x
+
+
+@triton.jit
+def _bytes(recent, sizes, first, place, in_bytes, D: tl.constexpr, BYTES: tl.constexpr):
+    """Where tokens of a window of bytes begin, and what their bytes are times; ``first`` is the head's first place."""
+    at, size = first, 0.0
+    if BYTES:
+        at = first + place
+        size = window_size(tl.load(sizes + at, mask=in_bytes, other=0))
+        at = recent + at * D
+    return at, size
 
 
 @triton.jit
 def _address(
-    codes, exact, new, e, kept, column, is_code, is_new, b, g, h, coded_cap, exact_cap, by_row, by_head, by_column,
+    codes, exact, new, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, by_row, by_head, by_column,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, LOSSLESS: tl.constexpr,
 ):  # fmt: skip
     """Where each of the exact keys or values begins: among a lossless store's codes, in the window or in the chunk."""
     kv = g * HEADS + h
-    at = exact + ((b * GROUPS * HEADS + kv) * exact_cap + kept) * D
+    at = exact + ((b * GROUPS * HEADS + kv) * rows + kept) * D
     at = tl.where(is_new, new + b * by_row + kv * by_head + column * by_column, at)
     if LOSSLESS:
         first_row = (b * GROUPS + g).to(tl.int64) * coded_cap
@@ -313,13 +328,14 @@ def _address(
 @triton.jit
 def _present(
     q_row, head, live, own, part, parts, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
-    row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
+    k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, turns, coded_cap, exact_cap, slide,
+    k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Attention to one part of what is held exactly: sums ([M, DP],), their maxima [M] and sums of weights [M].
+    """Attention to one part of what is not coded: sums ([M, DP],), their maxima [M] and sums of weights [M].
 
     In this order: codes of a lossless store, sinks, window, chunk.
     """
@@ -345,13 +361,15 @@ def _present(
     share = tl.cdiv(tl.cdiv(count, N), parts) * N
     low = part * share
     ring = exact_cap - SINKS
+    rows = SINKS if BYTES else exact_cap
     oldest = coded % ring
     for start in tl.range(low, tl.minimum(low + share, count), N, num_stages=1):
         e = start + t
         is_code, is_new, ok = e < codes_first, e >= new_first, e < count
         column = e - new_first
         place = oldest + e - ring_first
-        kept = tl.where(e < ring_first, e - codes_first, SINKS + tl.where(place < ring, place, place - ring))
+        place = tl.where(place < ring, place, place - ring)
+        kept = tl.where(e < ring_first, e - codes_first, SINKS + place)
         token = tl.where(e < ring_first, e - codes_first, SINKS + coded + e - ring_first)
         token = tl.where(is_code, SINKS + e, token)
         if HAS_INDEX:
@@ -361,21 +379,24 @@ def _present(
             ok = ok & (~is_new | (rank > previous))
         else:
             token = tl.where(is_new, before + column, token)
+        in_bytes = ok & (e >= ring_first) & ~is_new
+        exact = ok & ~in_bytes if BYTES else ok
         if P > 0:
             where = tl.load(row_positions + token, mask=ok, other=0)
             sin, cos = sincos(where[:, None], turn[None, :])
         scores = tl.zeros([N, M], tl.float32)
         for h in tl.static_range(HEADS):
-            k_at = _address(k_codes, k_exact, k_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, exact_cap, k_b, k_h,
+            k_at = _address(k_codes, k_exact, k_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, k_b, k_h,
                             k_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
+            bytes_at, size = _bytes(k_recent, k_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, in_bytes, D, BYTES)
             if P > 0:
-                k1 = _exact(k_at, ok, first, real)
-                k2 = _exact(k_at, ok, second, real)
+                k1 = _exact(k_at, exact, first, real, bytes_at, in_bytes, size, BYTES)
+                k2 = _exact(k_at, exact, second, real, bytes_at, in_bytes, size, BYTES)
                 r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
                 scores = tl.dot(r1, tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
                 scores = tl.dot(r2, tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
             if RESTP > 0:
-                k3 = _exact(k_at, ok, rest, rest < D).to(DTYPE)
+                k3 = _exact(k_at, exact, rest, rest < D, bytes_at, in_bytes, size, BYTES).to(DTYPE)
                 scores = tl.dot(k3, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
         if HAS_SEEN:
             visible = ok[:, None] & live[None, :]
@@ -389,17 +410,18 @@ def _present(
         out = out * alpha[:, None]
         mixing = tl.trans(weights.to(DTYPE))
         for h in tl.static_range(HEADS):
-            v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, exact_cap, v_b, v_h,
+            v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, v_b, v_h,
                             v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
-            x = _exact(v_at, ok, d, d < D).to(DTYPE)
+            bytes_at, size = _bytes(v_recent, v_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, in_bytes, D, BYTES)
+            x = _exact(v_at, exact, d, d < D, bytes_at, in_bytes, size, BYTES).to(DTYPE)
             out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
     return (out,), highest, tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["splits", "exact_splits", "exact_cap", "slots_cap"])
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, starts,
-    ledger, positions, index, seen, turns, table, entering, code_jobs, out_ptr, max_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, k_recent, v_recent,
+    k_sizes, v_sizes, starts, ledger, positions, index, seen, turns, table, entering, code_jobs, out_ptr, max_ptr, sum_ptr,
     splits, exact_splits, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -411,7 +433,8 @@ def _attend_kernel(
     M: tl.constexpr, N: tl.constexpr,
     DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
     ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, WIDTH: tl.constexpr,
-    PLACES: tl.constexpr, CAP: tl.constexpr, EXACT_N: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr,
+    PLACES: tl.constexpr, CAP: tl.constexpr, EXACT_N: tl.constexpr, BYTES: tl.constexpr, ENTERS: tl.constexpr,
+    CONSTANTS: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs."""
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -468,9 +491,9 @@ def _attend_kernel(
     else:
         own_sums, own_highest, own_total = _present(
             q_row, head, live, own, split - splits, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
-            k_exact, v_exact, row_positions, index, seen_row, turns, coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n,
-            GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, SLIDES, M, EXACT_N,
-            DTYPE, PRECISION, CAP,
+            k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, turns, coded_cap, exact_cap,
+            slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS,
+            HAS_INDEX, HAS_SEEN, SLIDES, M, EXACT_N, DTYPE, PRECISION, CAP, BYTES,
         )  # fmt: skip
         _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
         if ENTERS and tile == 0:
@@ -578,7 +601,7 @@ def attend(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     groups, heads, gqa = layout.groups, layout.head_group, q_heads // layout.kv_heads
     rows = count * heads * gqa
-    coded_cap, exact_cap, segments = buffers.k_codes.shape[2], buffers.k_exact.shape[2], buffers.starts.shape[1]
+    coded_cap, exact_cap, segments = buffers.k_codes.shape[2], layout.sinks + buffers.window(layout), buffers.starts.shape[1]
     plan = _plan(layout, batch, rows, coded_cap, exact_cap + count, query.dtype)
     tile = plan["M"]
     tiles = triton.cdiv(rows, tile)
@@ -612,9 +635,9 @@ def attend(
         part = query.new_empty(batch * groups, held * tile, splits, left["WIDTH"], dtype=torch.float32)
         top, total = query.new_empty(2, *part.shape[:-1], dtype=torch.float32)
         _attend_kernel[(splits, held, batch * groups)](
-            query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis,
-            buffers.k_affine, buffers.v_affine, buffers.k_exact, buffers.v_exact, buffers.starts,
-            ledger, positions, index, seen, turns, table, entering, 2 * code_tiles, part, top, total,
+            query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine,
+            buffers.k_exact, buffers.v_exact, buffers.k_recent, buffers.v_recent, buffers.k_sizes, buffers.v_sizes,
+            buffers.starts, ledger, positions, index, seen, turns, table, entering, 2 * code_tiles, part, top, total,
             *shares, count, first, coded_cap, exact_cap, segments, positions.shape[1],
             0 if seen is None else seen.shape[2], window, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
@@ -625,7 +648,7 @@ def attend(
             SCALING=layout.rotary.scaling if layout.rotary else 1.0,
             K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
             K_ROW=layout.key.row_bytes // 2, V_ROW=layout.value.row_bytes // 2,
-            NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks,
+            NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks, BYTES=layout.window_bits == 8,
             HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HAS_SEGMENTS=segments > 1,
             ONE=count == 1, SLIDES=window > 0, N=TILE, CAP=cap, ENTERS=now, CONSTANTS=constants, **plan, **left,
         )  # fmt: skip

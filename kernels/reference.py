@@ -118,7 +118,7 @@ def append(
     with n = 1 no basis is computed.
     """
     may_fit = key.shape[2] != 1
-    sinks, window = layout.sinks, buffers.k_exact.shape[2] - layout.sinks
+    sinks = layout.sinks
     for row, (before, coded, after, coded_after, *_) in enumerate(ledger.tolist()):
         k, v, q = key[row], value[row], query[row]
         if valid is not None:
@@ -131,19 +131,39 @@ def append(
         v_exact[:, before : before + in_sinks] = v[:, :in_sinks]
         first = max(before - sinks, 0)  # slot of the first new token that is no sink
         if coded_after > coded:
-            held = sinks + torch.arange(coded, min(max(first, coded), coded_after), device=k.device) % window
+            held = torch.arange(coded, min(max(first, coded), coded_after), device=k.device)
             fresh = slice(in_sinks, in_sinks + coded_after - coded - len(held))
             tails = [
-                torch.cat((exact[:, held], new[:, fresh]), 1) if len(held) else new[:, fresh]
-                for exact, new in ((k_exact, k), (v_exact, v))
+                torch.cat((recent(row, side, held, buffers, layout), new[:, fresh]), 1) if len(held) else new[:, fresh]
+                for side, new in (("k", k), ("v", v))
             ]
             judged = None
             if importance is not None:
                 judged = (importance[row] if valid is None else importance[row][:, valid[row]])[:, fresh]
             _code(row, coded, *tails, judged, buffers, layout, may_fit)
         slots = torch.arange(max(first, coded_after), max(after - sinks, 0), device=k.device)
-        k_exact[:, sinks + slots % window] = k[:, slots - first + in_sinks]
-        v_exact[:, sinks + slots % window] = v[:, slots - first + in_sinks]
+        for side, new in (("k", k), ("v", v)):
+            _keep(row, side, slots, new[:, slots - first + in_sinks], buffers, layout)
+
+
+def recent(row: int, side: str, slots: torch.Tensor, buffers: Buffers, layout: Layout) -> torch.Tensor:
+    """Tokens [H, n, D] that stand in the window, in the model's dtype, or in float32 where it is in bytes."""
+    exact, place = getattr(buffers, f"{side}_exact")[row], slots % buffers.window(layout)
+    if layout.window_bits != 8:
+        return exact[:, layout.sinks + place]
+    codes, sizes = getattr(buffers, f"{side}_recent")[row], getattr(buffers, f"{side}_sizes")[row]
+    return codec.window_value(codes[:, place], sizes[:, place])
+
+
+def _keep(row: int, side: str, slots: torch.Tensor, x: torch.Tensor, buffers: Buffers, layout: Layout) -> None:
+    """Write tokens [H, n, D] to their slots of the window."""
+    place = slots % buffers.window(layout)
+    if layout.window_bits != 8:
+        getattr(buffers, f"{side}_exact")[row][:, layout.sinks + place] = x
+        return
+    codes, sizes = codec.window_code(x)
+    getattr(buffers, f"{side}_recent")[row][:, place] = codes
+    getattr(buffers, f"{side}_sizes")[row][:, place] = sizes
 
 
 def _code(
@@ -253,11 +273,12 @@ def spans(row: int, coded: int, buffers: Buffers, layout: Layout) -> list[tuple[
     return [(i, slice(a, b)) for i, (a, b) in enumerate(zip(starts, [*starts[1:], coded], strict=True))]
 
 
-def exact_tokens(x: torch.Tensor, before: int, coded: int, layout: Layout) -> torch.Tensor:
-    """Sinks and window of one row, [H, E, D] -> [H, n, D], in the order of tokens."""
-    window = x.shape[1] - layout.sinks
-    slots = torch.arange(coded, max(before - layout.sinks, coded), device=x.device)
-    return torch.cat((x[:, : min(before, layout.sinks)], x[:, layout.sinks + slots % window]), 1)
+def not_coded(row: int, side: str, before: int, coded: int, buffers: Buffers, layout: Layout) -> torch.Tensor:
+    """Sinks and window of one row, [H, n, D], in the order of tokens and the model's dtype."""
+    exact = getattr(buffers, f"{side}_exact")[row]
+    slots = torch.arange(coded, max(before - layout.sinks, coded), device=exact.device)
+    window = recent(row, side, slots, buffers, layout).to(exact.dtype)
+    return torch.cat((exact[:, : min(before, layout.sinks)], window), 1)
 
 
 @without_autocast
@@ -293,7 +314,7 @@ def attend(
         chunk_k, chunk_v = rotate(key[row][:, keep], where[before:], layout.rotary), value[row][:, keep]
         old = slice(layout.sinks, layout.sinks + coded)  # tokens that are coded, between sinks and window
         exact_at = torch.cat((where[: min(before, layout.sinks)], where[old.stop : before]))
-        exact_k = rotate(exact_tokens(buffers.k_exact[row], before, coded, layout), exact_at, layout.rotary)
+        exact_k = rotate(not_coded(row, "k", before, coded, buffers, layout), exact_at, layout.rotary)
 
         q = query[row].float().reshape(layout.kv_heads, -1, dim) * scale  # queries of a KV head side by side
         scores = q.new_empty(*q.shape[:2], after)
@@ -315,7 +336,7 @@ def attend(
         p = torch.softmax(scores, -1)[..., :after].nan_to_num(0.0).flatten(1, 2)
 
         mixed = p[..., before:] @ chunk_v.float()
-        mixed += p[..., order] @ exact_tokens(buffers.v_exact[row], before, coded, layout).float()
+        mixed += p[..., order] @ not_coded(row, "v", before, coded, buffers, layout).float()
         for segment, slots in spans(row, coded, buffers, layout):
             part = p[..., layout.sinks + slots.start : layout.sinks + slots.stop]
             mixed += _mix(part, row, segment, slots, buffers, layout)
@@ -384,10 +405,10 @@ def materialise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, in the model's dtype."""
     dense = []
-    for side, exact in (("k", buffers.k_exact[row]), ("v", buffers.v_exact[row])):
+    for side in ("k", "v"):
         coded_spans = spans(row, coded, buffers, layout)
         parts = [ungroup(decode(row, i, slots, side, buffers, layout), layout) for i, slots in coded_spans]
-        kept = exact_tokens(exact, before, coded, layout)
+        kept = not_coded(row, side, before, coded, buffers, layout)
         head = min(before, layout.sinks)
         dense.append(torch.cat([kept[:, :head], *(x.to(kept.dtype) for x in parts), kept[:, head:]], 1))
     return rotate(dense[0], positions[:before], layout.rotary), dense[1]

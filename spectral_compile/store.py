@@ -213,7 +213,7 @@ class SpectralStore:
         layout, capacity = self.layout, self.timeline.capacity
         ledger = self.timeline.ledger if ledger is None else ledger
         old = self.buffers
-        window = old.k_exact.shape[2] - layout.sinks
+        window = old.window(layout)
         if (old.k_codes.shape[2], window, old.starts.shape[1]) == (
             capacity.coded,
             capacity.window,
@@ -223,18 +223,23 @@ class SpectralStore:
         new = allocate(layout, self.timeline.batch, capacity, self.dtype, self.device)
         for name in Buffers._fields:
             a, b = getattr(old, name), getattr(new, name)
-            if name not in ("k_exact", "v_exact"):
+            if name.partition("_")[2] not in ("exact", "recent", "sizes"):
                 b[tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))] = a[
                     tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
                 ]
-        for a, b in ((old.k_exact, new.k_exact), (old.v_exact, new.v_exact)):
+        for side in ("k", "v"):
+            a, b = getattr(old, f"{side}_exact"), getattr(new, f"{side}_exact")
             b[:, :, : layout.sinks] = a[:, :, : layout.sinks]
-            if window == capacity.window:
-                b[:, :, layout.sinks :] = a[:, :, layout.sinks :]
-                continue
-            for row, (_, _, tokens, coded, *_) in enumerate(ledger.tolist()):
-                slots = torch.arange(coded, max(coded, tokens - layout.sinks), device=self.device)
-                b[row, :, layout.sinks + slots % capacity.window] = a[row, :, layout.sinks + slots % window]
+            rings = [(a[:, :, layout.sinks :], b[:, :, layout.sinks :])]
+            if layout.window_bits == 8:
+                rings = [(getattr(old, f"{side}_{name}"), getattr(new, f"{side}_{name}")) for name in ("recent", "sizes")]
+            for a, b in rings:
+                if window == capacity.window:
+                    b.copy_(a)
+                    continue
+                for row, (_, _, tokens, coded, *_) in enumerate(ledger.tolist()):
+                    slots = torch.arange(coded, max(coded, tokens - layout.sinks), device=self.device)
+                    b[row, :, slots % capacity.window] = a[row, :, slots % window]
         self.buffers = new
 
     def longest_view(self) -> int:

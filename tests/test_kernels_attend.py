@@ -183,7 +183,7 @@ def test_a_step_of_one_column_attends_and_enters(preset: str, past: int) -> None
 def test_a_step_with_one_basis_for_all_tokens_leaves_its_product_for_the_end() -> None:
     books, chunk = store("balanced", 64, past=190, chunk=1, batch=2)
     assert books.buffers.starts.shape[1] > 1
-    one = Capacity(books.buffers.k_codes.shape[2], books.buffers.k_exact.shape[2] - books.layout.sinks, 1)
+    one = Capacity(books.buffers.k_codes.shape[2], books.buffers.window(books.layout), 1)
     fewer = allocate(books.layout, 2, one, torch.float32, "cpu")
     books.buffers = Buffers(*(x[tuple(map(slice, y.shape))] for x, y in zip(books.buffers, fewer, strict=True)))
     books.buffers = Buffers(*(x.contiguous() for x in books.buffers))

@@ -17,7 +17,7 @@ from .basis import (
 from .layout import Layout, Rotary, Tiers
 from .presets import PRESETS, Preset
 from .profile import GRADES, USUAL, Profile
-from .quantise import dequantise, norm_code, norm_value, pack, quantise, search_step, unpack
+from .quantise import dequantise, norm_code, norm_value, pack, quantise, search_step, unpack, window_code, window_value
 
 __all__ = [
     "GRADES",
@@ -47,4 +47,6 @@ __all__ = [
     "search_step",
     "synthesis",
     "unpack",
+    "window_code",
+    "window_value",
 ]

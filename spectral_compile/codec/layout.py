@@ -51,7 +51,8 @@ class Layout:
     ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With ``segment`` > 0 every
     ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures new tokens.
     ``weighted`` counts key channels by their queries, ``judged`` the tokens of a prompt by the attention they get, and
-    ``normalised`` takes the norm out of each token's values. Steps are ``margin`` times those of least squared error.
+    ``normalised`` takes the norm out of each token's values. Steps are ``margin`` times those of least squared error. With
+    ``window_bits`` 8 the window holds a byte a channel and one for each token and head; with 16 it is in the model's dtype.
     """
 
     kv_heads: int
@@ -69,6 +70,7 @@ class Layout:
     block: int = 8
     warmup: int = 1024
     segment: int = 0
+    window_bits: int = 16
     rotary: Rotary | None = None
 
     @property

@@ -44,6 +44,7 @@ class Preset:
     block: int = 8
     warmup: int = 1024
     segment: int = 0
+    window_bits: int = 16
 
     def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None = None) -> Layout:
         """The layout of a layer with ``kv_heads`` heads of ``head_dim`` channels."""

@@ -17,6 +17,7 @@ FACTORS = (
 _TINY = torch.finfo(torch.float32).tiny
 LEAST_RMS = _TINY**0.5  # of a channel, so that its step can be divided by
 _OCTAVE, _UNIT = 8, 128
+_MOST, _SIZE_UNIT = 127, 192  # of a window's bytes: the largest, and the code of the size 1
 
 
 def _by_channel(tiers: Tiers, per_tier: tuple[float, float, float], like: Tensor) -> Tensor:
@@ -114,3 +115,24 @@ def norm_code(x: Tensor) -> Tensor:
 def norm_value(code: Tensor) -> Tensor:
     """The scale that a norm code stands for, ``2 ** ((code - 128) / 8)``: uint8 ``[...]`` -> float32 ``[...]``, positive."""
     return torch.exp2((code.float() - _UNIT) / _OCTAVE)
+
+
+def window_code(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A token's channels in bytes, and their size on a logarithmic scale, eight codes an octave from ``2**-24`` up.
+
+    x: floating ``[..., D]`` -> int8 ``[..., D]``, uint8 ``[...]``.
+    """
+    x = x.float()
+    size = torch.log2((x.abs().amax(-1) / _MOST).clamp_min(_TINY)) * _OCTAVE + _SIZE_UNIT
+    size = size.ceil().clamp(0, 255).to(torch.uint8)
+    codes = torch.floor(x / _size(size)[..., None] + 0.5)
+    return codes.clamp(-_MOST, _MOST).to(torch.int8), size
+
+
+def window_value(codes: Tensor, size: Tensor) -> Tensor:
+    """Undo ``window_code`` up to rounding: int8 ``[..., D]``, uint8 ``[...]`` -> float32 ``[..., D]``."""
+    return codes.float() * _size(size)[..., None]
+
+
+def _size(code: Tensor) -> Tensor:
+    return torch.exp2((code.float() - _SIZE_UNIT) / _OCTAVE)
