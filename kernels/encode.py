@@ -342,16 +342,16 @@ def _gather_kernel(
     at = (((side * rows + b) * GROUPS + g) * count + i) * W
     mask = (i < count)[:, None] & (c < W)[None, :]
     if side == 0:
-        x = _tokens(key, k_exact, k_recent, k_sizes, index, b, g, slots, live, before, n, extent, k_b, k_h, k_n,
+        k = _tokens(key, k_exact, k_recent, k_sizes, index, b, g, slots, live, before, n, extent, k_b, k_h, k_n,
                     H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
-        tl.store(out + at[:, None] + c[None, :], x.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at[:, None] + c[None, :], k.to(out.dtype.element_ty), mask=mask)
     else:
-        x = _tokens(value, v_exact, v_recent, v_sizes, index, b, g, slots, live, before, n, extent, v_b, v_h, v_n,
-                    H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
+        v = _tokens(value, v_exact, v_recent, v_sizes, index, b, g, slots, live, before, n, extent, v_b, v_h, v_n,
+                    H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX).to(tl.float32)  # fmt: skip
         if NORMALISED:
-            _, size = _norm(x.to(tl.float32), W)
-            x = x.to(tl.float32) / size[:, None]
-        tl.store(out + at[:, None] + c[None, :], x.to(out.dtype.element_ty), mask=mask)
+            _, size = _norm(v, W)
+            v = v / size[:, None]
+        tl.store(out + at[:, None] + c[None, :], v.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
