@@ -27,6 +27,8 @@ from spectral_compile.codec import (
     search_step,
     synthesis,
     unpack,
+    window_code,
+    window_value,
 )
 
 counts = st.integers(0, 17)
@@ -288,3 +290,13 @@ def test_any_preset_fits_any_shape(name: str, kv_heads: int, head_dim: int) -> N
 @pytest.mark.parametrize(("kv_heads", "head_dim", "group"), [(8, 128, 1), (3, 64, 3), (5, 64, 1), (4, 64, 2), (2, 320, 1)])
 def test_joint_heads_fill_192_channels(kv_heads: int, head_dim: int, group: int) -> None:
     assert PRESETS["balanced"].layout(kv_heads, head_dim).head_group == group
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1e-6, 0.01, 1.0, 300.0]))
+def test_a_window_of_bytes_rounds_to_a_part_of_the_largest_channel(seed: int, scale: float) -> None:
+    x = scale * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(seed))
+    x[0, 0] = 0
+    codes, size = window_code(x)
+    assert codes.dtype == torch.int8 and size.dtype == torch.uint8 and codes.int().abs().max() <= 127
+    back = window_value(codes, size)
+    assert ((back - x).abs() <= x.abs().amax(-1, keepdim=True) / 127 * 2**0.125 * 0.501 + 2**-24).all()

@@ -100,14 +100,21 @@ def test_masks_hide_the_same_tokens(case: Case, seed: int) -> None:
 
 
 def store(
-    preset: str, dim: int, past: int, chunk: int, ids: Tensor | None = None, batch: int = 1, head_group: int | None = None
+    preset: str,
+    dim: int,
+    past: int,
+    chunk: int,
+    ids: Tensor | None = None,
+    batch: int = 1,
+    head_group: int | None = None,
+    window_bits: int = 16,
 ) -> tuple[Books, Chunk]:
     """A store with ``past`` tokens and a chunk that has been entered in its books."""
     generator = torch.Generator().manual_seed(dim + past)
     rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)))
     chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
     layout = chosen.layout(2, dim, rotary)
-    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0))
+    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), window_bits=window_bits)
 
     def some(count: int) -> Chunk:
         def randn(heads: int) -> Tensor:
@@ -167,9 +174,9 @@ def test_scores_far_from_any_reference(preset: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("past", [190, 211, 212, 213])
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_a_step_of_one_column_attends_and_enters(preset: str, past: int) -> None:
-    books, chunk = store(preset, 64, past=past, chunk=1, batch=2)
+@pytest.mark.parametrize(("preset", "window_bits"), [*((name, 16) for name in PRESETS), ("balanced", 8)])
+def test_a_step_of_one_column_attends_and_enters(preset: str, window_bits: int, past: int) -> None:
+    books, chunk = store(preset, 64, past=past, chunk=1, batch=2, window_bits=window_bits)
     expected = books.attend(chunk, 0.1)
     ledger, positions, buffers = on_device(books)
     tokens = (x.to(DEVICE) for x in (chunk.query, chunk.key, chunk.value))
@@ -230,6 +237,14 @@ def test_half_precision_is_near_the_reference_in_single(
     preset: str, count: int, dim: int, dtype: torch.dtype, bound: float
 ) -> None:
     close_in(dtype, bound, *store(preset, dim, past=500, chunk=count, batch=2), 0.1)
+
+
+@pytest.mark.gpu
+@on_gpu
+@in_half
+@pytest.mark.parametrize("count, dim", [(1, 64), (1, 128), (40, 128), (40, 256)])
+def test_half_precision_with_a_window_of_bytes(count: int, dim: int, dtype: torch.dtype, bound: float) -> None:
+    close_in(dtype, bound, *store("balanced", dim, past=500, chunk=count, batch=2, window_bits=8), 0.1)
 
 
 @pytest.mark.gpu

@@ -36,6 +36,8 @@ Pair = tuple[Tensor, Tensor]
 
 def layout_of(preset: str = "exact", rotary: Rotary | None = ROTARY, **windows: int) -> Layout:
     small = {"sinks": 2, "recent": 3, "block": 4, "warmup": 6, **windows}
+    if PRESETS[preset].lossless:
+        small["window_bits"] = 16
     if PRESETS[preset].segment:
         small["segment"] = small["block"]
     layout = replace(PRESETS[preset], **small).layout(HEADS, DIM, rotary)
@@ -143,7 +145,7 @@ def check(cache: Cache) -> None:
 class CacheMachine(RuleBasedStateMachine):
     """Caches beside the dense ones that they stand for, under everything that transformers does to a cache.
 
-    With a lossy layout, what an append made of its own cache is taken as given but for the tokens that are exact; all other
+    With a lossy layout, what an append made of its own cache is taken as given but for the tokens that are not coded; all other
     operations, and all other caches, must keep it.
     """
 
@@ -162,6 +164,7 @@ class CacheMachine(RuleBasedStateMachine):
                 "recent": st.integers(0, 5),
                 "block": st.integers(1, 6),
                 "warmup": st.sampled_from([1, 6, 80]),
+                "window_bits": st.sampled_from([8, 16]),
             }
         ),
         masked=st.booleans(),
@@ -202,7 +205,8 @@ class CacheMachine(RuleBasedStateMachine):
                 decoded = mine.dense()
                 assert decoded.isfinite().all()
                 at = kept[:, None, :, None]
-                torch.testing.assert_close(decoded * at, expected * at, atol=1e-4, rtol=1e-4)
+                near = 0.03 if self.layout.window_bits == 8 else 1e-4  # half a byte's step, of four standard deviations
+                torch.testing.assert_close(decoded * at, expected * at, atol=near, rtol=1e-4)
         for other in self.live:  # older handles on this log see what is coded by now
             if other.layers[0][0].store is cache.layers[0][0].store:
                 other.dense = each(other.layers, lambda x: x.dense())
