@@ -120,6 +120,10 @@ class Layer:
         a_code = sum(x.shape[1] * x.shape[3] * x.element_size() for x in coding)
         bases = (buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine)
         a_segment = sum(x.shape[1] * x[0, 0, 0].nbytes for x in bases if x.shape[2])
-        an_exact = 2 * layout.kv_heads * layout.head_dim * buffers.k_exact.element_size()
+        a_sink = a_recent = 2 * layout.kv_heads * layout.head_dim * buffers.k_exact.element_size()
+        if layout.window_bits == 8:
+            a_recent = 2 * layout.kv_heads * (layout.head_dim + 1)
+        sinks = self.timeline.batch * layout.sinks
+        exact = sinks * a_sink + (before - coded - sinks) * a_recent
         a_position = self.timeline.positions.element_size()
-        return coded * a_code + segments * a_segment + (before - coded) * an_exact + before * a_position
+        return coded * a_code + segments * a_segment + exact + before * a_position
