@@ -98,13 +98,14 @@ def test_a_needle_survives_compression(smollm2: Real) -> None:
     text = "\n".join((" ".join(words[:400]), key, " ".join(words[400:1100])))
     question = f"Here is a text with a pass key in it.\n{text}\nWhat is the pass key?"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
-    prompt = tokenizer(chat, return_tensors="pt").input_ids
+    # whether it begins so is a matter of half a logit, and of the machine
+    prompt = tokenizer(f"{chat}The pass key is ", return_tensors="pt").input_ids
     assert prompt.shape[1] > 1200
     dense = tokenizer.decode(generate(model, prompt, 16).sequences[0, prompt.shape[1] :])
-    assert "48213" in dense
+    assert dense.startswith("48213")
     model.compile(backend=sc.spectral, options={"preset": "balanced", "strict": True, "inner": "eager"})
     out = generate(model, prompt, 16)
-    assert "48213" in tokenizer.decode(out.sequences[0, prompt.shape[1] :])
+    assert tokenizer.decode(out.sequences[0, prompt.shape[1] :]).startswith("48213")
     assert out.past_key_values.layers[0].keys.store.timeline.ledger[0, 3] > 1000
     assert_two_graphs()
 
