@@ -48,6 +48,11 @@ class Buffers(NamedTuple):
         """Slots of the window."""
         return self.k_recent.shape[2] if layout.window_bits == 8 else self.k_exact.shape[2] - layout.sinks
 
+    def cast(self, dtype: torch.dtype, layout: Layout) -> Buffers:
+        """The same with what is in the model's dtype in another one."""
+        names = ("k_exact", "v_exact", *(("k_codes", "v_codes") if layout.lossless else ()))
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in names})
+
 
 PART = Buffers(  # the line of a memory report in which each buffer is counted
     k_codes="codes", v_codes="codes", v_norms="scales", k_basis="bases", v_basis="bases", k_affine="scales",

@@ -23,8 +23,9 @@ PIECE = 8192  # tokens that are dense at a time
 
 def takes(query: torch.Tensor, mask: torch.Tensor | None, window: int, softcap: float, sink: torch.Tensor | None) -> bool:
     """Whether a chunk [B, Hq, n, D] is long, and its attention plain enough for the library's kernel."""
-    fits = not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0)
-    return fits and query.shape[2] >= LEAST and mask is None and not window and not softcap and sink is None
+    if query.shape[2] < LEAST or mask is not None or window or softcap or sink is not None:
+        return False
+    return not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0)
 
 
 @without_autocast
@@ -43,9 +44,9 @@ def attend(
     batch, heads, count, dim = query.shape
     out = query.new_zeros(batch, count, heads, dim).transpose(1, 2)
     for row, (before, coded, after, *_) in enumerate(on_host(ledger)):
-        kept = slice(None) if valid is None or after - before == count else valid[row].nonzero()[:, 0]
         if after == before:
             continue
+        kept = slice(None) if valid is None or after - before == count else valid[row].nonzero()[:, 0]
         q, k, v = query[row][:, kept], key[row][:, kept], value[row][:, kept]
         k = reference.rotate(k, positions[row, before:after], layout.rotary)
         mixed, total = _attention(q, k, v, scale, causal=True)
@@ -70,10 +71,7 @@ def _past(
     for segment, slots in reference.spans(row, coded, buffers, layout):
         for start in range(slots.start, slots.stop, PIECE):
             part = slice(start, min(start + PIECE, slots.stop))
-            k, v = (
-                reference.ungroup(reference.decode(row, segment, part, side, buffers, layout), layout).to(dtype)
-                for side in ("k", "v")
-            )
+            k, v = (reference.decode(row, segment, part, side, buffers, layout).to(dtype) for side in ("k", "v"))
             yield reference.rotate(k, positions[first + part.start : first + part.stop], layout.rotary), v
 
 

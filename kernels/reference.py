@@ -322,7 +322,7 @@ def attend(
         scores[..., order] = q @ exact_k.float().mT
         scores[..., before:] = q @ chunk_k.float().mT
         for segment, slots in spans(row, coded, buffers, layout):
-            k = ungroup(decode(row, segment, slots, "k", buffers, layout), layout)
+            k = decode(row, segment, slots, "k", buffers, layout)
             k = rotate(k, where[layout.sinks + slots.start : layout.sinks + slots.stop], layout.rotary)
             scores[..., layout.sinks + slots.start : layout.sinks + slots.stop] = q @ k.float().mT
 
@@ -375,14 +375,14 @@ def _side(side: str, buffers: Buffers, layout: Layout):
 
 
 def decode(row: int, segment: int, slots: slice, side: str, buffers: Buffers, layout: Layout) -> torch.Tensor:
-    """Coded tokens of one segment, [G, n, W]: float32, or the model's dtype where the store is lossless."""
+    """Coded tokens of one segment, [H, n, D]: float32, or the model's dtype where the store is lossless."""
     codes, basis, affine, tiers = _side(side, buffers, layout)
     if layout.lossless:
-        return codes[row, :, slots]
+        return ungroup(codes[row, :, slots], layout)
     x = codec.decode(codes[row, :, slots], basis[row, :, segment], affine[row, :, segment], tiers)
     if side == "v" and layout.normalised:
         x = x * codec.norm_value(buffers.v_norms[row, :, slots])[..., None]
-    return x
+    return ungroup(x, layout)
 
 
 def _mix(p: torch.Tensor, row: int, segment: int, slots: slice, buffers: Buffers, layout: Layout) -> torch.Tensor:
@@ -404,10 +404,9 @@ def materialise(
     row: int, before: int, coded: int, positions: torch.Tensor, buffers: Buffers, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, in the model's dtype."""
-    dense = []
+    dense, segments = [], spans(row, coded, buffers, layout)
     for side in ("k", "v"):
-        coded_spans = spans(row, coded, buffers, layout)
-        parts = [ungroup(decode(row, i, slots, side, buffers, layout), layout) for i, slots in coded_spans]
+        parts = [decode(row, i, slots, side, buffers, layout) for i, slots in segments]
         kept = not_coded(row, side, before, coded, buffers, layout)
         head = min(before, layout.sinks)
         dense.append(torch.cat([kept[:, :head], *(x.to(kept.dtype) for x in parts), kept[:, head:]], 1))

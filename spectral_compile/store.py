@@ -255,8 +255,7 @@ class SpectralStore:
 
     def cast(self, dtype: torch.dtype) -> None:
         """Hold what is in the model's dtype in another one."""
-        names = ("k_exact", "v_exact", *(("k_codes", "v_codes") if self.layout.lossless else ()))
-        self.buffers = self.buffers._replace(**{name: getattr(self.buffers, name).to(dtype) for name in names})
+        self.buffers = self.buffers.cast(dtype, self.layout)
         self.pending = {role: x.to(dtype) for role, x in self.pending.items()}
         self.dtype = dtype
 

@@ -34,6 +34,7 @@ from tests.tiny import GROUPED, tokens
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding if
 WINDOW = {"recent": 64, "block": 32}
 PRESETS = ("exact", "quality", "balanced", "compact", "seed")
+TEXTS = {name: tokens(1, PROMPT + SCORED + 1, seed) for seed, name in enumerate(("one", "two"))}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,9 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def results(llama: PreTrainedModel) -> dict[str, Result]:
-    texts = {name: tokens(1, PROMPT + SCORED + 1, seed) for seed, name in enumerate(("one", "two"))}
     options = {json.dumps({"preset": name, **WINDOW}): name for name in ("quality", "balanced", "compact")}
     rivals = ("kivi-4", "turbo-2", *(name for name in contenders.installed_rivals(llama.config) if name == "fp8"))
-    made = compare(llama, None, ("exact", *options, "seed", *rivals), texts, PROMPT, DECODED)
+    made = compare(llama, None, ("exact", *options, "seed", *rivals), TEXTS, PROMPT, DECODED)
     named = (replace(result, name=options.get(result.name, result.name)) for result in made)
     return {result.name: result for result in named}
 
@@ -66,8 +66,7 @@ def test_the_dense_cache_agrees_with_itself(results: dict[str, Result]) -> None:
 
 
 def test_texts_read_together_give_what_they_give_alone(results: dict[str, Result], llama: PreTrainedModel) -> None:
-    texts = {name: tokens(1, PROMPT + SCORED + 1, seed) for seed, name in enumerate(("one", "two"))}
-    for found in compare(llama, None, ("exact", "seed", "kivi-4"), texts, PROMPT, DECODED, batch=2):
+    for found in compare(llama, None, ("exact", "seed", "kivi-4"), TEXTS, PROMPT, DECODED, batch=2):
         alone = results[found.name]
         assert found.dense_bytes == alone.dense_bytes
         assert found.size.stored_bytes == pytest.approx(alone.size.stored_bytes, rel=1e-3)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectral_compile as sc
-from spectral_compile.kernels import extend, reference
+from spectral_compile.kernels import extend
 from tests.test_kernels_attend import DEVICE, on_device, store
 from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 from tests.tiny import GREEDY, build, tokens
@@ -16,12 +16,10 @@ from tests.tiny import GREEDY, build, tokens
 
 def in_pieces(books: Books, chunk: Chunk, scale: float, dtype: torch.dtype, device: str) -> torch.Tensor:
     ledger, positions, buffers = on_device(books) if device != "cpu" else (books.ledger, books.positions, books.buffers)
-    held = {name: getattr(buffers, name).to(dtype) for name in ("k_exact", "v_exact")}
-    if books.layout.lossless:
-        held |= {name: getattr(buffers, name).to(dtype) for name in ("k_codes", "v_codes")}
+    held = buffers.cast(dtype, books.layout)
     given = (x.to(device, dtype) for x in (chunk.query, chunk.key, chunk.value))
     valid = None if chunk.valid is None else chunk.valid.to(device)
-    return extend.attend(*given, ledger, positions, valid, buffers._replace(**held), books.layout, scale).float().cpu()
+    return extend.attend(*given, ledger, positions, valid, held, books.layout, scale).float().cpu()
 
 
 @settings(max_examples=100, deadline=None)
@@ -89,9 +87,6 @@ def test_a_row_of_padding_alone_is_left_out() -> None:
     chunk.valid[1] = False
     books.ledger[1, 2] = books.ledger[1, 0]
     got = in_pieces(books, chunk, 0.1, torch.float32, "cpu")
-    expected = reference.attend(
-        chunk.query, chunk.key, chunk.value, None, None, books.ledger, books.positions, chunk.valid, books.buffers,
-        books.layout, 0.1, 0,
-    )  # fmt: skip
+    expected = books.attend(chunk, 0.1)
     torch.testing.assert_close(got[0], expected[0], atol=2e-4, rtol=2e-4)
     assert not got[1].any()

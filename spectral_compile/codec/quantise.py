@@ -114,7 +114,7 @@ def norm_code(x: Tensor) -> Tensor:
 
 def norm_value(code: Tensor) -> Tensor:
     """The scale that a norm code stands for, ``2 ** ((code - 128) / 8)``: uint8 ``[...]`` -> float32 ``[...]``, positive."""
-    return torch.exp2((code.float() - _UNIT) / _OCTAVE)
+    return _power(code, _UNIT)
 
 
 def window_code(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,14 +125,14 @@ def window_code(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     size = torch.log2((x.abs().amax(-1) / _MOST).clamp_min(_TINY)) * _OCTAVE + _SIZE_UNIT
     size = size.ceil().clamp(0, 255).to(torch.uint8)
-    codes = torch.floor(x / _size(size)[..., None] + 0.5)
+    codes = torch.floor(x / _power(size, _SIZE_UNIT)[..., None] + 0.5)
     return codes.clamp(-_MOST, _MOST).to(torch.int8), size
 
 
 def window_value(codes: Tensor, size: Tensor) -> Tensor:
     """Undo ``window_code`` up to rounding: int8 ``[..., D]``, uint8 ``[...]`` -> float32 ``[..., D]``."""
-    return codes.float() * _size(size)[..., None]
+    return codes.float() * _power(size, _SIZE_UNIT)[..., None]
 
 
-def _size(code: Tensor) -> Tensor:
-    return torch.exp2((code.float() - _SIZE_UNIT) / _OCTAVE)
+def _power(code: Tensor, unit: int) -> Tensor:
+    return torch.exp2((code.float() - unit) / _OCTAVE)
