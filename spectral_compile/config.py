@@ -23,8 +23,8 @@ class SpectralConfig:
     turns every silent loss of compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where
     None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile``, a file that
     ``spectral-compile calibrate`` wrote or its content, spends the preset's bytes on the layers that need them. ``sinks`` first
-    and ``recent`` last tokens stay exact, ``block`` tokens are coded at a time, ``warmup`` tokens are awaited before a basis is
-    computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024):
+    and ``recent`` last tokens stay exact, but for rounding to bytes where ``window_bits`` is 8 and not 16; ``block`` tokens are
+    coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024):
     until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records
     decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor`` holds options that are
     Inductor's own.
@@ -38,6 +38,7 @@ class SpectralConfig:
     profile: Profile | None = None
     sinks: int | None = None
     recent: int | None = None
+    window_bits: int | None = None
     block: int | None = None
     warmup: int | None = None
     headroom: int | None = None
@@ -57,6 +58,9 @@ class SpectralConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if self.window_bits not in ((None, 16) if self.codec.lossless else (None, 8, 16)):
+            allowed = "16, as the preset is lossless" if self.codec.lossless else "8 or 16"
+            raise ValueError(f"window_bits must be {allowed}, not {self.window_bits!r}")
         for name in ("key_ranks", "value_ranks"):
             value = getattr(self, name)
             if value is None:
@@ -80,7 +84,7 @@ class SpectralConfig:
         preset = self.codec
         chosen = {
             name: getattr(self, name)
-            for name in ("head_group", "sinks", "recent", "block", "warmup")
+            for name in ("head_group", "sinks", "recent", "window_bits", "block", "warmup")
             if getattr(self, name) is not None
         }
         if preset.segment and "block" in chosen:

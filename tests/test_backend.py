@@ -42,6 +42,8 @@ def fresh() -> None:
         ({"head_group": 2.0}, "head_group must be an integer of at least 1, not 2.0"),
         ({"key_ranks": (1, 2)}, "key_ranks must be three counts"),
         ({"value_ranks": (0, 0, 0)}, "value_ranks must be three counts"),
+        ({"window_bits": 4}, "window_bits must be 8 or 16, not 4"),
+        ({"preset": "exact", "window_bits": 8}, "window_bits must be 16, as the preset is lossless, not 8"),
     ],
 )
 def test_bad_options_give_one_sentence(options: dict[str, object], sentence: str) -> None:
