@@ -13,7 +13,7 @@ UNUSED = torch.iinfo(torch.int32).max  # start of a segment that does not exist
 
 
 class Capacity(NamedTuple):
-    """Sizes that may grow: coded tokens, slots of the exact window, segments."""
+    """Sizes that may grow: coded tokens, slots of the window, segments."""
 
     coded: int
     window: int
@@ -56,8 +56,8 @@ class Buffers(NamedTuple):
 
 PART = Buffers(  # the line of a memory report in which each buffer is counted
     k_codes="codes", v_codes="codes", v_norms="scales", k_basis="bases", v_basis="bases", k_affine="scales",
-    v_affine="scales", k_exact="exact windows", v_exact="exact windows", k_recent="exact windows",
-    v_recent="exact windows", k_sizes="exact windows", v_sizes="exact windows", starts="other", moment="other",
+    v_affine="scales", k_exact="windows", v_exact="windows", k_recent="windows",
+    v_recent="windows", k_sizes="windows", v_sizes="windows", starts="other", moment="other",
 )  # fmt: skip
 
 

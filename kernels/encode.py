@@ -1,4 +1,4 @@
-"""Triton kernels that write to a store: the books, the exact window, and the codes of what falls out of it.
+"""Triton kernels that write to a store: the books, the window, and the codes of what falls out of it.
 
 They compute what ``reference.advance`` and ``reference.append`` say. A step of one column takes one launch for the books and
 one a layer, with a grid that depends on shapes alone and without waiting for the GPU: it can be captured in a CUDA graph.

@@ -290,22 +290,21 @@ def _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH: tl.conste
 
 
 @triton.jit
-def _exact(at, ok, channels, live, bytes_at, in_bytes, size, BYTES: tl.constexpr):
+def _exact(at, ok, channels, live, bytes_at, in_bytes, BYTES: tl.constexpr):
     """Channels [N, channels] of tokens that are not coded, in float32; ``at``, or ``bytes_at``, is where each begins."""
     x = tl.load(at[:, None] + channels[None, :], mask=ok[:, None] & live[None, :], other=0.0).to(tl.float32)
     if BYTES:
-        y = tl.load(bytes_at[:, None] + channels[None, :], mask=in_bytes[:, None] & live[None, :], other=0).to(tl.float32)
-        x += y * size[:, None]
+        x += tl.load(bytes_at[:, None] + channels[None, :], mask=in_bytes[:, None] & live[None, :], other=0).to(tl.float32)
     return x
 
 
 @triton.jit
 def _bytes(recent, sizes, first, place, in_bytes, D: tl.constexpr, BYTES: tl.constexpr):
-    """Where tokens of a window of bytes begin, and what their bytes are times; ``first`` is the head's first place."""
-    at, size = first, 0.0
+    """Where tokens of a window of bytes begin, and what tokens are times; ``first`` is the head's first place."""
+    at, size = first, 1.0
     if BYTES:
         at = first + place
-        size = window_size(tl.load(sizes + at, mask=in_bytes, other=0))
+        size = window_size(tl.load(sizes + at, mask=in_bytes, other=192))
         at = recent + at * D
     return at, size
 
@@ -389,15 +388,17 @@ def _present(
             k_at = _address(k_codes, k_exact, k_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, k_b, k_h,
                             k_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
             bytes_at, size = _bytes(k_recent, k_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, in_bytes, D, BYTES)
+            x = tl.zeros([N, M], tl.float32) if BYTES else scores
             if P > 0:
-                k1 = _exact(k_at, exact, first, real, bytes_at, in_bytes, size, BYTES)
-                k2 = _exact(k_at, exact, second, real, bytes_at, in_bytes, size, BYTES)
+                k1 = _exact(k_at, exact, first, real, bytes_at, in_bytes, BYTES)
+                k2 = _exact(k_at, exact, second, real, bytes_at, in_bytes, BYTES)
                 r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
-                scores = tl.dot(r1, tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
-                scores = tl.dot(r2, tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
+                x = tl.dot(r1, tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+                x = tl.dot(r2, tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
             if RESTP > 0:
-                k3 = _exact(k_at, exact, rest, rest < D, bytes_at, in_bytes, size, BYTES).to(DTYPE)
-                scores = tl.dot(k3, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), scores, input_precision=PRECISION)
+                k3 = _exact(k_at, exact, rest, rest < D, bytes_at, in_bytes, BYTES).to(DTYPE)
+                x = tl.dot(k3, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+            scores = scores + x * size[:, None] if BYTES else x
         if HAS_SEEN:
             visible = ok[:, None] & live[None, :]
             visible = visible & (tl.load(seen_row[None, :] + token[:, None], mask=visible, other=0) != 0)
@@ -413,7 +414,8 @@ def _present(
             v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, v_b, v_h,
                             v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
             bytes_at, size = _bytes(v_recent, v_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, in_bytes, D, BYTES)
-            x = _exact(v_at, exact, d, d < D, bytes_at, in_bytes, size, BYTES).to(DTYPE)
+            x = _exact(v_at, exact, d, d < D, bytes_at, in_bytes, BYTES)
+            x = (x * size[:, None] if BYTES else x).to(DTYPE)
             out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
     return (out,), highest, tl.sum(total, 0)
 
@@ -521,6 +523,14 @@ def _merge_kernel(
         at = (pair.to(tl.int64) * stride + m) * (splits + exact_splits)
         m += first
         s, e = tl.arange(0, SP), tl.arange(0, EP)
+        d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        channel, back = m % ROWS // (ROWS // HEADS) * D + d, ()
+        affine = v_affine + pair * (2 * RV + HEADS * D)
+        if LATE:  # loaded beside what splits have left, not after it
+            for i in tl.static_range(len(V_PIECES)):
+                x, scale = rows(v_basis + pair * (HEADS * D * RV), affine, channel, d < D, RV, HEADS * D, V_TIERS,
+                                V_PIECES[i][0], V_PIECES[i][1], V_PIECES[i][2], V_PIECES[i][3])  # fmt: skip
+                back = back + ((x, scale),)
         highest = tl.load(max_ptr + at + s, mask=s < splits, other=float("-inf"))
         exact = tl.load(max_ptr + at + splits + e, mask=e < exact_splits, other=float("-inf"))
         top = tl.maximum(tl.max(highest, 0), tl.max(exact, 0))
@@ -534,7 +544,6 @@ def _merge_kernel(
         if HAS_SINK:
             norm += tl.exp2(taken - top)
         norm = tl.where(norm == 0, 1.0, norm)
-        d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         latent = ()
         for i in tl.static_range(len(V_PIECES) if LATE else 1):
             latent = latent + (tl.zeros([V_PIECES[i][2] * (16 // V_PIECES[i][3]) if LATE else CHANNELS], tl.float32),)
@@ -553,13 +562,9 @@ def _merge_kernel(
         parts = tl.load(out_ptr + (at + splits + e)[:, None] * WIDTH + d[None, :], mask=held, other=0.0)
         mixed = tl.sum(parts * own[:, None], 0)
         if LATE:
-            channel = m % ROWS // (ROWS // HEADS) * D + d
-            affine = v_affine + pair * (2 * RV + HEADS * D)
             valued = tl.zeros([CHANNELS], tl.float32)
             for i in tl.static_range(len(V_PIECES)):
-                x, scale = rows(v_basis + pair * (HEADS * D * RV), affine, channel, d < D, RV, HEADS * D, V_TIERS,
-                                V_PIECES[i][0], V_PIECES[i][1], V_PIECES[i][2], V_PIECES[i][3])  # fmt: skip
-                valued += tl.sum(x.to(tl.float32) * (latent[i] * scale)[:, None], 0)
+                valued += tl.sum(back[i][0].to(tl.float32) * (latent[i] * back[i][1])[:, None], 0)
             mixed += valued / tl.load(affine + 2 * RV + channel, mask=d < D, other=1.0)
         else:
             mixed += latent[0]
@@ -672,12 +677,13 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
     tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
     others = batch * layout.groups * triton.cdiv(rows, tile)
     most = max(2, _PROGRAMS // others)  # all programs run at once: the last ones would wait for the first to end
-    exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 2
+    # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
+    exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 4
     if layout.lossless:
         splits, exact_splits = 0, min(triton.cdiv(exact + coded, 2 * TILE), most)
     else:
         # a program that takes what is exact has the time of several tiles of codes if others have many
-        share = exact_tile * max(1, min(4, triton.cdiv(coded, TILE) // (4 * most)))
+        share = max(exact_tile, min(2 * TILE, coded // (8 * most)) // exact_tile * exact_tile)
         exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
         splits = min(triton.cdiv(coded, TILE), most - exact_splits)
     # weights may be as far from 1 as scores from their reference, for which float16 has no exponents

@@ -110,11 +110,11 @@ def append(
     buffers: Buffers,
     layout: Layout,
 ) -> None:
-    """Store one chunk: sinks, then the exact window, and code what falls out of it.
+    """Store one chunk: sinks, then the window, and code what falls out of it.
 
     ``query`` [B, Hq, n, D] (as attention sees it), ``key`` [B, H, n, D] (as stored, before RoPE where the layout has a
     rotary), ``value`` [B, H, n, D]; ``importance`` float32 [B, G, n] counts in the bases of a prompt (see ``codec.loudness``),
-    the first tokens of a store. ``ledger`` has been advanced. With n = 0 only what is due is coded, out of the exact window;
+    the first tokens of a store. ``ledger`` has been advanced. With n = 0 only what is due is coded, out of the window;
     with n = 1 no basis is computed.
     """
     may_fit = key.shape[2] != 1

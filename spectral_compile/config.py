@@ -23,11 +23,11 @@ class SpectralConfig:
     turns every silent loss of compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where
     None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile``, a file that
     ``spectral-compile calibrate`` wrote or its content, spends the preset's bytes on the layers that need them. ``sinks`` first
-    and ``recent`` last tokens stay exact, but for rounding to bytes where ``window_bits`` is 8 and not 16; ``block`` tokens are
-    coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024):
-    until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records
-    decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor`` holds options that are
-    Inductor's own.
+    tokens stay exact, and the ``recent`` last ones are kept at ``window_bits`` a channel: 8, or 16 for the model's dtype.
+    ``block`` tokens are coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's.
+    ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024): until they are there, buffers are not
+    copied to larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records decode steps on a GPU as CUDA graphs.
+    ``inner`` compiles the rewritten graph. ``inductor`` holds options that are Inductor's own.
     """
 
     preset: str | Preset = "balanced"

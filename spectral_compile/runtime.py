@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from spectral_compile.config import SpectralConfig
+from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.passes.clean_up import shape_of
 from spectral_compile.passes.rewrite import Plan
 from spectral_compile.report import count_decode
@@ -46,7 +47,7 @@ class BoundGraph:
     def __init__(self, plan: Plan, compiled: Callable[..., Any], config: SpectralConfig, examples: list[Any]) -> None:
         self.plan, self.compiled, self.config = plan, compiled, config
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
-        self.sources = list(plan.inputs.values())
+        self._places, self._converted = _places(plan)
         self._on_gpu = plan.sites[0].device.type != "cpu"
         if plan.sites[0].device.type == "cuda":
             from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
@@ -61,7 +62,7 @@ class BoundGraph:
         else:
             stores, valid = self._resume(arguments, count)
         timeline = stores[0].timeline
-        results = self.compiled(*(self._feed(source, arguments, stores, valid) for source in self.sources))
+        results = self.compiled(*self._feed(arguments, stores, valid))
         timeline.enter(count, valid)
         if count == 1 and timeline.catch_up():
             for store in stores:
@@ -155,28 +156,17 @@ class BoundGraph:
         return arguments[self.plan.padding][:, length : length + count].bool()
 
     def _feed(
-        self, source: tuple[Any, ...], arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None
-    ) -> Any:
-        match source:
-            case ("argument", i):
-                return arguments[i]
-            case ("buffer", i, name):
-                return getattr(stores[i].buffers, name)
-            case ("ledger",):
-                return stores[0].timeline.ledger
-            case ("positions",):
-                return stores[0].timeline.positions
-            case ("columns",):
-                return stores[0].timeline.columns
-            case ("valid",):
-                return valid
-            case ("dense", i):
-                return densely(arguments[i])
-            case ("shape", i):
-                return shape_of(arguments[i])
-            case ("number", i):
-                return torch.full((), arguments[i], device=stores[0].device)
-        raise AssertionError(source)
+        self, arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None
+    ) -> Iterator[torch.Tensor]:
+        """The inputs of the compiled graph, which are hundreds at every step."""
+        timeline = stores[0].timeline
+        given = [timeline.ledger, timeline.positions, timeline.columns, valid]
+        for store in stores:
+            given += store.buffers
+        given += arguments
+        for place, convert in self._converted:
+            given[place] = convert(given[place], timeline)
+        return (given[place] for place in self._places)
 
     def _wrap(self, store: SpectralStore, role: str, slots: int | None) -> SpectralTensor:
         if slots is not None:
@@ -186,6 +176,24 @@ class BoundGraph:
             # the next call then traces a graph for every length at once
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
         return tensor
+
+
+def _places(plan: Plan) -> tuple[list[int], list[tuple[int, Callable[[Any, Timeline], Any]]]]:
+    """Where the inputs of a compiled graph stand among the books, the stores' buffers and the arguments, in this order, and
+    which of the arguments are converted first."""
+    books, fields = ("ledger", "positions", "columns", "valid"), Buffers._fields
+    places, converted = [], []
+    for source in plan.inputs.values():
+        match source:
+            case ("buffer", i, name):
+                places.append(len(books) + i * len(fields) + fields.index(name))
+            case (what,):
+                places.append(books.index(what))
+            case (what, i):
+                places.append(len(books) + len(plan.sites) * len(fields) + i)
+                if what != "argument":
+                    converted.append((places[-1], _CONVERSIONS[what]))
+    return places, converted
 
 
 class DenseGraph:
@@ -207,3 +215,10 @@ def densely(tensor: SpectralTensor) -> torch.Tensor:
         )
     count_decode("a graph in which not every attention site matched", tensor.strict)
     return tensor.dense()
+
+
+_CONVERSIONS: dict[str, Callable[[Any, Timeline], Any]] = {
+    "dense": lambda tensor, timeline: densely(tensor),
+    "shape": lambda tensor, timeline: shape_of(tensor),
+    "number": lambda number, timeline: torch.full((), number, device=timeline.ledger.device),
+}

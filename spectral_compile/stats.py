@@ -16,7 +16,7 @@ class MemoryStats:
     """Bytes of a cache.
 
     ``logical_bytes`` is what dense keys and values of this shape and dtype take, ``stored_bytes`` what is alive for them, and
-    ``ratio`` the quotient. ``parts`` splits the stored bytes into codes, bases, scales, exact windows, dense and other;
+    ``ratio`` the quotient. ``parts`` splits the stored bytes into codes, bases, scales, windows, dense and other;
     ``layers`` holds the stored bytes of each layer (what layers share is counted with the first).
     """
 
@@ -34,7 +34,7 @@ def memory_stats(cache: Any) -> MemoryStats:
     """
     if cache is None:
         raise TypeError("there is no cache to measure: call the model with use_cache=True")
-    parts = dict.fromkeys(("codes", "bases", "scales", "exact windows", "dense", "other"), 0)
+    parts = dict.fromkeys(("codes", "bases", "scales", "windows", "dense", "other"), 0)
     seen: set[int] = set()
     logical, layers = 0, []
 
@@ -56,7 +56,7 @@ def memory_stats(cache: Any) -> MemoryStats:
             store = tensor.store
             stored += sum(add(buffer, PART[i]) for i, buffer in enumerate(store.buffers))
             stored += sum(add(x, "other") for x in (*store.timeline.tensors(), store.handle))
-            stored += sum(add(x, "exact windows") for x in store.pending.values())
+            stored += sum(add(x, "windows") for x in store.pending.values())
         layers.append(stored)
     total = sum(layers)
     assert len(PART) == len(Buffers._fields)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import advance, append, reference
@@ -20,6 +20,7 @@ from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 
 # coded slots that a new log has to spare, which double whenever they are used up: a GPU must then record its graphs again
 HEADROOM = {"cpu": 64, "cuda": 1024}
+_VIEWS = 16  # tensors of which a store keeps note until it looks which ones are gone
 
 
 class Shared:
@@ -199,7 +200,7 @@ class SpectralStore:
         timeline.users.add(self)
         self.dtype = dtype
         self.buffers = buffers or allocate(layout, timeline.batch, timeline.capacity, dtype, timeline.ledger.device)
-        self.views: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the tensors that read this store
+        self._views: list[TensorWeakRef] = []  # the tensors that read this store, and some that are gone
         self.pending: dict[str, torch.Tensor] = {}
         self.derived = Shared()
         self.handle = torch.empty(0, device=self.device)
@@ -242,9 +243,15 @@ class SpectralStore:
                     b[row, :, slots % capacity.window] = a[row, :, slots % window]
         self.buffers = new
 
+    def add_view(self, tensor: torch.Tensor) -> None:
+        """Note that ``tensor`` reads this store."""
+        if len(self._views) >= _VIEWS:
+            self._views = [ref for ref in self._views if ref() is not None]
+        self._views.append(TensorWeakRef(tensor))
+
     def longest_view(self) -> int:
         """The number of columns that some live tensor still reads."""
-        return max((view.length for view in self.views), default=0)
+        return max((view.length for ref in self._views if (view := ref()) is not None), default=0)
 
     def map(self, timeline: Timeline, move: Callable[[torch.Tensor], torch.Tensor]) -> SpectralStore:
         """A store of its own on ``timeline``, with ``move`` applied to every buffer."""
@@ -366,7 +373,7 @@ class SpectralStore:
         return store
 
     def catch_up(self) -> None:
-        """Code what the timeline's step of no columns has made due, out of the exact window."""
+        """Code what the timeline's step of no columns has made due, out of the window."""
         layout = self.layout
         nothing = torch.empty(self.timeline.batch, layout.kv_heads, 0, layout.head_dim, dtype=self.dtype, device=self.device)
         append.append(nothing, nothing, nothing, self.timeline.ledger, None, None, self.buffers, layout)

@@ -51,7 +51,7 @@ class SpectralTensor(torch.Tensor):
         self.handle, self.role, self.store_layout, self.strict, self.store = handle, role, layout, strict, store
         self.static = static
         if store is not None:
-            store.views[self] = True
+            store.add_view(self)
 
     @classmethod
     def of(cls, store: SpectralStore, role: str, length: int, strict: bool, static: bool = False) -> SpectralTensor:

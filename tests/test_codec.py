@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -285,6 +287,7 @@ def test_any_preset_fits_any_shape(name: str, kv_heads: int, head_dim: int) -> N
         assert min(vars(tiers).values()) >= 0
         assert tiers.rank <= layout.width
     assert Layout.parse(layout.spec()) == layout
+    assert copy.deepcopy(layout) is layout  # or guards of Dynamo, which keep copies, compare all of it at every step
 
 
 @pytest.mark.parametrize(("kv_heads", "head_dim", "group"), [(8, 128, 1), (3, 64, 3), (5, 64, 1), (4, 64, 2), (2, 320, 1)])

@@ -42,7 +42,13 @@ SPECTRAL = "spectral"
 VARIANTS = ("eager", "inductor", "static", SPECTRAL)
 DEFAULT = ("llama-3-8b",)
 STEADY_DEFAULT = ("smollm2",)
+STEADY: dict[str, tuple[str, dict[str, Any]]] = {  # by title: variant, and options of the backend
+    "spectral": (SPECTRAL, {}),
+    "dense, static cache": ("static", {}),
+    "spectral, no CUDA graphs": (SPECTRAL, {"cudagraphs": False}),
+}
 DROPPED = 8  # new tokens, the first ones, that no statistic of steps counts
+SLOW = 1.5  # times the median
 LESS_IS_BETTER = ("first_token_s", "step_median_ms", "step_slowest_ms", "peak_bytes", "cache_bytes")
 MORE_IS_BETTER = ("tokens_per_s", "tokens_per_s_mean")
 
@@ -61,14 +67,16 @@ def measurements(settings: Settings) -> list[Measurement]:
 
 
 def steady_measurements(settings: Settings) -> list[Measurement]:
-    """For each geometry many new tokens from the compressed cache, with CUDA graphs and without."""
-    made = []
-    for name in settings.geometries or STEADY_DEFAULT:
-        sizes = (partial(build, GEOMETRIES[name], settings), settings, settings.cached[0], settings.steady_tokens, SPECTRAL)
-        labels = {"geometry": name, "cached": settings.cached[0], "new_tokens": settings.steady_tokens}
-        made.append(Measurement({**labels, "cudagraphs": True}, partial(generate, *sizes, keep=True)))
-        made.append(Measurement({**labels, "cudagraphs": False}, partial(generate, *sizes, {"cudagraphs": False}, keep=True)))
-    return made
+    """For each geometry many new tokens from the compressed cache, with CUDA graphs and without, and from a dense one."""
+    cached, new_tokens = settings.cached[0], settings.steady_tokens
+    return [
+        Measurement(
+            {"geometry": name, "cached": cached, "new_tokens": new_tokens, "variant": title},
+            partial(generate, partial(build, GEOMETRIES[name], settings), settings, cached, new_tokens, *how, keep=True),
+        )
+        for name in settings.geometries or STEADY_DEFAULT
+        for title, how in STEADY.items()
+    ]
 
 
 class TokenClock(StoppingCriteria):
@@ -167,7 +175,7 @@ def generate(
     recorded.append(recordings(settings.device))
 
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    steps = run.steps[min(DROPPED, new_tokens // 2) - 1 :]
+    steps = settled(run.steps)
     row = {
         "first_token_s": run.first,
         "first_call_s": first_call,
@@ -187,6 +195,11 @@ def generate(
     if keep:
         row |= {"tokens": run.tokens, "steps_ms": [round(1e3 * step, 4) for step in run.steps]}
     return row
+
+
+def settled(steps: list[float]) -> list[float]:
+    """Without the first steps."""
+    return steps[min(DROPPED, (len(steps) + 1) // 2) - 1 :]
 
 
 def random_prompt(vocabulary: int, settings: Settings, count: int) -> torch.Tensor:
@@ -233,15 +246,17 @@ def derive(rows: list[Row]) -> None:
 
 
 def steady_derive(rows: list[Row]) -> None:
-    """Slowest step over the median, and how many first tokens equal those of the geometry's first row."""
+    """Slowest step over the median, steps that are ``SLOW``, and how many first tokens all compressed rows have in common."""
     first: dict[str, list[int]] = {}
     for row in rows:
         if row["error"]:
             continue
-        tokens = first.setdefault(row["geometry"], row["tokens"])
         row["slowest_over_median"] = quotient(row["step_slowest_ms"], row["step_median_ms"])
-        equal = (a == b for a, b in zip(tokens, row["tokens"], strict=True))
-        row["equal_leading"] = sum(takewhile(bool, equal))
+        row["slow_steps"] = sum(step > SLOW * row["step_median_ms"] for step in settled(row["steps_ms"]))
+        if STEADY[row["variant"]][0] == SPECTRAL:
+            tokens = first.setdefault(row["geometry"], row["tokens"])
+            equal = (a == b for a, b in zip(tokens, row["tokens"], strict=True))
+            row["equal_leading"] = sum(takewhile(bool, equal))
 
 
 STEPS = [
@@ -290,16 +305,17 @@ def steady_show(rows: list[Row]) -> Table:
         Column("geometry", "geometry"),
         Column("cached", "prompt"),
         Column("new_tokens", "new tokens"),
-        Column("cudagraphs", "CUDA graphs", lambda x: "with" if x else "without"),
+        Column("variant", "variant"),
     ]
     figures = [
         *STEPS,
         Column("step_p99_ms", "99 % ms", fixed(3)),
         Column("slowest_over_median", "slowest / median", times),
+        Column("slow_steps", f"above {SLOW} x"),
         Column("equal_leading", "same tokens"),
         *COUNTS,
     ]
-    return table("Many new tokens from the compressed cache", rows, labels, figures)
+    return table("Many new tokens", rows, labels, figures)
 
 
 def draw_panel(axes: Any, rows: list[Row]) -> None:
@@ -317,6 +333,5 @@ def steady_draw_panel(axes: Any, rows: list[Row]) -> None:
     """Milliseconds of each step."""
     for row in rows:
         if not row["error"]:
-            name = f"{row['geometry']}, {'with' if row['cudagraphs'] else 'without'} CUDA graphs"
-            axes.plot(row["steps_ms"][DROPPED:], linewidth=0.6, label=name)
+            axes.plot(row["steps_ms"][DROPPED:], linewidth=0.6, label=f"{row['geometry']}, {row['variant']}")
     axes.set(title="many new tokens", xlabel="new token", ylabel="ms", yscale="log")

@@ -90,6 +90,9 @@ class Layout:
         """This layout as a string: the form in which it is an argument of an operation, and a key of compile caches."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Layout:
+        return self  # so that what Dynamo keeps for its guards is equal by identity
+
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def parse(spec: str) -> Layout:

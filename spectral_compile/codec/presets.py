@@ -60,9 +60,9 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(key=(0, 0, 0), value=(0, 0, 0), lossless=True, weighted=False, judged=False, normalised=False),
-    "quality": Preset(key=(2, 6, 12), value=(0, 4, 22), recent=104),
-    "balanced": Preset(key=(1, 3, 7), value=(0, 2, 17), recent=96),
-    "compact": Preset(key=(1, 2, 5), value=(0, 1, 7), recent=48),
+    "quality": Preset(key=(2, 6, 12), value=(0, 4, 22), recent=248, window_bits=8),
+    "balanced": Preset(key=(1, 3, 7), value=(0, 2, 17), recent=216, window_bits=8),
+    "compact": Preset(key=(1, 2, 5), value=(0, 1, 7), recent=104, window_bits=8),
     "seed": Preset(
         key=(8, 0, 0),
         value=(16, 0, 0),

@@ -36,6 +36,7 @@ WITHOUT = {  # what a preset becomes without one of its ingredients: ``balanced-
     "margin": {"margin": 1.0},
     "sinks": {"sinks": 0},
     "recent": {"recent": 0},
+    "bytes": {"window_bits": 16, "recent": 96},  # a window in the model's dtype that takes as many bytes as that of balanced
 }
 
 

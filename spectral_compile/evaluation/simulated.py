@@ -1,7 +1,7 @@
 """Rival codecs written down for comparison: keys and values are coded and decoded at once, and attended densely.
 
-They get the windows of the presets: the first and last tokens stay exact. Bytes are those that packed codes and their scales
-would take.
+Their first and last tokens stay exact, as many as take the bytes of ``balanced``'s windows. Bytes are those that packed codes
+and their scales would take.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from spectral_compile.codec import PRESETS
-
-_WINDOWS = PRESETS["balanced"]
+_SINKS, _RECENT = 4, 96  # tokens
 _GROUP = 32  # numbers with one scale and one zero; as many tokens are coded at a time
 Codec = Callable[[torch.Tensor], tuple[torch.Tensor, float]]  # float32 [B, H, n, D] -> the same with losses, and bytes
 
@@ -80,7 +78,7 @@ class SimulatedCache(DynamicCache):
     def stored_bytes(self) -> float:
         """What codes, scales and exact tokens would take."""
         exact = (
-            x[:, :, :1].nbytes * (x.shape[2] - coded + _WINDOWS.sinks)
+            x[:, :, :1].nbytes * (x.shape[2] - coded + _SINKS)
             for layer, coded in zip(self.layers, self.coded, strict=True)
             for x in (layer.keys, layer.values)
         )
@@ -91,9 +89,9 @@ class SimulatedCache(DynamicCache):
         attended = super().update(key, value, layer_idx, *rest, **more)
         layer = self.layers[layer_idx]
         if layer_idx == len(self.coded):
-            self.coded.append(_WINDOWS.sinks)
+            self.coded.append(_SINKS)
         begin = self.coded[layer_idx]
-        end = begin + max(0, layer.keys.shape[2] - _WINDOWS.recent - begin) // _GROUP * _GROUP
+        end = begin + max(0, layer.keys.shape[2] - _RECENT - begin) // _GROUP * _GROUP
         if end > begin:
             layer.keys, layer.values = (
                 self._lose(x, codec, begin, end) for x, codec in zip((layer.keys, layer.values), self.codecs, strict=True)
