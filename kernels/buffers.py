@@ -56,8 +56,8 @@ class Buffers(NamedTuple):
 
 PART = Buffers(  # the line of a memory report in which each buffer is counted
     k_codes="codes", v_codes="codes", v_norms="scales", k_basis="bases", v_basis="bases", k_affine="scales",
-    v_affine="scales", k_exact="windows", v_exact="windows", k_recent="windows",
-    v_recent="windows", k_sizes="windows", v_sizes="windows", starts="other", moment="other",
+    v_affine="scales", k_exact="windows", v_exact="windows", k_recent="windows", v_recent="windows", k_sizes="windows",
+    v_sizes="windows", starts="other", moment="other",
 )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ Piece = tuple[int, int, int, int]  # first halfword, halfwords, padded halfwords
 
 HALFWORDS = 8  # the fewest of a piece, of which a lane's part of an operand is just what it has loaded
 _PTX = {torch.bfloat16: ("bf16", 7), torch.float16: ("f16", 10)}  # names, and bits of the mantissa
-PACKED = {} if os.environ.get("TRITON_INTERPRET") == "1" else _PTX  # for which there are instructions on two numbers at a time
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no instructions
+PACKED = {} if INTERPRETED.value else _PTX  # for which there are instructions on two numbers at a time
 
 
 @functools.cache

@@ -304,7 +304,7 @@ def _bytes(recent, sizes, first, place, in_bytes, D: tl.constexpr, BYTES: tl.con
     at, size = first, 1.0
     if BYTES:
         at = first + place
-        size = window_size(tl.load(sizes + at, mask=in_bytes, other=192))
+        size = window_size(tl.load(sizes + at, mask=in_bytes, other=192))  # what is exact is times 1
         at = recent + at * D
     return at, size
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
 
 from spectral_compile.codec.layout import Rotary
+from spectral_compile.kernels.digits import INTERPRETED
 
 TILE = 64  # tokens that a kernel takes at a time, and rows of the table
-_INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @functools.cache
@@ -33,7 +32,7 @@ def tables(rotary: Rotary | None, device: torch.device, dtype: torch.dtype) -> t
 def sincos(positions, turns):
     """Sine and cosine of the angles by which ``positions`` turn pairs: int32 products wrap at a full turn, as angles do."""
     x = (positions * turns).to(tl.float32) * (2 * 3.141592653589793 / 4294967296.0)
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.sin(x), tl.cos(x)
     # the hardware's own are off by at most 1e-6 within half a turn, and take a quarter of the instructions of a polynomial
     return tl.inline_asm_elementwise(

@@ -155,9 +155,7 @@ class BoundGraph:
             return None
         return arguments[self.plan.padding][:, length : length + count].bool()
 
-    def _feed(
-        self, arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None
-    ) -> Iterator[torch.Tensor]:
+    def _feed(self, arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None) -> Iterator[Any]:
         """The inputs of the compiled graph, which are hundreds at every step."""
         timeline = stores[0].timeline
         given = [timeline.ledger, timeline.positions, timeline.columns, valid]

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from spectral_compile.backend import reset, spectral
 from spectral_compile.codec import PRESETS, Preset, Profile
-from spectral_compile.evaluation.simulated import SIMULATED, SimulatedCache
+from spectral_compile.evaluation.simulated import RECENT, SIMULATED, SimulatedCache
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor
 
@@ -36,7 +36,7 @@ WITHOUT = {  # what a preset becomes without one of its ingredients: ``balanced-
     "margin": {"margin": 1.0},
     "sinks": {"sinks": 0},
     "recent": {"recent": 0},
-    "bytes": {"window_bits": 16, "recent": 96},  # a window in the model's dtype that takes as many bytes as that of balanced
+    "bytes": {"window_bits": 16, "recent": RECENT},
 }
 
 

@@ -1,7 +1,6 @@
 """Rival codecs written down for comparison: keys and values are coded and decoded at once, and attended densely.
 
-Their first and last tokens stay exact, as many as take the bytes of ``balanced``'s windows. Bytes are those that packed codes
-and their scales would take.
+Their first and last tokens stay exact. Bytes are those that packed codes and their scales would take.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-_SINKS, _RECENT = 4, 96  # tokens
+_SINKS = 4  # tokens
+RECENT = 96  # tokens, which in 16 bits take the bytes of ``balanced``'s window
 _GROUP = 32  # numbers with one scale and one zero; as many tokens are coded at a time
 Codec = Callable[[torch.Tensor], tuple[torch.Tensor, float]]  # float32 [B, H, n, D] -> the same with losses, and bytes
 
@@ -91,7 +91,7 @@ class SimulatedCache(DynamicCache):
         if layer_idx == len(self.coded):
             self.coded.append(_SINKS)
         begin = self.coded[layer_idx]
-        end = begin + max(0, layer.keys.shape[2] - _RECENT - begin) // _GROUP * _GROUP
+        end = begin + max(0, layer.keys.shape[2] - RECENT - begin) // _GROUP * _GROUP
         if end > begin:
             layer.keys, layer.values = (
                 self._lose(x, codec, begin, end) for x, codec in zip((layer.keys, layer.values), self.codecs, strict=True)
