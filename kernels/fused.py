@@ -200,8 +200,8 @@ def _past(
                     r1 = r1 + ((q1[i] * cos0 + q2[i] * sin0) * even,)
                     r2 = r2 + ((q2[i] * cos0 - q1[i] * sin0) * even,)
             if RESTP > 0:
-                held = live[:, None] & (rest < D)[None, :]
-                r3 = (q3 / tl.load(weights_at[:, None] + rest[None, :], mask=held, other=1.0)).to(DTYPE)
+                unturned = live[:, None] & (rest < D)[None, :]  # a name of its own: in a loop Triton lets none change its shape
+                r3 = (q3 / tl.load(weights_at[:, None] + rest[None, :], mask=unturned, other=1.0)).to(DTYPE)
             # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
             v_rows = load(v_codes + first_row * V_ROW, low + t, low + t < end, V_ROW, V_PIECES)
             gone, size = _ahead(v_norms + first_row, low + t, end, NORMALISED)
@@ -235,8 +235,8 @@ def _past(
                 if SLIDES:
                     scores = tl.where((SINKS + slots)[:, None] > (own - slide)[None, :], scores, float("-inf"))
                 if HAS_SEEN:
-                    held = ok[:, None] & live[None, :]
-                    visible = tl.load(seen_row[None, :] + (SINKS + slots)[:, None], mask=held, other=0) != 0
+                    asked = ok[:, None] & live[None, :]
+                    visible = tl.load(seen_row[None, :] + (SINKS + slots)[:, None], mask=asked, other=0) != 0
                     scores = tl.where(visible, scores, float("-inf"))
                 highest = tl.maximum(highest, scores)
                 weights = tl.exp2(scores - reference[None, :])

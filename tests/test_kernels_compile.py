@@ -1,0 +1,117 @@
+"""Kernels are translated for a GPU that need not be there: the interpreter, in which the other tests run, checks no types."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+CASES = {
+    f"{preset}, RoPE of {turned} of 64 channels, {count} queries, {hidden}": (preset, turned, count, hidden)
+    for preset, turned, count, hidden in itertools.product(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
+} | {
+    "16 bits, window": ("balanced", 64, 1, "window"),
+    "16 bits, window, several queries": ("compact", 64, 40, "window"),
+}  # fmt: skip
+
+
+def test_every_form_of_a_step_is_translated(tmp_path: Path) -> None:
+    """A mask in a model with channels that RoPE leaves alone once stopped Triton's translation, on GPUs alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # nobody is to find these kernels, which hold no code
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_kernels_compile"], capture_output=True, text=True, cwd=root, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == dict.fromkeys(CASES, "translated")
+
+
+def translate_alone() -> None:
+    """Make Triton stop after it has typed a kernel for an H100, and launch nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Absent:
+        """Of a GPU what a translation asks for."""
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    whole, run = CUDABackend.add_stages, JITFunction.run
+
+    def add_stages(self: CUDABackend, stages: dict, *rest: object) -> None:
+        whole(self, stages, *rest)
+        for stage in ("ttgir", "llir", "ptx"):
+            del stages[stage]
+
+        def nothing(source: object, metadata: dict) -> bytes:
+            metadata |= {"shared": 0, "name": "nothing"}
+            return b""
+
+        stages["cubin"] = nothing
+
+    def translate(self: JITFunction, *given: object, warmup: bool, **options: object) -> object:
+        return run(self, *given, warmup=True, **options)
+
+    driver.set_active(Absent())
+    CUDABackend.add_stages, JITFunction.run = add_stages, translate
+
+
+def step(preset: str, turned: int, count: int, hidden: str) -> None:
+    """Launch what a step over 190 tokens of 2 KV heads launches on a GPU."""
+    from spectral_compile.codec import PRESETS, Rotary
+    from spectral_compile.kernels import fused
+    from spectral_compile.kernels.buffers import Capacity, allocate
+    from spectral_compile.kernels.encode import Tokens
+
+    dtype = torch.bfloat16 if hidden == "window" else torch.float32
+    rotary = Rotary(tuple(1e4 ** (-2 * i / 64) for i in range(turned // 2))) if turned else None
+    layout = replace(PRESETS[preset].layout(2, 64, rotary), recent=20, block=32, warmup=64)
+    buffers = allocate(layout, 1, Capacity(512, 64, 4 if layout.segment else 1), dtype, "cpu")
+    query, key = torch.zeros(1, 8, count, 64, dtype=dtype), torch.zeros(1, 2, count, 64, dtype=dtype)
+    ledger, positions = torch.tensor([[190, 160, 190 + count, 160, 0, 0]]), torch.zeros(1, 512, dtype=torch.int32)
+    mask = columns = None
+    if hidden == "mask":
+        mask, columns = torch.ones(1, 1, count, 190 + count, dtype=torch.bool), torch.ones(1, 190, dtype=torch.bool)
+    slide = {"window": 30, "softcap": 20.0} if hidden == "window" else {"window": 0}
+    chunk = (query, key, key, mask, columns, ledger, positions, None, buffers, layout, 0.125)
+    fused.attend(*chunk, **slide, enters=count == 1)
+    if count > 1:
+        tokens = Tokens(query, key, key, ledger, None, buffers, layout)
+        tokens.add_moment()
+        tokens.write(2, False)
+        tokens.write(0, True)
+        if not layout.lossless:
+            tokens.gather(0, 64)
+
+
+def main() -> None:
+    """Print a JSON object: for each of ``CASES`` "translated", or what Triton says."""
+    translate_alone()
+    came_to = {}
+    for name, case in CASES.items():
+        try:
+            step(*case)
+            came_to[name] = "translated"
+        except Exception as error:
+            came_to[name] = str(error)
+    print(json.dumps(came_to, indent=1))
+
+
+if __name__ == "__main__":
+    main()
