@@ -12,7 +12,8 @@ from spectral_compile.passes.trace import Edge, Site, Trace, argument, fake, is_
 from spectral_compile.tensor import SpectralTensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_WIDEST = 256  # channels of a group whose basis fits the shared memory of a GPU, beside what else attention holds there
+# by bytes of a number: channels of a group, and KiB of a GPU's shared memory that attention to so many takes at most
+_SHARED = {2: ((64, 36), (128, 80), (192, 132), (256, 176)), 4: ((64, 132),)}
 
 
 def classify_edges(trace: Trace) -> None:
@@ -37,13 +38,17 @@ def classify_edges(trace: Trace) -> None:
             site.refusal = _give_layout(trace, site, layer)
 
 
-def too_wide(layout: Layout, device: torch.device) -> str | None:
-    """Why the kernels cannot attend to this layout, if so."""
-    if device.type == "cpu" or layout.lossless or layout.width <= _WIDEST:
+def too_wide(layout: Layout, dtype: torch.dtype, shared: int) -> str | None:
+    """Why the kernels cannot attend to this layout on a GPU with ``shared`` bytes of shared memory a block, if so."""
+    widest = max((width for width, kib in _SHARED[dtype.itemsize] if 1024 * kib <= shared), default=0)
+    if layout.lossless or layout.width <= widest:
         return None
-    if layout.head_group > 1:
-        return f"head_group={layout.head_group} joins {layout.width} channels: on a GPU lower it to at most {_WIDEST} of them"
-    return f"its heads have {layout.head_dim} channels: on a GPU at most {_WIDEST} can be compressed"
+    if layout.head_dim <= widest:
+        fits = max(n for n in range(1, widest // layout.head_dim + 1) if layout.kv_heads % n == 0)
+        return f"its groups have {layout.width} channels, and on this GPU at most {widest} fit: set head_group={fits}"
+    if dtype == torch.float32:
+        return "in float32 its heads do not fit the shared memory of this GPU: load the model in bfloat16 or float16"
+    return f"its heads have {layout.head_dim} channels: on this GPU at most {widest} can be compressed"
 
 
 def _give_layout(trace: Trace, site: Site, layer: int) -> str | None:
@@ -55,7 +60,9 @@ def _give_layout(trace: Trace, site: Site, layer: int) -> str | None:
         return reason
     else:
         site.layout = trace.config.layout(key.shape[1], key.shape[3], None, layer)
-    return too_wide(site.layout, key.device)
+    if key.device.type != "cuda":
+        return None
+    return too_wide(site.layout, site.dtype, torch.cuda.get_device_properties(key.device).shared_memory_per_block_optin)
 
 
 def _edge(trace: Trace, site: Site, leaving: set[Node]) -> Edge | str:

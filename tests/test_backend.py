@@ -304,11 +304,21 @@ def test_a_decode_step_by_hand_takes_no_integer_that_varies(monkeypatch: pytest.
 
 
 def test_groups_too_wide_for_a_gpu_are_refused() -> None:
+    hopper, consumer = 227 * 1024, 99 * 1024  # bytes of shared memory that a block can have
     for heads, dim, group in ((8, 128, 2), (4, 256, 1), (8, 64, 4)):
         layout = SpectralConfig(head_group=group).layout(heads, dim, None)
-        assert too_wide(layout, torch.device("cuda")) is None
-    wide = SpectralConfig(head_group=4).layout(8, 128, None)
-    assert too_wide(wide, torch.device("cpu")) is None
-    assert "lower" in too_wide(wide, torch.device("cuda"))
-    assert "at most" in too_wide(SpectralConfig().layout(2, 512, None), torch.device("cuda"))
-    assert too_wide(SpectralConfig("exact").layout(2, 512, None), torch.device("cuda")) is None
+        assert too_wide(layout, torch.bfloat16, hopper) is None
+    assert "set head_group=2" in too_wide(SpectralConfig(head_group=4).layout(8, 128, None), torch.bfloat16, hopper)
+    assert "at most 256" in too_wide(SpectralConfig().layout(2, 512, None), torch.float16, hopper)
+    assert too_wide(SpectralConfig("exact").layout(2, 512, None), torch.float32, consumer) is None
+    assert too_wide(SpectralConfig().layout(8, 128, None), torch.float16, consumer) is None
+    assert "set head_group=1" in too_wide(SpectralConfig().layout(3, 64, None), torch.bfloat16, consumer)
+    assert "at most 128" in too_wide(SpectralConfig().layout(4, 256, None), torch.bfloat16, consumer)
+
+
+def test_float32_that_does_not_fit_a_gpu_is_refused() -> None:
+    """Attention in float32 to heads of 96 channels and more once ended in an error of Triton's on a GPU."""
+    hopper = 227 * 1024
+    assert too_wide(SpectralConfig().layout(1, 64, None), torch.float32, hopper) is None
+    assert "set head_group=1" in too_wide(SpectralConfig().layout(3, 64, None), torch.float32, hopper)
+    assert "bfloat16" in too_wide(SpectralConfig().layout(8, 128, None), torch.float32, hopper)

@@ -17,6 +17,7 @@ from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from spectral_compile.kernels.digits import HALFWORDS, pieces
 from spectral_compile.kernels.rotary import TILE
 from spectral_compile.models import prompt as real_text
+from spectral_compile.passes.edges import too_wide
 from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 
 Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -136,6 +137,10 @@ def store(
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_head_dim_and_preset(preset: str, dim: int) -> None:
     books, chunk = store(preset, dim, past=190, chunk=1)
+    if DEVICE == "cuda":
+        room = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
+        if why := too_wide(books.layout, torch.float32, room):
+            pytest.skip(f"such a layer stays dense: {why}")
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
 
 
