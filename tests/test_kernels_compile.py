@@ -12,13 +12,9 @@ from pathlib import Path
 
 import torch
 
-CASES = {
-    f"{preset}, RoPE of {turned} of 64 channels, {count} queries, {hidden}": (preset, turned, count, hidden)
-    for preset, turned, count, hidden in itertools.product(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
-} | {
-    "16 bits, window": ("balanced", 64, 1, "window"),
-    "16 bits, window, several queries": ("compact", 64, 40, "window"),
-}  # fmt: skip
+FORMS = itertools.product(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
+OTHERS = ("balanced", 64, 1, "window"), ("compact", 64, 40, "window")  # in 16 bits
+CASES = {f"{form[0]}, RoPE of {form[1]} of 64 channels, {form[2]} queries, {form[3]}": form for form in (*FORMS, *OTHERS)}
 
 
 def test_every_form_of_a_step_is_translated(tmp_path: Path) -> None:
