@@ -6,6 +6,7 @@ import torch
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import reference
+from spectral_compile.kernels.operation import operation
 
 
 def advance(
@@ -25,7 +26,11 @@ def advance(
         reference.advance(ledger, positions, position_ids, valid, chunk, layout)
 
 
-@torch.library.custom_op("spectral::advance_", mutates_args=("ledger", "positions"))
+def _fake(ledger, positions, position_ids, valid, chunk, layout) -> None:
+    return None
+
+
+@operation(_fake, mutates=("ledger", "positions"))
 def advance_(
     ledger: torch.Tensor,
     positions: torch.Tensor,
@@ -36,8 +41,3 @@ def advance_(
 ) -> None:
     """See ``reference.advance``; ``layout`` is ``Layout.spec()``."""
     advance(ledger, positions, position_ids, valid, chunk, Layout.parse(layout))
-
-
-@advance_.register_fake
-def _(ledger, positions, position_ids, valid, chunk, layout) -> None:
-    return None

@@ -11,6 +11,7 @@ from spectral_compile.kernels import reference
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.ledger import on_host
+from spectral_compile.kernels.operation import operation
 
 listeners: list[Callable[[], None]] = []  # told of each layer that a prefill has stored: how else to see how far one call is
 
@@ -60,7 +61,11 @@ def append_triton(
         tokens.write(0, keep=True)
 
 
-@torch.library.custom_op("spectral::append_", mutates_args=Buffers._fields)
+def _fake(query, key, value, ledger, valid, importance, *rest) -> None:
+    return None
+
+
+@operation(_fake, mutates=Buffers._fields)
 def append_(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -91,8 +96,3 @@ def append_(
     append(query, key, value, ledger, valid, importance, buffers, Layout.parse(layout))
     for listener in listeners:
         listener()
-
-
-@append_.register_fake
-def _(query, key, value, ledger, valid, importance, *rest) -> None:
-    return None

@@ -8,9 +8,15 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import extend, reference
 from spectral_compile.kernels.append import append
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.operation import operation
 
 
-@torch.library.custom_op("spectral::attend_", mutates_args=Buffers._fields)
+def _fake(query, *rest) -> torch.Tensor:
+    batch, heads, count, dim = query.shape
+    return query.new_empty(batch, count, heads, dim).transpose(1, 2)
+
+
+@operation(_fake, mutates=Buffers._fields)
 def attend_(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -59,9 +65,3 @@ def attend_(
         out = attend(*chunk)
     append(query, key, value, ledger, valid, None, buffers, parsed)
     return out
-
-
-@attend_.register_fake
-def _(query, *rest) -> torch.Tensor:
-    batch, heads, count, dim = query.shape
-    return query.new_empty(batch, count, heads, dim).transpose(1, 2)

@@ -6,9 +6,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from spectral_compile.kernels.ledger import on_host
+from spectral_compile.kernels.operation import operation
 
 
-@torch.library.custom_op("spectral::causal", mutates_args=())
+def _fake(query, key, value, ledger, valid, scale) -> torch.Tensor:
+    return _laid_out(torch.empty_like(query))
+
+
+@operation(_fake)
 def causal(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -35,8 +40,3 @@ def causal(
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
     """As models go on with it: tokens before heads."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@causal.register_fake
-def _(query, key, value, ledger, valid, scale) -> torch.Tensor:
-    return _laid_out(torch.empty_like(query))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 
 from spectral_compile.kernels.autocast import without_autocast
+from spectral_compile.kernels.operation import operation
 
 SAMPLE = 576  # queries that judge a token, over all heads of its group
 _SCORES = 1 << 19  # that are there at a time
 
 
-@torch.library.custom_op("spectral::importance", mutates_args=())
+def _fake(query, key, valid, scale, head_group, least=0) -> torch.Tensor:
+    return key.new_empty(key.shape[0], key.shape[1] // head_group, key.shape[2], dtype=torch.float32)
+
+
+@operation(_fake)
 def importance(
     query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, scale: float, head_group: int, least: int = 0
 ) -> torch.Tensor:
@@ -63,8 +68,3 @@ def _shares(
             each = (judge[:, some] + 1)[:, None] / given.sum(-1).clamp_min(1)
             got[:, h] += torch.einsum("bqmn,bqm->bn", given, each)
     return got.unflatten(1, (-1, head_group)).sum(2) / queries[:, None]
-
-
-@importance.register_fake
-def _(query, key, valid, scale, head_group, least=0) -> torch.Tensor:
-    return key.new_empty(key.shape[0], key.shape[1] // head_group, key.shape[2], dtype=torch.float32)

@@ -93,7 +93,7 @@ def rewrite(trace: Trace) -> None:
 
     ids = next((site.positions for site in sites if site.positions is not None), None)
     with graph.inserting_before(first.attended):
-        graph.call_function(advance_._opoverload, (ledger, positions, ids, valid, first.edge.new[0], first.layout.spec()))
+        graph.call_function(advance_, (ledger, positions, ids, valid, first.edge.new[0], first.layout.spec()))
     for i, site in enumerate(sites):
         layout = site.layout
         capacity = Capacity(layout.block, layout.recent + layout.block, 1)  # any: no compiled code depends on it
@@ -146,14 +146,14 @@ def _substitute(
             coded_from = layout.sinks + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
             judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
             with graph.inserting_before(site.attended):
-                judged = graph.call_function(importance._opoverload, judging)
+                judged = graph.call_function(importance, judging)
         with graph.inserting_after(site.attended):
-            graph.call_function(append_._opoverload, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
+            graph.call_function(append_, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True) if not site.edge.writes else ():
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
         plain = not site.window and not site.softcap and site.sink is None
         if site.mask is not None and site.mask_kind == "causal" and plain:
-            _replace(site, causal._opoverload, (query, key, value, ledger, valid, float(site.scale)))
+            _replace(site, causal, (query, key, value, ledger, valid, float(site.scale)))
         return
     mask = site.mask if site.mask_kind == "tensor" else None
     if site.edge.writes:
@@ -162,7 +162,7 @@ def _substitute(
             graph.erase_node(write)
     head = (query, stored_key, new_value, mask, columns if mask is not None else None, ledger, positions, valid)
     how = (float(site.scale), site.window, site.softcap, site.sink)
-    _replace(site, attend_._opoverload, (*head, *buffers, spec, *how))
+    _replace(site, attend_, (*head, *buffers, spec, *how))
 
 
 def _as_if_grown(site: Site, mask: Node) -> Node:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class BoundGraph:
     def __init__(self, plan: Plan, compiled: Callable[..., Any], config: SpectralConfig, examples: list[Any]) -> None:
         self.plan, self.compiled, self.config = plan, compiled, config
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
-        self._places, self._converted = _places(plan)
+        places, self._converted = _places(plan)
+        self._pick = itemgetter(*places)
         self._on_gpu = plan.sites[0].device.type != "cpu"
         if plan.sites[0].device.type == "cuda":
             from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
@@ -155,7 +157,7 @@ class BoundGraph:
             return None
         return arguments[self.plan.padding][:, length : length + count].bool()
 
-    def _feed(self, arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None) -> Iterator[Any]:
+    def _feed(self, arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None) -> tuple[Any, ...]:
         """The inputs of the compiled graph, which are hundreds at every step."""
         timeline = stores[0].timeline
         given = [timeline.ledger, timeline.positions, timeline.columns, valid]
@@ -164,7 +166,7 @@ class BoundGraph:
         given += arguments
         for place, convert in self._converted:
             given[place] = convert(given[place], timeline)
-        return (given[place] for place in self._places)
+        return self._pick(given)
 
     def _wrap(self, store: SpectralStore, role: str, slots: int | None) -> SpectralTensor:
         if slots is not None:

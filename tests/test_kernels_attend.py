@@ -109,10 +109,12 @@ def store(
     batch: int = 1,
     head_group: int | None = None,
     window_bits: int = 16,
+    turned: int | None = None,
 ) -> tuple[Books, Chunk]:
-    """A store with ``past`` tokens and a chunk that has been entered in its books."""
+    """A store with ``past`` tokens and a chunk that has been entered in its books; RoPE is of ``turned`` channels, or all."""
     generator = torch.Generator().manual_seed(dim + past)
-    rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)))
+    pairs = (dim if turned is None else turned) // 2
+    rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs))) if pairs else None
     chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
     layout = chosen.layout(2, dim, rotary)
     layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), window_bits=window_bits)
@@ -153,6 +155,19 @@ def test_positions_with_gaps(chunk: int) -> None:
     books, step = store("balanced", 64, past=200, chunk=chunk, ids=ids)
     assert books.ledger[0, 5] >= 2
     assert_same(fused_attend(books, step, 0.1), books.attend(step, 0.1), step)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("turned", [0, 32, 64])
+@pytest.mark.parametrize("preset", ["balanced", "seed"])
+def test_masks_and_channels_that_rope_leaves_alone(preset: str, turned: int, masked: bool, chunk: int) -> None:
+    books, step = store(preset, 64, past=190, chunk=chunk, turned=turned)
+    mask = columns = None
+    if masked:
+        mask = torch.rand(1, 1, chunk, 190 + chunk, generator=torch.Generator().manual_seed(0)) < 0.6
+        columns = torch.ones(1, 190, dtype=torch.bool)
+    assert_same(fused_attend(books, step, 0.1, mask, columns), books.attend(step, 0.1, mask, columns), step)
 
 
 def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
