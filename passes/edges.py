@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
+from spectral_compile.codec import largest_group
 from spectral_compile.codec.layout import Layout
 from spectral_compile.passes.trace import Edge, Site, Trace, argument, fake, is_call
 from spectral_compile.tensor import SpectralTensor
@@ -44,7 +45,7 @@ def too_wide(layout: Layout, dtype: torch.dtype, shared: int) -> str | None:
     if layout.lossless or layout.width <= widest:
         return None
     if layout.head_dim <= widest:
-        fits = max(n for n in range(1, widest // layout.head_dim + 1) if layout.kv_heads % n == 0)
+        fits = largest_group(layout.kv_heads, layout.head_dim, widest)
         return f"its groups have {layout.width} channels, and on this GPU at most {widest} fit: set head_group={fits}"
     if dtype == torch.float32:
         return "in float32 its heads do not fit the shared memory of this GPU: load the model in bfloat16 or float16"

@@ -18,7 +18,7 @@ CASES = {f"{form[0]}, RoPE of {form[1]} of 64 channels, {form[2]} queries, {form
 
 
 def test_every_form_of_a_step_is_translated(tmp_path: Path) -> None:
-    """A mask in a model with channels that RoPE leaves alone once stopped Triton's translation, on GPUs alone."""
+    """A mask, and channels that RoPE leaves alone, once stopped Triton's translation, on GPUs alone."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)  # nobody is to find these kernels, which hold no code
     root = Path(__file__).parent.parent

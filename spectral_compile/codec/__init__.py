@@ -15,7 +15,7 @@ from .basis import (
     synthesis,
 )
 from .layout import Layout, Rotary, Tiers
-from .presets import PRESETS, Preset
+from .presets import PRESETS, Preset, largest_group
 from .profile import GRADES, USUAL, Profile
 from .quantise import dequantise, norm_code, norm_value, pack, quantise, search_step, unpack, window_code, window_value
 
@@ -36,6 +36,7 @@ __all__ = [
     "fit",
     "gram_residual",
     "key_weight",
+    "largest_group",
     "latent",
     "loudness",
     "norm_code",

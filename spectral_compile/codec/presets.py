@@ -24,6 +24,12 @@ def tiers(parts: tuple[int, int, int], width: int) -> Tiers:
     return Tiers(bits8, bits4, bits2)
 
 
+def largest_group(kv_heads: int, head_dim: int, channels: int) -> int:
+    """The most heads that have up to ``channels`` together and divide the KV heads evenly; 1 where no head is so narrow."""
+    fitting = (size for size in range(kv_heads, 0, -1) if kv_heads % size == 0 and size * head_dim <= channels)
+    return next(fitting, 1)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A codec without a model: tiers are channels at (8, 4, 2) bits in 32ths of the width; the rest is as in ``Layout``.
@@ -48,8 +54,7 @@ class Preset:
 
     def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None = None) -> Layout:
         """The layout of a layer with ``kv_heads`` heads of ``head_dim`` channels."""
-        fitting = (size for size in range(kv_heads, 0, -1) if kv_heads % size == 0 and size * head_dim <= _JOINT_WIDTH)
-        head_group = self.head_group or next(fitting, 1)
+        head_group = self.head_group or largest_group(kv_heads, head_dim, _JOINT_WIDTH)
         if kv_heads % head_group:
             raise ValueError(f"head_group={head_group} does not divide the {kv_heads} KV heads")
         width = head_group * head_dim
