@@ -150,14 +150,18 @@ def digits(rows, PIECES: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr
 
 
 @triton.jit
-def opaque(parts, UNPACK: tl.constexpr):
-    """The same tensors, to Triton of unknown origin: it lays out an operand that was joined in a way that costs moves."""
-    out = parts
-    if UNPACK is not None:
-        out = ()
-        for i in tl.static_range(len(parts)):
-            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [parts[i]], parts[i].dtype, False, 2)
-            out = out + (x,)
+def opaque(parts):
+    """The same tensors; those of 16 bits are of unknown origin to Triton.
+
+    It lays out an operand that was joined in a way that costs moves. Of one that was loaded it computes all again in every
+    warp, and waits for each load before it begins the next.
+    """
+    out = ()
+    for i in tl.static_range(len(parts)):
+        x = parts[i]
+        if not INTERPRETED and x.dtype.primitive_bitwidth == 16:
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
+        out = out + (x,)
     return out
 
 

@@ -18,7 +18,19 @@ import triton.language as tl
 
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.kernels.digits import PACKED, digits, load, matrix, opaque, pair, pieces, rows, scaled, unpack
+from spectral_compile.kernels.digits import (
+    INTERPRETED,
+    PACKED,
+    digits,
+    load,
+    matrix,
+    opaque,
+    pair,
+    pieces,
+    rows,
+    scaled,
+    unpack,
+)
 from spectral_compile.kernels.encode import COLUMNS, LEAST, Tokens, books, enter_one, tiles_of, window_size
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
@@ -55,6 +67,14 @@ def _product(codes, basis, FIRST: tl.constexpr, COUNT: tl.constexpr, PRECISION: 
 def _capped(s, CAP: tl.constexpr):
     """``CAP * tanh(s / CAP)``, or scores as they are where ``CAP`` is 0; all counted in powers of two."""
     return CAP - 2 * CAP / (tl.exp2(s * (2 * _LOG2E / CAP)) + 1) if CAP > 0 else s
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x of numbers near 1; a division takes seven instructions more."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -116,16 +136,50 @@ def _ahead(norms, slots, end, NORMALISED: tl.constexpr):
 
 
 @triton.jit
+def _queries(
+    q_row, live, turns, scale,
+    D: tl.constexpr, P: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SCALING: tl.constexpr,
+):  # fmt: skip
+    """Queries [M, pairs], first and second halves, and turns [pairs], each a tuple of parts; and what is not rotated."""
+    p = tl.arange(0, PQ)
+    q1, q2, q3, turn = (), (), (), ()
+    for i in tl.static_range(PARTS):
+        half = i * PQ + p
+        first, second = (half * 2, half * 2 + 1) if INTERLEAVED else (half, half + P)
+        held = live[:, None] & (half < P)[None, :]
+        q1 = q1 + (tl.load(q_row[:, None] + first[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING),)
+        q2 = q2 + (tl.load(q_row[:, None] + second[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING),)
+        turn = turn + (tl.load(turns + half, mask=half < P, other=0),)
+    if RESTP > 0:
+        rest = 2 * P + tl.arange(0, RESTP)
+        held = live[:, None] & (rest < D)[None, :]
+        q3 = (tl.load(q_row[:, None] + rest[None, :], mask=held, other=0.0).to(tl.float32) * scale,)
+    return q1, q2, q3, turn
+
+
+@triton.jit
+def _distances(table, P: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr):
+    """Cosines, then sines, [N, pairs] a part, of the distances within a tile."""
+    out = ()
+    for i in tl.static_range(2 * PARTS):
+        half = i % PARTS * PQ + tl.arange(0, PQ)
+        at = table + i // PARTS * (N * P) + tl.arange(0, N)[:, None] * P + half[None, :]
+        out = out + (tl.load(at, mask=(half < P)[None, :], other=0.0),)
+    return out
+
+
+@triton.jit
 def _past(
-    basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
-    starts, row_positions, seen_row, turns, table, coded_cap, segments, slide,
+    queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
+    v_affine, starts, row_positions, seen_row, coded_cap, segments, slide,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PQ: tl.constexpr,
-    PARTS: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, K_PIECES: tl.constexpr,
-    V_PIECES: tl.constexpr, K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr,
-    RV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, SINKS: tl.constexpr,
-    HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
-    ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, CAP: tl.constexpr, GAPS: tl.constexpr,
+    PARTS: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
+    K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, SINKS: tl.constexpr, HAS_SEEN: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
+    V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr, ROTATE: tl.constexpr,
+    STAGES: tl.constexpr, LATE: tl.constexpr, CAP: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
     """Attention to coded tokens from ``low`` to ``high``: a tuple of sums, references [M] and sums of weights [M].
 
@@ -139,26 +193,15 @@ def _past(
     VN: tl.constexpr = len(V_PIECES)
     PER: tl.constexpr = PARTS * KN + (KN if RESTP > 0 else 0)
     p, d, t = tl.arange(0, PQ), tl.arange(0, DP), tl.arange(0, N)
-    q1, q2, turn, cos, sin, step_cos, step_sin = (), (), (), (), (), (), ()
-    for i in tl.static_range(PARTS):
-        half = i * PQ + p
-        first, second = (half * 2, half * 2 + 1) if INTERLEAVED else (half, half + P)
-        held = live[:, None] & (half < P)[None, :]
-        q1 = q1 + (tl.load(q_row[:, None] + first[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING),)
-        q2 = q2 + (tl.load(q_row[:, None] + second[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING),)
-        turn = turn + (tl.load(turns + half, mask=half < P, other=0),)
-        if not GAPS:
-            s, c = sincos(tl.full([1], N, tl.int32), turn[i][None, :])
-            step_sin, step_cos = step_sin + (s,), step_cos + (c,)
-            known = table + t[:, None] * P + half[None, :]
-            cos = cos + (tl.load(known, mask=(half < P)[None, :], other=0.0),)
-            sin = sin + (tl.load(known + N * P, mask=(half < P)[None, :], other=0.0),)
+    q1, q2, q3, turn = queries
+    step_cos, step_sin = (), ()
+    for i in tl.static_range(0 if GAPS else PARTS):
+        s, c = sincos(tl.full([1], N, tl.int32), turn[i][None, :])
+        step_sin, step_cos = step_sin + (s,), step_cos + (c,)
     if RESTP > 0:
         rest = 2 * P + tl.arange(0, RESTP)
-        q3 = tl.load(q_row[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0).to(tl.float32) * scale
     begin, first_row = low, (b * GROUPS + g).to(tl.int64) * coded_cap
-    reference = tl.zeros([M], tl.float32)
-    highest = tl.full([N, M], float("-inf"), tl.float32)
+    reference, top = tl.zeros([M], tl.float32), tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([N, M], tl.float32)
     sums = ()
     for i in tl.static_range(VN if LATE else 1):
@@ -192,7 +235,7 @@ def _past(
                 half = i * PQ + p
                 channel = half * 2 if INTERLEAVED else half
                 held = live[:, None] & (half < P)[None, :]
-                even = 1.0 / tl.load(weights_at[:, None] + channel[None, :], mask=held, other=1.0)
+                even = _inverse(tl.load(weights_at[:, None] + channel[None, :], mask=held, other=1.0))
                 if GAPS:
                     r1, r2 = r1 + (q1[i] * even,), r2 + (q2[i] * even,)
                 else:
@@ -201,7 +244,7 @@ def _past(
                     r2 = r2 + ((q2[i] * cos0 - q1[i] * sin0) * even,)
             if RESTP > 0:
                 unturned = live[:, None] & (rest < D)[None, :]  # a name of its own: in a loop Triton lets none change its shape
-                r3 = (q3 / tl.load(weights_at[:, None] + rest[None, :], mask=unturned, other=1.0)).to(DTYPE)
+                r3 = (q3[0] * _inverse(tl.load(weights_at[:, None] + rest[None, :], mask=unturned, other=1.0))).to(DTYPE)
             # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
             v_rows = load(v_codes + first_row * V_ROW, low + t, low + t < end, V_ROW, V_PIECES)
             gone, size = _ahead(v_norms + first_row, low + t, end, NORMALISED)
@@ -219,7 +262,7 @@ def _past(
                             s, c = sincos(where, turn[i][None, :])
                             k = _rotated(k, c.to(DTYPE), s.to(DTYPE), ROTATE, DTYPE)
                         else:
-                            k = _rotated(k, cos[i], sin[i], ROTATE, DTYPE)
+                            k = _rotated(k, distances[i], distances[PARTS + i], ROTATE, DTYPE)
                         q = _own(pair(r1[i].to(DTYPE), r2[i].to(DTYPE)), head, h, HEADS)
                         scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
                     if RESTP > 0:
@@ -247,7 +290,7 @@ def _past(
                 mixing = tl.trans(weights.to(V_DTYPE))
                 if V_DTYPE != DTYPE:
                     lost = tl.trans((weights - weights.to(V_DTYPE).to(tl.float32)).to(V_DTYPE))
-                values = opaque(digits(v_rows, V_PIECES, V_DTYPE, V_UNPACK), V_UNPACK)
+                values = opaque(digits(v_rows, V_PIECES, V_DTYPE, V_UNPACK))
                 v_rows = load(v_codes + first_row * V_ROW, slots + N, slots + N < end, V_ROW, V_PIECES)
                 grown = ()
                 for i in tl.static_range(VN):
@@ -277,7 +320,7 @@ def _past(
         far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
         again = tl.max(far.to(tl.int32), 0) > 0
         reference = tl.where(far, top, reference)
-    return sums, tl.where(tl.max(highest, 0) == float("-inf"), float("-inf"), reference), tl.sum(total, 0)
+    return sums, tl.where(top == float("-inf"), float("-inf"), reference), tl.sum(total, 0)
 
 
 @triton.jit
@@ -310,6 +353,16 @@ def _bytes(recent, sizes, first, place, in_bytes, D: tl.constexpr, BYTES: tl.con
 
 
 @triton.jit
+def _values(
+    at, recent, sizes, first, place, exact, in_bytes, d, D: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr
+):  # fmt: skip
+    """Values [N, DP] of tokens that are not coded, of one head; ``at`` is where those in the model's dtype begin."""
+    bytes_at, size = _bytes(recent, sizes, first, place, in_bytes, D, BYTES)
+    x = _exact(at, exact, d, d < D, bytes_at, in_bytes, BYTES)
+    return (x * size[:, None] if BYTES else x).to(DTYPE)
+
+
+@triton.jit
 def _address(
     codes, exact, new, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, by_row, by_head, by_column,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, LOSSLESS: tl.constexpr,
@@ -338,6 +391,8 @@ def _present(
 
     In this order: codes of a lossless store, sinks, window, chunk.
     """
+    PER: tl.constexpr = (2 if P > 0 else 0) + (1 if RESTP > 0 else 0)
+    EARLY: tl.constexpr = N * HEADS * DP <= 8192  # else values take too many registers beside the keys
     p, d, t = tl.arange(0, PP), tl.arange(0, DP), tl.arange(0, N)
     real = p < P
     first, second = (p * 2, p * 2 + 1) if INTERLEAVED else (p, p + P)
@@ -383,22 +438,35 @@ def _present(
         if P > 0:
             where = tl.load(row_positions + token, mask=ok, other=0)
             sin, cos = sincos(where[:, None], turn[None, :])
-        scores = tl.zeros([N, M], tl.float32)
+        # all is loaded before the first of it is waited for
+        keys, sizes, values = (), (), ()
         for h in tl.static_range(HEADS):
             k_at = _address(k_codes, k_exact, k_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, k_b, k_h,
                             k_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
             bytes_at, size = _bytes(k_recent, k_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, in_bytes, D, BYTES)
-            x = tl.zeros([N, M], tl.float32) if BYTES else scores
+            sizes = sizes + (size,)
             if P > 0:
                 k1 = _exact(k_at, exact, first, real, bytes_at, in_bytes, BYTES)
                 k2 = _exact(k_at, exact, second, real, bytes_at, in_bytes, BYTES)
-                r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
-                x = tl.dot(r1, tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
-                x = tl.dot(r2, tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+                keys = keys + ((k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE))
             if RESTP > 0:
-                k3 = _exact(k_at, exact, rest, rest < D, bytes_at, in_bytes, BYTES).to(DTYPE)
-                x = tl.dot(k3, tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
-            scores = scores + x * size[:, None] if BYTES else x
+                keys = keys + (_exact(k_at, exact, rest, rest < D, bytes_at, in_bytes, BYTES).to(DTYPE),)
+            if EARLY:
+                v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, v_b, v_h,
+                                v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
+                x = _values(v_at, v_recent, v_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, exact, in_bytes, d, D, DTYPE,
+                            BYTES)  # fmt: skip
+                values = values + (x,)
+        keys, values = opaque(keys), opaque(values)
+        scores = tl.zeros([N, M], tl.float32)
+        for h in tl.static_range(HEADS):
+            x = tl.zeros([N, M], tl.float32) if BYTES else scores
+            if P > 0:
+                x = tl.dot(keys[h * PER], tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+                x = tl.dot(keys[h * PER + 1], tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+            if RESTP > 0:
+                x = tl.dot(keys[h * PER + PER - 1], tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+            scores = scores + x * sizes[h][:, None] if BYTES else x
         if HAS_SEEN:
             visible = ok[:, None] & live[None, :]
             visible = visible & (tl.load(seen_row[None, :] + token[:, None], mask=visible, other=0) != 0)
@@ -411,11 +479,13 @@ def _present(
         out = out * alpha[:, None]
         mixing = tl.trans(weights.to(DTYPE))
         for h in tl.static_range(HEADS):
-            v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, v_b, v_h,
-                            v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
-            bytes_at, size = _bytes(v_recent, v_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, in_bytes, D, BYTES)
-            x = _exact(v_at, exact, d, d < D, bytes_at, in_bytes, BYTES)
-            x = (x * size[:, None] if BYTES else x).to(DTYPE)
+            if EARLY:
+                x = values[h]
+            else:
+                v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, v_b, v_h,
+                                v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
+                x = _values(v_at, v_recent, v_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, exact, in_bytes, d, D, DTYPE,
+                            BYTES)  # fmt: skip
             out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
     return (out,), highest, tl.sum(total, 0)
 
@@ -463,31 +533,36 @@ def _attend_kernel(
     row_positions = positions + b * slots_cap
     at = ((pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits) + split
     if not LOSSLESS and split < splits:
+        # all that depends on nothing is on its way before anything is waited for
+        queries = _queries(q_row, live, turns, scale, D, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING)
+        distances = _distances(table, P, PQ, PARTS, N)
+        gaps = tl.load(ledger + b * COLUMNS + 5)
         basis = ()
         if not HAS_SEGMENTS:
             basis = _key_basis(k_basis, k_affine, b * GROUPS + g, D, P, PQ, PARTS, RESTP, INTERLEAVED, HEADS, RK, K_TIERS,
                                K_PIECES, DTYPE, SCALED)  # fmt: skip
+        distances = opaque(distances)
         low = 0
         if SLIDES:
             low = tl.maximum(tl.min(tl.where(live, own, 2147483647)) - slide + 1 - SINKS, 0) // N * N
         share = tl.cdiv(tl.cdiv(tl.maximum(coded - low, 0), N), splits) * N
         low += split * share
         high = tl.minimum(low + share, coded)
-        if tl.load(ledger + b * COLUMNS + 5) == 0:
+        if gaps == 0:
             sums, highest, total = _past(
-                basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
-                v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
-                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW,
-                V_ROW, NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK,
-                ROTATE, STAGES, LATE, CAP, False,
+                queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
+                k_affine, v_affine, starts, row_positions + SINKS, seen_row, coded_cap, segments, slide, GROUPS, HEADS, D, DP,
+                P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
+                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
+                STAGES, LATE, CAP, False,
             )  # fmt: skip
         else:
             sums, highest, total = _past(
-                basis, q_row, head, live, own, low, high, b, g, scale, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
-                v_affine, starts, row_positions + SINKS, seen_row, turns, table, coded_cap, segments, slide, GROUPS, HEADS, D,
-                DP, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW,
-                V_ROW, NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK,
-                ROTATE, STAGES, LATE, CAP, True,
+                queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
+                k_affine, v_affine, starts, row_positions + SINKS, seen_row, coded_cap, segments, slide, GROUPS, HEADS, D, DP,
+                P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
+                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
+                STAGES, LATE, CAP, True,
             )  # fmt: skip
         _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
     else:
@@ -503,12 +578,27 @@ def _attend_kernel(
                 enter_one(job // 2, pair, job % 2, entering, CONSTANTS, True, False, PRECISION)
 
 
+@triton.jit
+def _parts(
+    max_ptr, out_ptr, at, start, splits, d,
+    V_PIECES: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """Of splits from ``start`` on references [AT_ONCE] and what they left: values [AT_ONCE, channels], or digits a piece."""
+    some = start + tl.arange(0, AT_ONCE)
+    there = (some < splits)[:, None]
+    parts = ()
+    for i in tl.static_range(len(V_PIECES) if LATE else 1):
+        c = PLACES[i] + tl.arange(0, V_PIECES[i][2] * (16 // V_PIECES[i][3])) if LATE else d
+        parts = parts + (tl.load(out_ptr + (at + some)[:, None] * WIDTH + c[None, :], mask=there, other=0.0),)
+    return tl.load(max_ptr + at + some, mask=some < splits, other=float("-inf")), parts
+
+
 @triton.jit(do_not_specialize=["splits", "exact_splits", "first", "stride", "merged"])
 def _merge_kernel(
     out_ptr, max_ptr, sum_ptr, result, splits, exact_splits, count, first, stride, merged, entering, code_tiles,
     v_basis, v_affine, sink,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr,
-    CODED: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr,
+    HELD: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr, LATE: tl.constexpr, RV: tl.constexpr, V_TIERS: tl.constexpr, V_PIECES: tl.constexpr,
     HAS_SINK: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -531,44 +621,42 @@ def _merge_kernel(
                 x, scale = rows(v_basis + pair * (HEADS * D * RV), affine, channel, d < D, RV, HEADS * D, V_TIERS,
                                 V_PIECES[i][0], V_PIECES[i][1], V_PIECES[i][2], V_PIECES[i][3])  # fmt: skip
                 back = back + ((x, scale),)
-        highest = tl.load(max_ptr + at + s, mask=s < splits, other=float("-inf"))
+            even = _inverse(tl.load(affine + 2 * RV + channel, mask=d < D, other=1.0))
+        every = s < splits + exact_splits
+        highest = tl.load(max_ptr + at + s, mask=every, other=float("-inf"))
+        total = tl.load(sum_ptr + at + s, mask=every, other=0.0)
         exact = tl.load(max_ptr + at + splits + e, mask=e < exact_splits, other=float("-inf"))
-        top = tl.maximum(tl.max(highest, 0), tl.max(exact, 0))
+        held = (e < exact_splits)[:, None]
+        exact_parts = tl.load(out_ptr + (at + splits + e)[:, None] * WIDTH + d[None, :], mask=held, other=0.0)
+        maxima, parts = _parts(max_ptr, out_ptr, at, 0, splits, d, V_PIECES, AT_ONCE, WIDTH, PLACES, LATE)
+        top = tl.max(highest, 0)
         if HAS_SINK:
             taken = tl.load(sink + g * ROWS + m % ROWS).to(tl.float32) * _LOG2E
             top = tl.maximum(top, taken)
         top = tl.where(top == float("-inf"), 0.0, top)
-        weight, own = tl.exp2(highest - top), tl.exp2(exact - top)
-        norm = tl.sum(weight * tl.load(sum_ptr + at + s, mask=s < splits, other=0.0), 0)
-        norm += tl.sum(own * tl.load(sum_ptr + at + splits + e, mask=e < exact_splits, other=0.0), 0)
+        norm = tl.sum(tl.exp2(highest - top) * total, 0)
         if HAS_SINK:
             norm += tl.exp2(taken - top)
         norm = tl.where(norm == 0, 1.0, norm)
         latent = ()
-        for i in tl.static_range(len(V_PIECES) if LATE else 1):
-            latent = latent + (tl.zeros([V_PIECES[i][2] * (16 // V_PIECES[i][3]) if LATE else CHANNELS], tl.float32),)
-        for start in range(0, SP if CODED else 0, AT_ONCE):
-            some = start + tl.arange(0, AT_ONCE)
-            times = tl.exp2(tl.load(max_ptr + at + some, mask=some < splits, other=float("-inf")) - top)
+        for i in tl.static_range(len(parts)):
+            latent = latent + (tl.sum(parts[i] * tl.exp2(maxima - top)[:, None], 0),)
+        for start in range(AT_ONCE, HELD, AT_ONCE):
+            maxima, parts = _parts(max_ptr, out_ptr, at, start, splits, d, V_PIECES, AT_ONCE, WIDTH, PLACES, LATE)
             grown = ()
             for i in tl.static_range(len(latent)):
-                c = PLACES[i] + tl.arange(0, latent[i].shape[0]) if LATE else d
-                there = (some < splits)[:, None]
-                parts = tl.load(out_ptr + (at + some)[:, None] * WIDTH + c[None, :], mask=there, other=0.0)
-                grown = grown + (latent[i] + tl.sum(parts * times[:, None], 0),)
+                grown = grown + (latent[i] + tl.sum(parts[i] * tl.exp2(maxima - top)[:, None], 0),)
             latent = grown
         place = ((pair // GROUPS * count + m // ROWS) * GROUPS + g) * ROWS + m % ROWS
-        held = (e < exact_splits)[:, None]
-        parts = tl.load(out_ptr + (at + splits + e)[:, None] * WIDTH + d[None, :], mask=held, other=0.0)
-        mixed = tl.sum(parts * own[:, None], 0)
+        mixed = tl.sum(exact_parts * tl.exp2(exact - top)[:, None], 0)
         if LATE:
             valued = tl.zeros([CHANNELS], tl.float32)
             for i in tl.static_range(len(V_PIECES)):
                 valued += tl.sum(back[i][0].to(tl.float32) * (latent[i] * back[i][1])[:, None], 0)
-            mixed += valued / tl.load(affine + 2 * RV + channel, mask=d < D, other=1.0)
+            mixed += valued * even
         else:
             mixed += latent[0]
-        tl.store(result + place * D + d, (mixed / norm).to(result.dtype.element_ty), mask=d < D)
+        tl.store(result + place * D + d, (mixed * (1 / norm)).to(result.dtype.element_ty), mask=d < D)
     else:
         if ENTERS and tl.program_id(2) == 0:
             enter_one(code_tiles, pair, m - merged, entering, CONSTANTS, False, True, PRECISION)
@@ -662,7 +750,7 @@ def attend(
             part, top, total, out, *shares, count, first * tile, held * tile, merged, entering, code_tiles,
             buffers.v_basis, buffers.v_affine, sink,
             GROUPS=groups, ROWS=heads * gqa, HEADS=heads, D=dim, DP=padded, CHANNELS=channels,
-            CODED=not layout.lossless, SP=held_splits, AT_ONCE=min(held_splits, _MERGED // widest),
+            HELD=held_splits, AT_ONCE=min(held_splits, _MERGED // widest), SP=triton.next_power_of_2(splits),
             EP=triton.next_power_of_2(max(1, shares[1])),
             RV=layout.value.rank, V_TIERS=_tiers(layout.value), V_PIECES=plan["V_PIECES"],
             HAS_SINK=sink is not None, ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
