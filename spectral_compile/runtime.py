@@ -13,8 +13,8 @@ from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.passes.clean_up import shape_of
 from spectral_compile.passes.rewrite import Plan
 from spectral_compile.report import count_decode
-from spectral_compile.store import SpectralStore, Timeline
-from spectral_compile.tensor import SpectralTensor
+from spectral_compile.store import SpectralStore, Timeline, View
+from spectral_compile.tensor import Kind, SpectralTensor
 
 
 class SizeReader:
@@ -50,6 +50,7 @@ class BoundGraph:
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)
+        self._kinds = [None if what == "result" else self._kind(what, i) for what, i in plan.outputs]
         self._on_gpu = plan.sites[0].device.type != "cpu"
         if plan.sites[0].device.type == "cuda":
             from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
@@ -71,10 +72,7 @@ class BoundGraph:
                 store.catch_up()
         if count != 1 or timeline.next_due <= timeline.length:
             self._settle(timeline, stores)
-        return tuple(
-            results[i] if what == "result" else self._wrap(stores[i], what, self.plan.sites[i].slots)
-            for what, i in self.plan.outputs
-        )
+        return self._wrap(results, stores)
 
     def _begin(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
         """Empty stores for a prompt, and which of its columns are tokens."""
@@ -90,16 +88,18 @@ class BoundGraph:
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
         """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
         pasts = [(arguments[k], arguments[v]) for k, v in (site.past for site in self.plan.sites)]
-        length = pasts[0][0].length
-        if any(x.length != length for pair in pasts for x in pair):
-            raise RuntimeError("the layers of the compressed cache have different lengths")
-        if any(key.store is not value.store and not key.store.same_as(value.store) for key, value in pasts):
-            raise RuntimeError("keys and values of the compressed cache belong to different caches")
+        view, length, timeline = pasts[0][0].view, pasts[0][0].length, pasts[0][0].store.timeline
         stores = [key.store for key, _ in pasts]
-        timeline = stores[0].timeline
-        if any(not timeline.same_as(store.timeline) for store in stores):
-            raise RuntimeError("the layers of the compressed cache hold different tokens")
-        if any(store.timeline is not timeline for store in stores) or len(timeline.users) > len(stores):
+        # what the step before has returned is one view of stores on one timeline; all else is looked at closely
+        alike = all(k.view is view and v.view is view and k.store is v.store and k.store.timeline is timeline for k, v in pasts)
+        if not alike:
+            if any(x.length != length for pair in pasts for x in pair):
+                raise RuntimeError("the layers of the compressed cache have different lengths")
+            if any(key.store is not value.store and not key.store.same_as(value.store) for key, value in pasts):
+                raise RuntimeError("keys and values of the compressed cache belong to different caches")
+            if any(not timeline.same_as(store.timeline) for store in stores):
+                raise RuntimeError("the layers of the compressed cache hold different tokens")
+        if len(timeline.users) > len(stores) or any(store.timeline is not timeline for store in stores):
             # copied layer by layer, or only in part: these layers get books that no other cache writes in
             timeline = timeline.map(torch.clone)
             for store in stores:
@@ -168,14 +168,28 @@ class BoundGraph:
             given[place] = convert(given[place], timeline)
         return self._pick(given)
 
-    def _wrap(self, store: SpectralStore, role: str, slots: int | None) -> SpectralTensor:
-        if slots is not None:
-            return SpectralTensor.of(store, role, slots, self.config.strict, static=True)
-        tensor = SpectralTensor.of(store, role, store.timeline.length, self.config.strict)
-        if self.plan.kind == "prefill":
-            # the next call then traces a graph for every length at once
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        return tensor
+    def _kind(self, role: str, i: int) -> Kind:
+        site = self.plan.sites[i]
+        return Kind(site.dtype, role, site.layout, self.config.strict, site.slots is not None)
+
+    def _wrap(self, results: tuple[Any, ...], stores: list[SpectralStore]) -> tuple[Any, ...]:
+        """What the graph returns, with all stores as tensors, which are one view of the cache."""
+        sites, timeline, prefill = self.plan.sites, stores[0].timeline, self.plan.kind == "prefill"
+        view = View(None if any(site.slots is not None for site in sites) else timeline.length)
+        for store in stores:
+            store.add_view(view)
+        out = []
+        for (_, i), kind in zip(self.plan.outputs, self._kinds, strict=True):
+            if kind is None:
+                out.append(results[i])
+                continue
+            columns = sites[i].slots if kind.static else timeline.length
+            shape = (timeline.batch, kind.layout.kv_heads, columns, kind.layout.head_dim)
+            out.append(SpectralTensor(stores[i].handle, shape, kind, stores[i], view))
+            if prefill and not kind.static:
+                # the next call then traces a graph for every length at once
+                torch._dynamo.maybe_mark_dynamic(out[-1], 2)
+        return tuple(out)
 
 
 def _places(plan: Plan) -> tuple[list[int], list[tuple[int, Callable[[Any, Timeline], Any]]]]:

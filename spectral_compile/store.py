@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.weak import TensorWeakRef
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import advance, append, reference
@@ -20,7 +19,16 @@ from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 
 # coded slots that a new log has to spare, which double whenever they are used up: a GPU must then record its graphs again
 HEADROOM = {"cpu": 64, "cuda": 1024}
-_VIEWS = 16  # tensors of which a store keeps note until it looks which ones are gone
+_VIEWS = 16  # of which a store keeps note until it looks which ones are gone
+
+
+class View:
+    """How many columns some tensors read; None for all that there are. It lives as long as one of these tensors."""
+
+    __slots__ = ("__weakref__", "length")
+
+    def __init__(self, length: int | None) -> None:
+        self.length = length
 
 
 class Shared:
@@ -200,7 +208,7 @@ class SpectralStore:
         timeline.users.add(self)
         self.dtype = dtype
         self.buffers = buffers or allocate(layout, timeline.batch, timeline.capacity, dtype, timeline.ledger.device)
-        self._views: list[TensorWeakRef] = []  # the tensors that read this store, and some that are gone
+        self._views: list[weakref.ref[View]] = []  # of what is read of this store, and some that are gone
         self.pending: dict[str, torch.Tensor] = {}
         self.derived = Shared()
         self.handle = torch.empty(0, device=self.device)
@@ -243,15 +251,16 @@ class SpectralStore:
                     b[row, :, slots % capacity.window] = a[row, :, slots % window]
         self.buffers = new
 
-    def add_view(self, tensor: torch.Tensor) -> None:
-        """Note that ``tensor`` reads this store."""
+    def add_view(self, view: View) -> None:
+        """Note that this store is read as far as ``view`` says."""
         if len(self._views) >= _VIEWS:
             self._views = [ref for ref in self._views if ref() is not None]
-        self._views.append(TensorWeakRef(tensor))
+        self._views.append(weakref.ref(view))
 
     def longest_view(self) -> int:
         """The number of columns that some live tensor still reads."""
-        return max((view.length for ref in self._views if (view := ref()) is not None), default=0)
+        lengths = [view.length for ref in self._views if (view := ref()) is not None]
+        return self.timeline.length if None in lengths else max(lengths, default=0)
 
     def map(self, timeline: Timeline, move: Callable[[torch.Tensor], torch.Tensor]) -> SpectralStore:
         """A store of its own on ``timeline``, with ``move`` applied to every buffer."""

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.report import count_decode
-from spectral_compile.store import SpectralStore, Timeline
+from spectral_compile.store import SpectralStore, Timeline, View
 
 aten = torch.ops.aten
+
+_INNER = ["handle"]  # the one list of every tensor's inner ones, which Dynamo asks for at every call
+
+
+class Kind(NamedTuple):
+    """What Dynamo compiles for beside a tensor's shape: its metadata, which is compared at every call."""
+
+    dtype: torch.dtype
+    role: str  # "key" or "value"
+    layout: Layout
+    strict: bool
+    static: bool = False
 
 
 class SpectralTensor(torch.Tensor):
@@ -23,54 +35,63 @@ class SpectralTensor(torch.Tensor):
 
     Concatenating, cropping, reordering, selecting and repeating rows, cloning, copying and moving act on the compressed form.
     Any other operation decodes to a dense tensor, which is counted and warned of, or an error where ``strict``; to write in
-    place is an error. To Dynamo only ``handle``, an empty tensor, and what is hashable are visible.
+    place is an error. To Dynamo only ``handle``, an empty tensor, and ``kind`` are visible.
     """
 
     handle: torch.Tensor
+    kind: Kind
     store: SpectralStore | None
-    role: str
-    store_layout: Layout
-    strict: bool
-    static: bool
+    view: View | None
 
     @staticmethod
-    def __new__(cls, handle, shape, dtype, role, layout, strict, static=False, store=None):
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=handle.device)
+    def __new__(cls, handle, shape, kind, store=None, view=None):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=handle.device)
 
     def __init__(
         self,
         handle: torch.Tensor,
         shape: torch.Size,
-        dtype: torch.dtype,
-        role: str,
-        layout: Layout,
-        strict: bool,
-        static: bool = False,
+        kind: Kind,
         store: SpectralStore | None = None,
+        view: View | None = None,
     ) -> None:
-        self.handle, self.role, self.store_layout, self.strict, self.store = handle, role, layout, strict, store
-        self.static = static
-        if store is not None:
-            store.add_view(self)
+        self.handle, self.kind, self.store, self.view = handle, kind, store, view
 
     @classmethod
     def of(cls, store: SpectralStore, role: str, length: int, strict: bool, static: bool = False) -> SpectralTensor:
         """The first ``length`` columns of ``store``, or all of a ``static`` one's; ``role`` is "key" or "value"."""
         shape = torch.Size((store.timeline.batch, store.layout.kv_heads, length, store.layout.head_dim))
-        return cls(store.handle, shape, store.dtype, role, store.layout, strict, static, store)
+        view = View(None if static else length)
+        store.add_view(view)
+        return cls(store.handle, shape, Kind(store.dtype, role, store.layout, strict, static), store, view)
+
+    @property
+    def role(self) -> str:
+        return self.kind.role
+
+    @property
+    def store_layout(self) -> Layout:
+        return self.kind.layout
+
+    @property
+    def strict(self) -> bool:
+        return self.kind.strict
+
+    @property
+    def static(self) -> bool:
+        return self.kind.static
 
     @property
     def length(self) -> int:
         """The columns that are there."""
         return self.store.timeline.length if self.static else self.shape[2]
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["handle"], (self.dtype, self.role, self.store_layout, self.strict, self.static)
+    def __tensor_flatten__(self) -> tuple[list[str], Kind]:
+        return _INNER, self.kind
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> SpectralTensor:
-        dtype, *rest = context
-        return SpectralTensor(inner["handle"], size, dtype, *rest)
+        return SpectralTensor(inner["handle"], size, context)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"SpectralTensor({self.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
@@ -152,7 +173,7 @@ class SpectralTensor(torch.Tensor):
             return x.dense()
 
         if func in (aten.detach.default, aten.alias.default):
-            return SpectralTensor(first.handle, first.shape, first.dtype, *first.__tensor_flatten__()[1][1:], first.store)
+            return SpectralTensor(first.handle, first.shape, first.kind, first.store, first.view)
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
