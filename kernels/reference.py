@@ -34,15 +34,16 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> t
     if rotary is None:
         return x
     angle = positions.to(torch.float32)[:, None] * _frequencies(rotary, x.device)
-    cos, sin = (angle.cos() * rotary.scaling).to(x.dtype), (angle.sin() * rotary.scaling).to(x.dtype)
+    cos, sin = (turn if rotary.scaling == 1 else turn * rotary.scaling for turn in (angle.cos(), angle.sin()))
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]
     if rotary.interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
         out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     else:
         a, b = turned.chunk(2, -1)
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.cat((out, rest), -1)
+        out = torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
+    return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
 def unrotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
@@ -312,14 +313,15 @@ def attend(
         keep = torch.ones(count, dtype=torch.bool, device=query.device) if valid is None else valid[row]
         where = positions[row, :after]
         chunk_k, chunk_v = rotate(key[row][:, keep], where[before:], layout.rotary), value[row][:, keep]
-        old = slice(layout.sinks, layout.sinks + coded)  # tokens that are coded, between sinks and window
-        exact_at = torch.cat((where[: min(before, layout.sinks)], where[old.stop : before]))
+        in_sinks = min(before, layout.sinks)
+        old = slice(in_sinks, in_sinks + coded)  # tokens that are coded, between sinks and window
+        exact_at = torch.cat((where[: old.start], where[old.stop : before]))
         exact_k = rotate(not_coded(row, "k", before, coded, buffers, layout), exact_at, layout.rotary)
 
         q = query[row].float().reshape(layout.kv_heads, -1, dim) * scale  # queries of a KV head side by side
         scores = q.new_empty(*q.shape[:2], after)
-        order = torch.cat((torch.arange(min(before, layout.sinks)), torch.arange(old.stop, max(before, old.stop))))
-        scores[..., order] = q @ exact_k.float().mT
+        exact = q @ exact_k.float().mT
+        scores[..., : old.start], scores[..., old.stop : before] = exact[..., : old.start], exact[..., old.start :]
         scores[..., before:] = q @ chunk_k.float().mT
         for segment, slots in spans(row, coded, buffers, layout):
             k = decode(row, segment, slots, "k", buffers, layout)
@@ -336,7 +338,8 @@ def attend(
         p = torch.softmax(scores, -1)[..., :after].nan_to_num(0.0).flatten(1, 2)
 
         mixed = p[..., before:] @ chunk_v.float()
-        mixed += p[..., order] @ not_coded(row, "v", before, coded, buffers, layout).float()
+        exact_p = torch.cat((p[..., : old.start], p[..., old.stop : before]), -1)
+        mixed += exact_p @ not_coded(row, "v", before, coded, buffers, layout).float()
         for segment, slots in spans(row, coded, buffers, layout):
             part = p[..., layout.sinks + slots.start : layout.sinks + slots.stop]
             mixed += _mix(part, row, segment, slots, buffers, layout)

@@ -37,8 +37,12 @@ def _join(codes: Tensor, bits: int) -> Tensor:
 
 
 def _part(packed: Tensor, bits: int, count: int) -> Tensor:
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return (packed[..., None] >> shifts & (1 << bits) - 1).flatten(-2)[..., :count]
+    """The first ``count`` fields: each byte spreads over a word that has a byte for each of its fields, the lowest first."""
+    word = packed.to(torch.int16 if bits == 4 else torch.int32, memory_format=torch.contiguous_format)
+    for shift, fields in ((4, 0x0F0F),) if bits == 4 else ((12, 0x000F000F), (6, 0x03030303)):
+        word |= word << shift
+        word &= fields
+    return word.view(torch.uint8)[..., :count]
 
 
 def pack(codes: Tensor, tiers: Tiers) -> Tensor:
