@@ -29,7 +29,7 @@ test: .venv/.stamp
 # the oldest transformers writes other masks; files that hardly depend on transformers are left to `test`
 test-5.17: .venv-5.17/.stamp
 	$(ONE_THREAD) .venv-5.17/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST) \
-		$(addprefix --ignore=tests/test_,bench.py cli.py codec.py eigen.py equivalence.py evaluate.py importance.py kernels_append.py kernels_attend.py package.py profile.py reference.py store.py)
+		$(addprefix --ignore=tests/test_,bench.py cli.py codec.py eigen.py equivalence.py evaluate.py extend.py importance.py kernels_append.py kernels_attend.py kernels_compile.py operations.py package.py profile.py reference.py store.py)
 
 lint: .venv/.stamp
 	.venv/bin/ruff check .

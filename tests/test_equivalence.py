@@ -244,7 +244,7 @@ def assert_all_matched(case: Case) -> None:
     assert {r.kind for r in made} == {kind_of(i, chunk) for i, chunk in enumerate(case.chunks)}
 
 
-@settings(PROPERTY, max_examples=90)
+@settings(PROPERTY, max_examples=60)
 @given(cases())
 def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
     model = Decoder(case.shape)
