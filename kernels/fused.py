@@ -353,16 +353,6 @@ def _bytes(recent, sizes, first, place, in_bytes, D: tl.constexpr, BYTES: tl.con
 
 
 @triton.jit
-def _values(
-    at, recent, sizes, first, place, exact, in_bytes, d, D: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr
-):  # fmt: skip
-    """Values [N, DP] of tokens that are not coded, of one head; ``at`` is where those in the model's dtype begin."""
-    bytes_at, size = _bytes(recent, sizes, first, place, in_bytes, D, BYTES)
-    x = _exact(at, exact, d, d < D, bytes_at, in_bytes, BYTES)
-    return (x * size[:, None] if BYTES else x).to(DTYPE)
-
-
-@triton.jit
 def _address(
     codes, exact, new, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, by_row, by_head, by_column,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, LOSSLESS: tl.constexpr,
@@ -375,6 +365,21 @@ def _address(
         first_row = (b * GROUPS + g).to(tl.int64) * coded_cap
         at = tl.where(is_code, codes + (first_row + e) * (HEADS * D) + h * D, at)
     return at
+
+
+@triton.jit
+def _values(
+    codes, exact_values, new, recent, sizes, e, kept, column, place, is_code, is_new, exact, in_bytes, b, g, h, d, coded_cap,
+    rows, ring, by_row, by_head, by_column,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, LOSSLESS: tl.constexpr, DTYPE: tl.constexpr,
+    BYTES: tl.constexpr,
+):  # fmt: skip
+    """Values [N, DP] of tokens that are not coded, of one head."""
+    at = _address(codes, exact_values, new, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, by_row, by_head,
+                  by_column, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
+    bytes_at, size = _bytes(recent, sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, in_bytes, D, BYTES)
+    x = _exact(at, exact, d, d < D, bytes_at, in_bytes, BYTES)
+    return (x * size[:, None] if BYTES else x).to(DTYPE)
 
 
 @triton.jit
@@ -396,14 +401,9 @@ def _present(
     p, d, t = tl.arange(0, PP), tl.arange(0, DP), tl.arange(0, N)
     real = p < P
     first, second = (p * 2, p * 2 + 1) if INTERLEAVED else (p, p + P)
-    turn = tl.load(turns + p, mask=real, other=0)
-    if P > 0:
-        held = live[:, None] & real[None, :]
-        q1 = tl.load(q_row[:, None] + first[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING)
-        q2 = tl.load(q_row[:, None] + second[None, :], mask=held, other=0.0).to(tl.float32) * (scale * SCALING)
+    q1, q2, q3, turn = _queries(q_row, live, turns, scale, D, P, PP, 1 if P > 0 else 0, RESTP, INTERLEAVED, SCALING)
     if RESTP > 0:
         rest = 2 * P + tl.arange(0, RESTP)
-        q3 = tl.load(q_row[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0).to(tl.float32) * scale
     highest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([N, M], tl.float32)
     out = tl.zeros([M, DP], tl.float32)
@@ -437,7 +437,7 @@ def _present(
         exact = ok & ~in_bytes if BYTES else ok
         if P > 0:
             where = tl.load(row_positions + token, mask=ok, other=0)
-            sin, cos = sincos(where[:, None], turn[None, :])
+            sin, cos = sincos(where[:, None], turn[0][None, :])
         # all is loaded before the first of it is waited for
         keys, sizes, values = (), (), ()
         for h in tl.static_range(HEADS):
@@ -452,9 +452,8 @@ def _present(
             if RESTP > 0:
                 keys = keys + (_exact(k_at, exact, rest, rest < D, bytes_at, in_bytes, BYTES).to(DTYPE),)
             if EARLY:
-                v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, v_b, v_h,
-                                v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
-                x = _values(v_at, v_recent, v_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, exact, in_bytes, d, D, DTYPE,
+                x = _values(v_codes, v_exact, v_ptr, v_recent, v_sizes, e, kept, column, place, is_code, is_new, exact,
+                            in_bytes, b, g, h, d, coded_cap, rows, ring, v_b, v_h, v_n, GROUPS, HEADS, D, LOSSLESS, DTYPE,
                             BYTES)  # fmt: skip
                 values = values + (x,)
         keys, values = opaque(keys), opaque(values)
@@ -462,10 +461,12 @@ def _present(
         for h in tl.static_range(HEADS):
             x = tl.zeros([N, M], tl.float32) if BYTES else scores
             if P > 0:
-                x = tl.dot(keys[h * PER], tl.trans(_own(q1.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
-                x = tl.dot(keys[h * PER + 1], tl.trans(_own(q2.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+                x = tl.dot(keys[h * PER], tl.trans(_own(q1[0].to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+                x = tl.dot(keys[h * PER + 1], tl.trans(_own(q2[0].to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
             if RESTP > 0:
-                x = tl.dot(keys[h * PER + PER - 1], tl.trans(_own(q3.to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION)
+                x = tl.dot(
+                    keys[h * PER + PER - 1], tl.trans(_own(q3[0].to(DTYPE), head, h, HEADS)), x, input_precision=PRECISION
+                )
             scores = scores + x * sizes[h][:, None] if BYTES else x
         if HAS_SEEN:
             visible = ok[:, None] & live[None, :]
@@ -482,9 +483,8 @@ def _present(
             if EARLY:
                 x = values[h]
             else:
-                v_at = _address(v_codes, v_exact, v_ptr, e, kept, column, is_code, is_new, b, g, h, coded_cap, rows, v_b, v_h,
-                                v_n, GROUPS, HEADS, D, LOSSLESS)  # fmt: skip
-                x = _values(v_at, v_recent, v_sizes, ((b * GROUPS + g) * HEADS + h) * ring, place, exact, in_bytes, d, D, DTYPE,
+                x = _values(v_codes, v_exact, v_ptr, v_recent, v_sizes, e, kept, column, place, is_code, is_new, exact,
+                            in_bytes, b, g, h, d, coded_cap, rows, ring, v_b, v_h, v_n, GROUPS, HEADS, D, LOSSLESS, DTYPE,
                             BYTES)  # fmt: skip
             out = tl.dot(_own(mixing, head, h, HEADS), x, out, input_precision=PRECISION)
     return (out,), highest, tl.sum(total, 0)

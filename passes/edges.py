@@ -56,7 +56,7 @@ def _give_layout(trace: Trace, site: Site, layer: int) -> str | None:
     """Set the layout that a site's store has, or is to have; why there can be none, if so."""
     key, profile = fake(site.edge.new[0]), trace.config.profile
     if site.edge.past is not None:
-        site.layout = fake(site.edge.past[0]).store_layout
+        site.layout = fake(site.edge.past[0]).kind.layout
     elif profile and (reason := profile.misfit(key.shape[1], key.shape[3], len(trace.sites))):
         return reason
     else:
@@ -90,7 +90,7 @@ def _edge(trace: Trace, site: Site, leaving: set[Node]) -> Edge | str:
     k, v = fake(key.past), fake(value.past)
     if not isinstance(k, SpectralTensor) or not isinstance(v, SpectralTensor):
         return "the cache holds dense tensors: it was filled outside of a graph that this backend compiled"
-    if (k.role, v.role) != ("key", "value") or k.store_layout is not v.store_layout or k.static != bool(writes):
+    if (k.kind.role, v.kind.role) != ("key", "value") or k.kind.layout is not v.kind.layout or k.kind.static != bool(writes):
         return "keys and values do not come from one compressed layer"
     if writes and site.mask is None:
         return "it attends to a static cache without a mask, so also to what is not there yet"

@@ -50,7 +50,8 @@ class BoundGraph:
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)
-        self._kinds = [None if what == "result" else self._kind(what, i) for what, i in plan.outputs]
+        self._outputs = [(i, None if what == "result" else self._kind(what, i)) for what, i in plan.outputs]
+        self._static = any(site.slots is not None for site in plan.sites)
         self._on_gpu = plan.sites[0].device.type != "cpu"
         if plan.sites[0].device.type == "cuda":
             from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
@@ -99,13 +100,13 @@ class BoundGraph:
                 raise RuntimeError("keys and values of the compressed cache belong to different caches")
             if any(not timeline.same_as(store.timeline) for store in stores):
                 raise RuntimeError("the layers of the compressed cache hold different tokens")
-        if len(timeline.users) > len(stores) or any(store.timeline is not timeline for store in stores):
+        if len(timeline.users) > len(stores) or not (alike or all(store.timeline is timeline for store in stores)):
             # copied layer by layer, or only in part: these layers get books that no other cache writes in
             timeline = timeline.map(torch.clone)
             for store in stores:
                 store.join(timeline)
         if length != timeline.length or any(store.pending for store in stores):
-            if pasts[0][0].static:
+            if pasts[0][0].kind.static:
                 raise RuntimeError("keys were written to this static cache and values were not: start with a new cache")
             stores = self._fork(stores, length)
             timeline = stores[0].timeline
@@ -175,11 +176,11 @@ class BoundGraph:
     def _wrap(self, results: tuple[Any, ...], stores: list[SpectralStore]) -> tuple[Any, ...]:
         """What the graph returns, with all stores as tensors, which are one view of the cache."""
         sites, timeline, prefill = self.plan.sites, stores[0].timeline, self.plan.kind == "prefill"
-        view = View(None if any(site.slots is not None for site in sites) else timeline.length)
+        view = View(None if self._static else timeline.length)
         for store in stores:
             store.add_view(view)
         out = []
-        for (_, i), kind in zip(self.plan.outputs, self._kinds, strict=True):
+        for i, kind in self._outputs:
             if kind is None:
                 out.append(results[i])
                 continue
@@ -222,12 +223,12 @@ class DenseGraph:
 
 def densely(tensor: SpectralTensor) -> torch.Tensor:
     """``tensor`` decoded, which is counted; RuntimeError for a static cache, to which the graph would write."""
-    if tensor.static:
+    if tensor.kind.static:
         raise RuntimeError(
             "a graph that was not compressed would write to a compressed static cache: use the default DynamicCache; "
             "reports() says why it was not"
         )
-    count_decode("a graph in which not every attention site matched", tensor.strict)
+    count_decode("a graph in which not every attention site matched", tensor.kind.strict)
     return tensor.dense()
 
 

@@ -57,34 +57,10 @@ class SpectralTensor(torch.Tensor):
     ) -> None:
         self.handle, self.kind, self.store, self.view = handle, kind, store, view
 
-    @classmethod
-    def of(cls, store: SpectralStore, role: str, length: int, strict: bool, static: bool = False) -> SpectralTensor:
-        """The first ``length`` columns of ``store``, or all of a ``static`` one's; ``role`` is "key" or "value"."""
-        shape = torch.Size((store.timeline.batch, store.layout.kv_heads, length, store.layout.head_dim))
-        view = View(None if static else length)
-        store.add_view(view)
-        return cls(store.handle, shape, Kind(store.dtype, role, store.layout, strict, static), store, view)
-
-    @property
-    def role(self) -> str:
-        return self.kind.role
-
-    @property
-    def store_layout(self) -> Layout:
-        return self.kind.layout
-
-    @property
-    def strict(self) -> bool:
-        return self.kind.strict
-
-    @property
-    def static(self) -> bool:
-        return self.kind.static
-
     @property
     def length(self) -> int:
         """The columns that are there."""
-        return self.store.timeline.length if self.static else self.shape[2]
+        return self.store.timeline.length if self.kind.static else self.shape[2]
 
     def __tensor_flatten__(self) -> tuple[list[str], Kind]:
         return _INNER, self.kind
@@ -94,17 +70,21 @@ class SpectralTensor(torch.Tensor):
         return SpectralTensor(inner["handle"], size, context)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"SpectralTensor({self.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+        return f"SpectralTensor({self.kind.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def dense(self) -> torch.Tensor:
         """The tensor that this stands for, decoded: keys rotated as attention sees them, padding as zeros."""
         if self.store is None:  # traced: only the shape matters
             return self.handle.new_empty(self.shape, dtype=self.dtype)
-        return self.store.dense(self.role, self.shape[2])
+        return self.store.dense(self.kind.role, self.shape[2])
 
     def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
-        length = self.shape[2] if length is None or self.static else length
-        new = SpectralTensor.of(store, self.role, length, self.strict, self.static)
+        """This tensor on another store, whose columns it reads up to ``length``, by default its own."""
+        length = self.shape[2] if length is None or self.kind.static else length
+        shape = torch.Size((store.timeline.batch, store.layout.kv_heads, length, store.layout.head_dim))
+        view = View(None if self.kind.static else length)
+        store.add_view(view)
+        new = SpectralTensor(store.handle, shape, self.kind._replace(dtype=store.dtype), store, view)
         if hasattr(self, "_dynamo_weak_dynamic_indices"):
             torch._dynamo.maybe_mark_dynamic(new, 2)  # what a prefill returned keeps its mark
         return new
@@ -124,7 +104,7 @@ class SpectralTensor(torch.Tensor):
             new.drop_segments()
             return new
 
-        return self._on(store.derived.get((key, length), self.role, build, holder), length)
+        return self._on(store.derived.get((key, length), self.kind.role, build, holder), length)
 
     # What PyTorch itself returns from these is a view to it, which Dynamo would build again from the tensor that it came of.
 
@@ -155,7 +135,7 @@ class SpectralTensor(torch.Tensor):
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         first = args[0] if args else None
-        if func is aten.index_copy_.default and isinstance(first, SpectralTensor) and first.static:
+        if func is aten.index_copy_.default and isinstance(first, SpectralTensor) and first.kind.static:
             return _write(*args)
         if rule is not None and isinstance(first, (SpectralTensor, list)) and not _traced(args):
             result = rule(first, *args[1:], **kwargs)
@@ -169,7 +149,7 @@ class SpectralTensor(torch.Tensor):
             if not isinstance(x, SpectralTensor):
                 return x
             if x.store is not None:
-                count_decode(str(func), x.strict)
+                count_decode(str(func), x.kind.strict)
             return x.dense()
 
         if func in (aten.detach.default, aten.alias.default):
@@ -200,13 +180,13 @@ def _write(x: SpectralTensor, dim: int, index: torch.Tensor, new: torch.Tensor) 
     if x.store is not None:
         if dim % 4 != 2 or index.tolist() != list(range(x.length, x.length + len(index))):
             raise RuntimeError("a compressed static cache is only written to behind its last token: start with a new cache")
-        x.store.append_eagerly(x.role, new)
+        x.store.append_eagerly(x.kind.role, new)
     return x
 
 
 def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Any:
     first = tensors[0]
-    if not isinstance(first, SpectralTensor) or first.static:
+    if not isinstance(first, SpectralTensor) or first.kind.static:
         return NotImplemented
     if dim % 4 == 2 and len(tensors) == 2 and not isinstance(tensors[1], SpectralTensor):
         length, new = first.shape[2], tensors[1]
@@ -216,14 +196,14 @@ def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Any:
         if length > store.timeline.length:
             return NotImplemented  # the other role still lacks the chunk before this one
         if length != store.timeline.length:
-            store = store.derived.get(("append", length), first.role, lambda: store.fork(length))
-        return first._on(store.append_eagerly(first.role, new), length + new.shape[2])
+            store = store.derived.get(("append", length), first.kind.role, lambda: store.fork(length))
+        return first._on(store.append_eagerly(first.kind.role, new), length + new.shape[2])
     stores = [t.store for t in tensors if isinstance(t, SpectralTensor)]
     alike = {(s.layout, s.dtype, s.timeline.length, bool(s.pending)) for s in stores}
     if dim % 4 != 0 or len(stores) < len(tensors) or len(alike) > 1 or first.shape[2] != first.store.timeline.length:
         return NotImplemented
     key = ("stack", *(id(store) for store in stores))
-    return first._on(first.store.derived.get(key, first.role, lambda: SpectralStore.stack(stores), stores))
+    return first._on(first.store.derived.get(key, first.kind.role, lambda: SpectralStore.stack(stores), stores))
 
 
 def _slice(x: SpectralTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
@@ -232,7 +212,7 @@ def _slice(x: SpectralTensor, dim: int = 0, start: int | None = None, end: int |
         return NotImplemented
     if last - first == x.shape[dim]:
         return x._on(x.store)
-    if dim % 4 == 2 and not x.static:
+    if dim % 4 == 2 and not x.kind.static:
         return x._on(x.store, last)
     if dim % 4 == 0:
         return x._moved(("rows", first, last), lambda t: t[first:last].clone())

@@ -59,6 +59,6 @@ def test_bytes_are_those_that_a_prompt_takes(preset: str) -> None:
     with torch.no_grad():
         cache = model(tokens(1, 1300), use_cache=True).past_key_values
     layer = cache.layers[0].keys
-    dense, compressed = stored(layer.store_layout, 1300, torch.float32)
+    dense, compressed = stored(layer.kind.layout, 1300, torch.float32)
     assert dense == 2 * layer.numel() * 4
     assert compressed == sum(buffer.nbytes for buffer in layer.store.buffers)

@@ -107,9 +107,9 @@ def test_second_turn_equals_dense(name: str) -> None:
 def test_keys_are_stored_before_rope(name: str) -> None:
     out = compiled(name).generate(tokens(1, 20), max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
     key = out.past_key_values.layers[0].keys
-    assert key.store_layout.rotary is not None
+    assert key.kind.layout.rotary is not None
     assert not any(graph.notes for graph in sc.reports())
-    assert key.store_layout.rotary.interleaved == ("interleaved" in name)
+    assert key.kind.layout.rotary.interleaved == ("interleaved" in name)
 
 
 @pytest.mark.parametrize("preset", ["seed", "quality", "balanced", "compact"])
