@@ -37,7 +37,7 @@ from spectral_compile.kernels.rotary import TILE, sincos, tables
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
-_MERGED = 1 << 14  # and that one program of the merge holds at a time
+_MERGED = 1 << 12  # and that one warp of the merge holds at a time
 _LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 _FAR: tl.constexpr = tl.constexpr(80.0)  # powers of two that scores may be off their reference: float32 has 126
 
@@ -714,7 +714,8 @@ def attend(
     pairs = layout.rotary.dim // 2 if layout.rotary else 0
     padded_pairs, rest = max(LEAST, triton.next_power_of_2(max(pairs, 1))), dim - 2 * pairs
     codes = [x if layout.lossless else x.view(torch.int16) for x in (buffers.k_codes, buffers.v_codes)]
-    channels = min(32, padded) if late else padded  # that a program of the merge takes
+    # that a program of the merge takes; one warp has no barriers to wait at, which is faster for all that it reads again
+    channels, warps = (min(8, padded), 1) if late else (padded, 4)
     code_tiles, entering, constants = tiles_of(layout.block), None, None
     if enters:
         tokens = Tokens(query, key, value, ledger, valid, buffers, layout)
@@ -750,11 +751,11 @@ def attend(
             part, top, total, out, *shares, count, first * tile, held * tile, merged, entering, code_tiles,
             buffers.v_basis, buffers.v_affine, sink,
             GROUPS=groups, ROWS=heads * gqa, HEADS=heads, D=dim, DP=padded, CHANNELS=channels,
-            HELD=held_splits, AT_ONCE=min(held_splits, _MERGED // widest), SP=triton.next_power_of_2(splits),
+            HELD=held_splits, AT_ONCE=min(held_splits, warps * _MERGED // widest), SP=triton.next_power_of_2(splits),
             EP=triton.next_power_of_2(max(1, shares[1])),
             RV=layout.value.rank, V_TIERS=_tiers(layout.value), V_PIECES=plan["V_PIECES"],
             HAS_SINK=sink is not None, ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
-            num_warps=8 if held_splits * widest > _MERGED // 2 else 4,
+            num_warps=warps,
         )  # fmt: skip
     return out.transpose(1, 2)
 
