@@ -244,7 +244,7 @@ def assert_all_matched(case: Case) -> None:
     assert {r.kind for r in made} == {kind_of(i, chunk) for i, chunk in enumerate(case.chunks)}
 
 
-@settings(PROPERTY, max_examples=60)
+@settings(PROPERTY, max_examples=48)
 @given(cases())
 def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
     model = Decoder(case.shape)
@@ -259,7 +259,7 @@ def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
     assert_all_matched(case)
 
 
-@settings(PROPERTY, max_examples=60)
+@settings(PROPERTY, max_examples=48)
 @given(cases(dims=(16, 32)), st.sampled_from(["quality", "balanced", "compact", "seed"]))
 def test_lossy_graph_equals_decoding_and_then_attending(case: Case, preset: str) -> None:
     model = Decoder(case.shape)
