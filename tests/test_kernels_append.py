@@ -133,7 +133,7 @@ def copied(store: Store) -> Buffers:
     return Buffers(*(buffer.clone() for buffer in store.buffers))
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(cases())
 def test_books(case: Case) -> None:
     ours, truth = Store(case), Store(case)

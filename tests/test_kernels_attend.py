@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,15 @@ def store(
     return books, second
 
 
+def keep_one_basis(books: Books) -> None:
+    """Take the room for other bases than the first away, as a store has it that needs no more."""
+    assert books.buffers.starts.shape[1] > 1
+    one = Capacity(books.buffers.k_codes.shape[2], books.buffers.window(books.layout), 1)
+    fewer = allocate(books.layout, books.ledger.shape[0], one, torch.float32, "cpu")
+    parts = (x[tuple(map(slice, y.shape))] for x, y in zip(books.buffers, fewer, strict=True))
+    books.buffers = Buffers(*(x.contiguous() for x in parts))
+
+
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_head_dim_and_preset(preset: str, dim: int) -> None:
@@ -176,12 +186,26 @@ def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
 
 
-@pytest.mark.parametrize("preset, count", [("balanced", 1), ("seed", 1), ("balanced", 3)])
-def test_many_splits_are_merged_in_turns(preset: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "preset, count, late", [("balanced", 1, False), ("balanced", 1, True), ("seed", 1, False), ("balanced", 3, False)]
+)
+def test_many_splits_are_merged_in_turns(preset: str, count: int, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few KV heads a long past has hundreds of splits: all at once they took 5 KB of stack in each thread."""
     books, chunk = store(preset, 64, past=500, chunk=count)
-    monkeypatch.setattr(fused, "_MERGED", 512)
+    if late:
+        keep_one_basis(books)
+    launched: list[dict[str, Any]] = []
+    kernel = fused._merge_kernel
+
+    class Watched:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *given, **constants: launched.append(constants) or kernel[grid](*given, **constants)
+
+    monkeypatch.setattr(fused, "_merge_kernel", Watched())
+    monkeypatch.setattr(fused, "_MERGED", 64)
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
+    (constants,) = launched
+    assert constants["AT_ONCE"] < constants["HELD"] and constants["LATE"] == late
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, of what is done again
@@ -209,11 +233,7 @@ def test_a_step_of_one_column_attends_and_enters(preset: str, window_bits: int, 
 
 def test_a_step_with_one_basis_for_all_tokens_leaves_its_product_for_the_end() -> None:
     books, chunk = store("balanced", 64, past=190, chunk=1, batch=2)
-    assert books.buffers.starts.shape[1] > 1
-    one = Capacity(books.buffers.k_codes.shape[2], books.buffers.window(books.layout), 1)
-    fewer = allocate(books.layout, 2, one, torch.float32, "cpu")
-    books.buffers = Buffers(*(x[tuple(map(slice, y.shape))] for x, y in zip(books.buffers, fewer, strict=True)))
-    books.buffers = Buffers(*(x.contiguous() for x in books.buffers))
+    keep_one_basis(books)
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
 
 
