@@ -21,6 +21,7 @@ from spectral_compile.passes.patched import refuse_patched
 from spectral_compile.passes.rewrite import Plan, rewrite
 from spectral_compile.passes.rope import match_rope
 from spectral_compile.passes.trace import Trace, fake
+from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SiteReport, SpectralWarning
 from spectral_compile.runtime import BoundGraph, DenseGraph
 from spectral_compile.tensor import SpectralTensor
@@ -62,13 +63,14 @@ def spectral(
         compiled = compile_densely(gm, example_inputs, config)
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
-        recorded = records(trace.plan, config)
-        if recorded and (why := varying(examples)) is not None:
-            trace.notes.append(Refusal("graph", why))
-            recorded = False
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
-        inner = compile_inner(trace.gm, examples, config, {"size_asserts": False, "triton.cudagraphs": recorded})
+        inner = compile_inner(trace.gm, examples, config, {"size_asserts": False, "triton.cudagraphs": False})
         compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)])
+        if records(trace.plan, config):
+            if (why := varying(examples, trace.plan.batch)) is not None:
+                trace.notes.append(Refusal("graph", why))
+            else:
+                compiled.replay = Replay(inner, *places(trace.plan), trace.plan.sites[0].device)
     done = time.perf_counter()
 
     seconds = {"passes": passed - started, "inner": done - passed}
@@ -116,13 +118,28 @@ def records(plan: Plan, config: SpectralConfig) -> bool:
     return wanted and plan.kind == "decode" and plan.sites[0].device.type == "cuda"
 
 
-def varying(examples: list[Any]) -> str | None:
-    """Why a graph with these inputs cannot be a CUDA graph, if so: with each new size it would be recorded again."""
+def varying(examples: list[Any], batch: int | torch.SymInt = 1) -> str | None:
+    """Why a graph with these inputs cannot be a CUDA graph, if so: with each new size it would be recorded again.
+
+    A ``batch`` may vary: it has few sizes, each of which is recorded.
+    """
+    few = batch.node.expr.free_symbols if isinstance(batch, torch.SymInt) else set()
     for example in examples:
         sizes = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
-        if any(isinstance(size, torch.SymInt) for size in sizes):
-            return "it has inputs whose sizes vary, such as a mask or a batch, so it is not recorded as a CUDA graph"
+        if any(isinstance(size, torch.SymInt) and not size.node.expr.free_symbols <= few for size in sizes):
+            return "it has inputs whose sizes vary, such as a mask, so it is not recorded as a CUDA graph"
     return None
+
+
+def places(plan: Plan) -> tuple[list[int], list[int]]:
+    """Which inputs lie elsewhere at every call, and which hardly ever do: weights, by Dynamo's word, and books.
+
+    Buffers of stores are neither, since ``SpectralStore.edition`` says all of theirs.
+    """
+    stays = ["_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) for node in plan.inputs]
+    buffer = [source[0] == "buffer" for source in plan.inputs.values()]
+    move = [i for i, (kept, own) in enumerate(zip(stays, buffer, strict=True)) if not kept and not own]
+    return move, [i for i, (kept, own) in enumerate(zip(stays, buffer, strict=True)) if kept and not own]
 
 
 def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:

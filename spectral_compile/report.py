@@ -75,7 +75,7 @@ def first_refusal(made: Iterable[GraphReport]) -> str:
 
 
 _reports: list[GraphReport] = []
-_decodes = 0
+_decodes = _recordings = 0
 _ever = False
 
 
@@ -109,10 +109,20 @@ def count_decode(what: str, strict: bool) -> None:
     _decodes += 1
 
 
+def recordings() -> int:
+    """How often decode steps were recorded as a CUDA graph since the last ``reset()``."""
+    return _recordings
+
+
+def count_recording() -> None:
+    global _recordings
+    _recordings += 1
+
+
 def clear() -> None:
-    global _decodes
+    global _decodes, _recordings
     _reports.clear()
-    _decodes = 0
+    _decodes = _recordings = 0
 
 
 def expect_a_graph() -> None:

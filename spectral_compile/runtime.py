@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -12,6 +12,7 @@ from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.passes.clean_up import shape_of
 from spectral_compile.passes.rewrite import Plan
+from spectral_compile.replay import Replay
 from spectral_compile.report import count_decode
 from spectral_compile.store import SpectralStore, Timeline, View
 from spectral_compile.tensor import Kind, SpectralTensor
@@ -47,6 +48,7 @@ class BoundGraph:
 
     def __init__(self, plan: Plan, compiled: Callable[..., Any], config: SpectralConfig, examples: list[Any]) -> None:
         self.plan, self.compiled, self.config = plan, compiled, config
+        self.replay: Replay | None = None  # where steps are recorded
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)
@@ -66,7 +68,11 @@ class BoundGraph:
         else:
             stores, valid = self._resume(arguments, count)
         timeline = stores[0].timeline
-        results = self.compiled(*self._feed(arguments, stores, valid))
+        inputs = self._feed(arguments, stores, valid)
+        if self.replay is None:
+            results = self.compiled(*inputs)
+        else:
+            results = self.replay(inputs, (timeline.batch, timeline.positions.shape[1], *[store.edition for store in stores]))
         timeline.enter(count, valid)
         if count == 1 and timeline.catch_up():
             for store in stores:
@@ -88,15 +94,19 @@ class BoundGraph:
 
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
         """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
-        pasts = [(arguments[k], arguments[v]) for k, v in (site.past for site in self.plan.sites)]
-        view, length, timeline = pasts[0][0].view, pasts[0][0].length, pasts[0][0].store.timeline
-        stores = [key.store for key, _ in pasts]
+        keys, values = ([arguments[site.past[role]] for site in self.plan.sites] for role in range(2))
+        view, length, timeline = keys[0].view, keys[0].length, keys[0].store.timeline
+        stores = [key.store for key in keys]
         # what the step before has returned is one view of stores on one timeline; all else is looked at closely
-        alike = all(k.view is view and v.view is view and k.store is v.store and k.store.timeline is timeline for k, v in pasts)
+        alike = (
+            {x.view for x in keys + values} == {view}
+            and stores == [value.store for value in values]
+            and {store.timeline for store in stores} == {timeline}
+        )
         if not alike:
-            if any(x.length != length for pair in pasts for x in pair):
+            if any(x.length != length for x in keys + values):
                 raise RuntimeError("the layers of the compressed cache have different lengths")
-            if any(key.store is not value.store and not key.store.same_as(value.store) for key, value in pasts):
+            if any(k.store is not v.store and not k.store.same_as(v.store) for k, v in zip(keys, values, strict=True)):
                 raise RuntimeError("keys and values of the compressed cache belong to different caches")
             if any(not timeline.same_as(store.timeline) for store in stores):
                 raise RuntimeError("the layers of the compressed cache hold different tokens")
@@ -106,7 +116,7 @@ class BoundGraph:
             for store in stores:
                 store.join(timeline)
         if length != timeline.length or any(store.pending for store in stores):
-            if pasts[0][0].kind.static:
+            if self._static:
                 raise RuntimeError("keys were written to this static cache and values were not: start with a new cache")
             stores = self._fork(stores, length)
             timeline = stores[0].timeline
@@ -173,20 +183,20 @@ class BoundGraph:
         site = self.plan.sites[i]
         return Kind(site.dtype, role, site.layout, self.config.strict, site.slots is not None)
 
-    def _wrap(self, results: tuple[Any, ...], stores: list[SpectralStore]) -> tuple[Any, ...]:
+    def _wrap(self, results: Sequence[Any], stores: list[SpectralStore]) -> tuple[Any, ...]:
         """What the graph returns, with all stores as tensors, which are one view of the cache."""
         sites, timeline, prefill = self.plan.sites, stores[0].timeline, self.plan.kind == "prefill"
         view = View(None if self._static else timeline.length)
         for store in stores:
             store.add_view(view)
-        out = []
+        out, batch, length = [], timeline.batch, timeline.length
         for i, kind in self._outputs:
             if kind is None:
                 out.append(results[i])
                 continue
-            columns = sites[i].slots if kind.static else timeline.length
-            shape = (timeline.batch, kind.layout.kv_heads, columns, kind.layout.head_dim)
-            out.append(SpectralTensor(stores[i].handle, shape, kind, stores[i], view))
+            store, layout = stores[i], kind.layout
+            shape = (batch, layout.kv_heads, sites[i].slots if kind.static else length, layout.head_dim)
+            out.append(SpectralTensor(store.handle, shape, kind, store, view))
             if prefill and not kind.static:
                 # the next call then traces a graph for every length at once
                 torch._dynamo.maybe_mark_dynamic(out[-1], 2)

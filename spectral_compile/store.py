@@ -214,6 +214,15 @@ class SpectralStore:
         self.handle = torch.empty(0, device=self.device)
 
     @property
+    def buffers(self) -> Buffers:
+        return self._buffers
+
+    @buffers.setter
+    def buffers(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self.edition = object()  # of these buffers and no others: equal to itself alone
+
+    @property
     def device(self) -> torch.device:
         return self.buffers.k_exact.device
 

@@ -44,18 +44,17 @@ class SpectralTensor(torch.Tensor):
     view: View | None
 
     @staticmethod
-    def __new__(cls, handle, shape, kind, store=None, view=None):
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=handle.device)
-
-    def __init__(
-        self,
+    def __new__(
+        cls,
         handle: torch.Tensor,
         shape: torch.Size,
         kind: Kind,
         store: SpectralStore | None = None,
         view: View | None = None,
-    ) -> None:
+    ) -> SpectralTensor:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=handle.device)
         self.handle, self.kind, self.store, self.view = handle, kind, store, view
+        return self
 
     @property
     def length(self) -> int:

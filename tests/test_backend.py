@@ -283,6 +283,7 @@ def test_a_graph_whose_inputs_vary_in_size_cannot_be_recorded() -> None:
     mask = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.zeros(3, 4), symbolic_context=varies)
     for example in (mask, mask.shape[0]):
         assert "inputs whose sizes vary" in varying([torch.zeros(2), example])
+        assert varying([torch.zeros(2), example], mask.shape[0]) is None  # a batch has few sizes
     assert varying([torch.zeros(2), 7]) is None
 
 

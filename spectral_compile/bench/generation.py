@@ -35,6 +35,7 @@ from spectral_compile.bench.measure import (
 from spectral_compile.evaluation.contenders import options_of, require_matched
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.generate import compile_seconds
+from spectral_compile.report import recordings as recorded_steps
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor
 
@@ -216,12 +217,12 @@ def matched_sites(cache: Cache, chunked: bool = False) -> dict[str, list[int]]:
 
 
 def recordings(device: torch.device) -> int:
-    """How many CUDA graphs Inductor has recorded that are alive."""
+    """How many CUDA graphs were recorded: of Inductor's those that are alive, of ours all since the last ``reset()``."""
     if device.type != "cuda":
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
     manager = cudagraph_trees.get_manager(index, create_if_none_exists=False)
-    nodes, count = list(manager.get_roots()) if manager else [], 0
+    nodes, count = list(manager.get_roots()) if manager else [], recorded_steps()
     while nodes:
         count += 1
         nodes += [child for children in nodes.pop().children.values() for child in children]

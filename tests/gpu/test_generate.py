@@ -47,7 +47,7 @@ def test_greedy_tokens_equal_dense(name: str, inner: str) -> None:
 
 def test_decode_is_recorded_and_replayed() -> None:
     """One recording for a conversation, whose buffers grow no more here, and the same tokens as without any."""
-    prompt, made = tokens(1, 300).cuda(), []
+    prompt, made = tokens(1, 500).cuda(), []
     for cudagraphs in (False, True):
         sc.reset()
         model = build("llama").cuda()
@@ -56,6 +56,24 @@ def test_decode_is_recorded_and_replayed() -> None:
         assert_all_matched(2)
         assert recordings(prompt.device) == int(cudagraphs)
     assert torch.equal(*made)
+
+
+def test_recordings_follow_batches_padding_and_growth() -> None:
+    """One model, conversations of one and two rows, whose buffers grow while they are recorded."""
+    made: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for cudagraphs, texts in made.items():
+        sc.reset()
+        model = build("llama").cuda()
+        options = {"preset": "balanced", "warmup": 16, "headroom": 16, "cudagraphs": cudagraphs, **WINDOWS}
+        model.compile(backend=sc.spectral, options={"strict": True, **options})
+        for batch, length in ((2, 90), (1, 120), (2, 60)):
+            prompt = tokens(batch, length).cuda()
+            mask = torch.ones_like(prompt)
+            mask[0, : 20 * (batch - 1)] = 0
+            texts.append(model.generate(prompt, attention_mask=mask, max_new_tokens=100, **GREEDY))
+    assert 6 < recordings(prompt.device) < 30  # each conversation, and each time that its buffers doubled
+    for without, recorded in zip(made[False], made[True], strict=True):
+        assert torch.equal(without, recorded)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
