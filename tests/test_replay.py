@@ -48,7 +48,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
-@settings(max_examples=6, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=5, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 2), st.integers(20, 60), st.integers(1, 25), st.integers(0, 9)), min_size=1, max_size=3)
 )
