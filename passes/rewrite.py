@@ -74,7 +74,7 @@ def rewrite(trace: Trace) -> None:
             node = graph.placeholder(name)
         last[0] = node
         node._dynamo_source = None
-        # an address that hardly ever changes is what CUDA graphs ask of a buffer that is mutated; a new one is recorded anew
+        # what hardly ever lies elsewhere is not asked at each call how it is aligned, and recorded steps read it where it lies
         node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"} if static else {}}
         inputs[node], trace.examples[node] = source, value
         return node

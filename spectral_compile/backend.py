@@ -65,12 +65,13 @@ def spectral(
         examples = [trace.examples[node] for node in trace.plan.inputs]
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
         inner = compile_inner(trace.gm, examples, config, {"size_asserts": False, "triton.cudagraphs": False})
-        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)])
+        replay = None
         if records(trace.plan, config):
             if (why := varying(examples, trace.plan.batch)) is not None:
                 trace.notes.append(Refusal("graph", why))
             else:
-                compiled.replay = Replay(inner, *places(trace.plan), trace.plan.sites[0].device)
+                replay = Replay(inner, *moving_and_staying(trace.plan), trace.plan.sites[0].device)
+        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)], replay)
     done = time.perf_counter()
 
     seconds = {"passes": passed - started, "inner": done - passed}
@@ -131,15 +132,16 @@ def varying(examples: list[Any], batch: int | torch.SymInt = 1) -> str | None:
     return None
 
 
-def places(plan: Plan) -> tuple[list[int], list[int]]:
+def moving_and_staying(plan: Plan) -> tuple[list[int], list[int]]:
     """Which inputs lie elsewhere at every call, and which hardly ever do: weights, by Dynamo's word, and books.
 
     Buffers of stores are neither, since ``SpectralStore.edition`` says all of theirs.
     """
-    stays = ["_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) for node in plan.inputs]
-    buffer = [source[0] == "buffer" for source in plan.inputs.values()]
-    move = [i for i, (kept, own) in enumerate(zip(stays, buffer, strict=True)) if not kept and not own]
-    return move, [i for i, (kept, own) in enumerate(zip(stays, buffer, strict=True)) if kept and not own]
+    move, stay = [], []
+    for i, (node, source) in enumerate(plan.inputs.items()):
+        if source[0] != "buffer":
+            (stay if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) else move).append(i)
+    return move, stay
 
 
 def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:

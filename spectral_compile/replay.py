@@ -22,8 +22,7 @@ class Replay:
     """
 
     def __init__(self, compiled: Callable[..., Any], move: list[int], stay: list[int], device: torch.device) -> None:
-        self.compiled, self.move, self.device = compiled, move, device
-        self._stay = stay
+        self.compiled, self.move, self.stay, self.device = compiled, move, stay, device
         self._recordings: dict[Hashable, _Recording] = {}
         self._last: Hashable = None
 
@@ -31,11 +30,11 @@ class Replay:
         """What the step returns; ``rest`` stands for the buffers that are asked nothing, and for sizes of those at ``stay``."""
         moved = [inputs[i] for i in self.move]
         layouts = [(x.shape, _strides(x)) if isinstance(x, torch.Tensor) else x for x in moved]
-        key = (rest, *layouts, *[inputs[i].data_ptr() for i in self._stay])
+        key = (rest, *layouts, *[inputs[i].data_ptr() for i in self.stay])
         recording = self._recordings.get(key)
         if recording is None:
             if key != self._last:
-                results, waited = watch(lambda: self.compiled(*inputs), self.device)
+                results, waited = watch(lambda: self.compiled(*inputs))
                 self._last = None if waited else key  # a recording cannot wait for the GPU, and breaks if it tries to
                 return results
             if len(self._recordings) == _KEPT:
@@ -82,10 +81,8 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     return graph.replay, results
 
 
-def watch(call: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
+def watch(call: Callable[[], Any]) -> tuple[Any, bool]:
     """What ``call`` returns, and whether it waited for the GPU."""
-    if device.type != "cuda":
-        return call(), False
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

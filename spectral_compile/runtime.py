@@ -46,9 +46,16 @@ class SizeReader:
 class BoundGraph:
     """A compiled graph that takes and returns compressed caches where Dynamo believes that there are dense ones."""
 
-    def __init__(self, plan: Plan, compiled: Callable[..., Any], config: SpectralConfig, examples: list[Any]) -> None:
-        self.plan, self.compiled, self.config = plan, compiled, config
-        self.replay: Replay | None = None  # where steps are recorded
+    def __init__(
+        self,
+        plan: Plan,
+        compiled: Callable[..., Any],
+        config: SpectralConfig,
+        examples: list[Any],
+        replay: Replay | None = None,
+    ) -> None:
+        """``replay`` is called instead of ``compiled`` where steps are recorded."""
+        self.plan, self.compiled, self.config, self.replay = plan, compiled, config, replay
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)

@@ -26,6 +26,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.replayed = 0
         monkeypatch.setattr(replay, "capture", self.capture)
+        monkeypatch.setattr(replay, "watch", lambda call: (call(), False))
         monkeypatch.setattr(backend, "records", lambda plan, config: plan.kind == "decode" and config.cudagraphs)
 
     def capture(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Sequence[Any]]:
@@ -116,7 +117,7 @@ def test_conversations_that_take_turns_are_recorded_when_one_goes_on(recorder: R
 
 
 def test_a_step_that_waits_for_the_gpu_is_not_recorded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "watch", lambda call, device: (call(), True))
+    monkeypatch.setattr(replay, "watch", lambda call: (call(), True))
     model = build("llama")
     model.compile(backend=sc.spectral, options=OPTIONS)
     model.generate(tokens(1, 60), max_new_tokens=9, **GREEDY)
