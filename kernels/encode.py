@@ -115,37 +115,44 @@ def _norm(x, W: tl.constexpr):
 
 @triton.jit
 def _tier(
-    z, basis, affine, rows, mine,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr,
+    z, basis, affine, rows, mine, share, shares,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, PORTION: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Quantise and pack the channels of one tier, field by field, so that nothing is moved between lanes."""
+    """Quantise and pack the channels of one tier, field by field, so that nothing is moved between lanes.
+
+    Its bytes, 16 at a time, are portions of a row, counted from ``PORTION`` on, of which ``share`` takes its own.
+    """
     FIELDS: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = (COUNT + FIELDS - 1) // FIELDS
     HALF: tl.constexpr = 1 << (BITS - 1)
     c = tl.arange(0, WP)
     for start in range(0, BYTES, 16):
-        j = start + tl.arange(0, 16)
-        packed = tl.zeros([N, 16], tl.int32)
-        for field in tl.static_range(FIELDS):
-            real = j * FIELDS + field < COUNT
-            r = FIRST + j * FIELDS + field
-            matrix = tl.load(basis + r[None, :] * W + c[:, None], mask=(c < W)[:, None] & real[None, :], other=0)
-            step = tl.load(affine + r, mask=real, other=1.0)
-            scale = tl.load(affine + R + r, mask=real, other=0.0)
-            value = tl.dot(z, matrix.to(tl.float32), input_precision=PRECISION) * scale[None, :] / step[None, :]
-            code = tl.minimum(tl.maximum(tl.floor(value), -HALF), HALF - 1).to(tl.int32) + HALF
-            packed |= tl.where(real[None, :], code, 0) << (field * BITS)
-        tl.store(rows[:, None] + (BYTE + j)[None, :], packed.to(tl.uint8), mask=mine[:, None] & (j < BYTES)[None, :])
+        if (PORTION + start // 16) % shares == share:
+            j = start + tl.arange(0, 16)
+            packed = tl.zeros([N, 16], tl.int32)
+            for field in tl.static_range(FIELDS):
+                real = j * FIELDS + field < COUNT
+                r = FIRST + j * FIELDS + field
+                matrix = tl.load(basis + r[None, :] * W + c[:, None], mask=(c < W)[:, None] & real[None, :], other=0)
+                step = tl.load(affine + r, mask=real, other=1.0)
+                scale = tl.load(affine + R + r, mask=real, other=0.0)
+                value = tl.dot(z, matrix.to(tl.float32), input_precision=PRECISION) * scale[None, :] / step[None, :]
+                code = tl.minimum(tl.maximum(tl.floor(value), -HALF), HALF - 1).to(tl.int32) + HALF
+                packed |= tl.where(real[None, :], code, 0) << (field * BITS)
+            tl.store(rows[:, None] + (BYTE + j)[None, :], packed.to(tl.uint8), mask=mine[:, None] & (j < BYTES)[None, :])
 
 
 @triton.jit
 def _code(
-    x, codes, norms, basis, affine, starts, b, g, slots, live, coded_cap, segments,
+    x, codes, norms, basis, affine, starts, b, g, slots, live, coded_cap, segments, share, shares,
     GROUPS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, B8: tl.constexpr, B4: tl.constexpr, B2: tl.constexpr,
     LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Code tokens [N, WP] of one side into their slots, each with the last segment that begins at or before it."""
+    """Code tokens [N, WP] of one side into their slots, each with the last segment that begins at or before it.
+
+    ``shares`` programs do this together: of the portions of a row each writes every ``shares``-th one.
+    """
     c = tl.arange(0, WP)
     if LOSSLESS:
         at = ((b * GROUPS + g) * coded_cap + slots) * W
@@ -153,6 +160,8 @@ def _code(
     else:
         R: tl.constexpr = B8 + B4 + B2
         ROW: tl.constexpr = (B8 + (B4 + 1) // 2 + (B2 + 3) // 4 + 3) // 4 * 4
+        P8: tl.constexpr = (B8 + 15) // 16  # portions
+        P4: tl.constexpr = (B4 + 31) // 32
         x = x.to(tl.float32)
         if NORMALISED:
             code, size = _norm(x, W)
@@ -177,11 +186,12 @@ def _code(
                 again = tl.dot(first, tl.trans(part), again, input_precision=PRECISION)
             z = 2 * y - again  # the second analysis of codec.basis: of the tokens and of what the first one missed
             if B8 > 0:
-                _tier(z, matrix, own, rows, mine, 0, B8, 0, 8, W, WP, R, N, PRECISION)
+                _tier(z, matrix, own, rows, mine, share, shares, 0, B8, 0, 8, 0, W, WP, R, N, PRECISION)
             if B4 > 0:
-                _tier(z, matrix, own, rows, mine, B8, B4, B8, 4, W, WP, R, N, PRECISION)
+                _tier(z, matrix, own, rows, mine, share, shares, B8, B4, B8, 4, P8, W, WP, R, N, PRECISION)
             if B2 > 0:
-                _tier(z, matrix, own, rows, mine, B8 + B4, B2, B8 + (B4 + 1) // 2, 2, W, WP, R, N, PRECISION)
+                byte: tl.constexpr = B8 + (B4 + 1) // 2
+                _tier(z, matrix, own, rows, mine, share, shares, B8 + B4, B2, byte, 2, P8 + P4, W, WP, R, N, PRECISION)
 
 
 @triton.jit
@@ -242,15 +252,18 @@ def _keep(
 
 @triton.jit
 def enter(
-    tile, pair, side, query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact,
-    k_recent, v_recent, k_sizes, v_sizes, starts, moment, ledger, index, n, code_tiles, coded_cap, segments, extent,
-    q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
+    tile, pair, side, share, shares, query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine,
+    k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment, ledger, index, n, code_tiles, coded_cap, segments,
+    extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n,
     H: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr,
     BYTES: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr,
     V2: tl.constexpr, LOSSLESS: tl.constexpr, NORMALISED: tl.constexpr, HAS_INDEX: tl.constexpr, CODE: tl.constexpr,
     KEEP: tl.constexpr, ONE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of what one group and side store the part ``tile``: the first ``code_tiles`` code N tokens each, others keep."""
+    """Of what one group and side store the part ``tile``: the first ``code_tiles`` code N tokens each, others keep.
+
+    ``shares`` programs code a tile together, of which this is number ``share``.
+    """
     GROUPS: tl.constexpr = H // HEADS
     W: tl.constexpr = HEADS * D
     b, g = (pair // GROUPS).to(tl.int64), pair % GROUPS
@@ -263,12 +276,12 @@ def enter(
                 if side == 0:
                     x = _tokens(key, k_exact, k_recent, k_sizes, index, b, g, slots, live, before, n, extent, k_b, k_h, k_n,
                                 H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
-                    _code(x, k_codes, v_norms, k_basis, k_affine, starts, b, g, slots, live, coded_cap, segments,
+                    _code(x, k_codes, v_norms, k_basis, k_affine, starts, b, g, slots, live, coded_cap, segments, share, shares,
                           GROUPS, W, WP, K8, K4, K2, LOSSLESS, False, N, PRECISION)  # fmt: skip
                 else:
                     x = _tokens(value, v_exact, v_recent, v_sizes, index, b, g, slots, live, before, n, extent, v_b, v_h, v_n,
                                 H, HEADS, D, WP, SINKS, BYTES, HAS_INDEX)  # fmt: skip
-                    _code(x, v_codes, v_norms, v_basis, v_affine, starts, b, g, slots, live, coded_cap, segments,
+                    _code(x, v_codes, v_norms, v_basis, v_affine, starts, b, g, slots, live, coded_cap, segments, share, shares,
                           GROUPS, W, WP, V8, V4, V2, LOSSLESS, NORMALISED, N, PRECISION)  # fmt: skip
     else:
         if KEEP:
@@ -292,12 +305,13 @@ def enter(
 
 @triton.jit
 def enter_one(
-    tile, pair, side, pointers, CONSTANTS: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr
+    tile, pair, side, share, shares, pointers,
+    CONSTANTS: tl.constexpr, CODE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``enter`` in a step of one column, from what ``Tokens.pointers`` and ``Tokens.step`` give."""
     C: tl.constexpr = CONSTANTS
-    enter(tile, pair, side, *pointers, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10], C[11], C[12], C[13],
-          C[14], C[15], CODE, KEEP, True, C[16], PRECISION)  # fmt: skip
+    enter(tile, pair, side, share, shares, *pointers, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9], C[10], C[11],
+          C[12], C[13], C[14], C[15], CODE, KEEP, True, C[16], PRECISION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "code_tiles", "segments"])
@@ -312,8 +326,8 @@ def _append_kernel(
 ):  # fmt: skip
     """One part a program."""
     enter(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), query, key, value, k_codes, v_codes, v_norms, k_basis, v_basis,
-        k_affine, v_affine, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment, ledger, index, n,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), 0, 1, query, key, value, k_codes, v_codes, v_norms, k_basis,
+        v_basis, k_affine, v_affine, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment, ledger, index, n,
         code_tiles, coded_cap, segments, extent, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n, H, HEADS, GQA, D, WP, SINKS, BYTES,
         K8, K4, K2, V8, V4, V2, LOSSLESS, NORMALISED, HAS_INDEX, CODE, KEEP, ONE, N, PRECISION,
     )  # fmt: skip

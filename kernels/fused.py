@@ -38,6 +38,7 @@ _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 _MERGED = 1 << 12  # and that one warp of the merge holds at a time
+_CODERS = 3  # programs that share the coding of a tile
 _LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 _FAR: tl.constexpr = tl.constexpr(80.0)  # powers of two that scores may be off their reference: float32 has 126
 
@@ -490,11 +491,11 @@ def _present(
     return (out,), highest, tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits", "exact_cap", "slots_cap"])
+@triton.jit(do_not_specialize=["splits", "exact_splits", "exact_cap", "slots_cap", "coders"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, k_recent, v_recent,
-    k_sizes, v_sizes, starts, ledger, positions, index, seen, turns, table, entering, code_jobs, out_ptr, max_ptr, sum_ptr,
-    splits, exact_splits, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
+    k_sizes, v_sizes, starts, ledger, positions, index, seen, turns, table, entering, code_tiles, coders, out_ptr, max_ptr,
+    sum_ptr, splits, exact_splits, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr,
@@ -574,8 +575,9 @@ def _attend_kernel(
         )  # fmt: skip
         _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
         if ENTERS and tile == 0:
-            for job in range(split - splits, code_jobs, exact_splits):
-                enter_one(job // 2, pair, job % 2, entering, CONSTANTS, True, False, PRECISION)
+            for job in range(split - splits, 2 * code_tiles * coders, exact_splits):
+                coded_tile, side = job // (2 * coders), job // coders % 2
+                enter_one(coded_tile, pair, side, job % coders, coders, entering, CONSTANTS, True, False, PRECISION)
 
 
 @triton.jit
@@ -659,7 +661,7 @@ def _merge_kernel(
         tl.store(result + place * D + d, (mixed * (1 / norm)).to(result.dtype.element_ty), mask=d < D)
     else:
         if ENTERS and tl.program_id(2) == 0:
-            enter_one(code_tiles, pair, m - merged, entering, CONSTANTS, False, True, PRECISION)
+            enter_one(code_tiles, pair, m - merged, 0, 1, entering, CONSTANTS, False, True, PRECISION)
 
 
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -717,6 +719,8 @@ def attend(
     # that a program of the merge takes; one warp has no barriers to wait at, which is faster for all that it reads again
     channels, warps = (min(8, padded), 1) if late else (padded, 4)
     code_tiles, entering, constants = tiles_of(layout.block), None, None
+    # alone, a program takes longer to code a tile than to attend
+    coders = 1 if layout.lossless else max(1, min(_CODERS, shares[1] // (2 * code_tiles)))
     if enters:
         tokens = Tokens(query, key, value, ledger, valid, buffers, layout)
         entering, constants = tokens.pointers(code_tiles), tokens.step()
@@ -731,7 +735,7 @@ def attend(
         _attend_kernel[(splits, held, batch * groups)](
             query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine,
             buffers.k_exact, buffers.v_exact, buffers.k_recent, buffers.v_recent, buffers.k_sizes, buffers.v_sizes,
-            buffers.starts, ledger, positions, index, seen, turns, table, entering, 2 * code_tiles, part, top, total,
+            buffers.starts, ledger, positions, index, seen, turns, table, entering, code_tiles, coders, part, top, total,
             *shares, count, first, coded_cap, exact_cap, segments, positions.shape[1],
             0 if seen is None else seen.shape[2], window, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],

@@ -236,11 +236,16 @@ def test_a_step_of_one_column_attends_and_enters(preset: str, window_bits: int, 
     attends_and_enters(*store(preset, 64, past=past, chunk=1, batch=2, window_bits=window_bits))
 
 
+@pytest.mark.parametrize("coders", [1, 2, 3])
 @pytest.mark.parametrize(("preset", "window_bits"), [("exact", 16), ("quality", 16), ("balanced", 8), ("compact", 16)])
-def test_a_step_that_codes_attends_and_enters(preset: str, window_bits: int) -> None:
+def test_a_step_that_codes_attends_and_enters(
+    preset: str, window_bits: int, coders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What leaves the window is coded beside the attention; with ``seed`` it never is, since steps begin segments there."""
     books, chunk = store(preset, 64, past=PRESETS[preset].sinks + 211, chunk=1, batch=2, window_bits=window_bits)
     coded = books.ledger[:, 1].clone()
+    plan, jobs = fused._plan, 2  # one tile of keys and one of values, for so many programs that take what is exact
+    monkeypatch.setattr(fused, "_plan", lambda *how: (made := plan(*how)) | {"shares": (made["shares"][0], jobs * coders)})
     attends_and_enters(books, chunk)
     assert bool((books.ledger[:, 3] == coded + 32).all())
 
