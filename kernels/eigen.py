@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from spectral_compile.kernels.capture import capture
 
 _SHIFT = 1e-6  # of the trace: below it float32 sums of products hold little but noise, and may be indefinite
 _POWERS = (1, 2, 2, 2, 2)  # products with the matrix before each orthogonalisation; the error falls as 1 / sum squared
 _RIDGE = 1e-14  # of each squared length: above the rounding of float64, so that no factorisation can fail
 _RECORDED = 1 << 20  # numbers in the matrices of which a graph is kept: it keeps some fifty bytes for each
 _KEPT = 4  # graphs
-_graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+_graphs: dict[tuple[object, ...], tuple[Callable[[], None], torch.Tensor, torch.Tensor]] = {}
 
 
 def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
@@ -55,23 +59,21 @@ def _recorded(gram: torch.Tensor, rank: int) -> torch.Tensor:
         while len(_graphs) >= _KEPT:
             del _graphs[next(iter(_graphs))]
         _graphs[key] = _record(gram, rank)
-    graph, given, found = _graphs[key]
+    replay, given, found = _graphs[key]
     given.copy_(gram)
-    graph.replay()
+    replay()
     return found.clone()
 
 
-def _record(gram: torch.Tensor, rank: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-    """A graph, and where it finds its matrices and leaves their eigenvectors."""
+def _record(gram: torch.Tensor, rank: int) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor]:
+    """What replays the graph, and where that finds its matrices and leaves their eigenvectors."""
     given, here, aside = gram.clone(), torch.cuda.current_stream(gram.device), torch.cuda.Stream(gram.device)
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         _leading(given, rank)  # libraries set themselves up in a first call, which must not be recorded
     here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = _leading(given, rank)
-    return graph, given, found
+    replay, found = capture(lambda: _leading(given, rank), gram.device)
+    return replay, given, found
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:

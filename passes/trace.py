@@ -75,6 +75,7 @@ class Trace:
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[Refusal] = field(default_factory=list)
     plan: Any = None
+    parts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def matched(self) -> list[Site]:

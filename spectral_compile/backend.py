@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule
 
 from spectral_compile import report
 from spectral_compile.config import SpectralConfig
+from spectral_compile.kernels.sliced import PARTS
 from spectral_compile.passes.attention import canonicalise_attention
 from spectral_compile.passes.clean_up import clean_up, dense_example
 from spectral_compile.passes.edges import classify_edges
@@ -20,6 +22,7 @@ from spectral_compile.passes.masks import classify_masks
 from spectral_compile.passes.patched import refuse_patched
 from spectral_compile.passes.rewrite import Plan, rewrite
 from spectral_compile.passes.rope import match_rope
+from spectral_compile.passes.slices import Part, slice_wide
 from spectral_compile.passes.trace import Trace, fake
 from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SiteReport, SpectralWarning
@@ -32,6 +35,7 @@ PASSES: tuple[Callable[[Trace], None], ...] = (
     classify_edges,
     match_rope,
     classify_masks,
+    slice_wide,
     rewrite,
     clean_up,
 )
@@ -63,6 +67,9 @@ def spectral(
         compiled = compile_densely(gm, example_inputs, config)
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
+        for name, part in trace.parts.items():
+            if name not in PARTS:
+                PARTS[name] = compile_part(part, config)
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
         inner = compile_inner(trace.gm, examples, config, {"size_asserts": False, "triton.cudagraphs": False})
         replay = None
@@ -111,6 +118,13 @@ def compile_inner(
     if config.inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
     return compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
+
+
+def compile_part(part: Part, config: SpectralConfig) -> Callable[..., Any]:
+    """Compile a piece of a graph for itself, whatever else is being compiled."""
+    mode, examples = part.examples()
+    with tracing(TracingContext(mode)):
+        return compile_inner(part.gm, examples, config, {"triton.cudagraphs": False})
 
 
 def records(plan: Plan, config: SpectralConfig) -> bool:

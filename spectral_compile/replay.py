@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spectral_compile import report
+from spectral_compile.kernels.capture import capture
 
 _KEPT = 4  # recordings, such as those of conversations that take turns
 
@@ -71,14 +72,6 @@ class _Recording:
                 read.copy_(given[once])
         self._replay()
         return [x.clone() if isinstance(x, torch.Tensor) else x for x in self._results]
-
-
-def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Sequence[Any]]:
-    """What replays ``call`` as a CUDA graph, and what each replay writes its results to; nothing is computed yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = call()
-    return graph.replay, results
 
 
 def watch(call: Callable[[], Any]) -> tuple[Any, bool]:

@@ -1,0 +1,34 @@
+"""``spectral::sliced``: what is computed token by token is computed for a slice of the tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spectral_compile.kernels.operation import operation
+
+ROWS = 2048  # tokens in a slice at most: enough to fill a GPU, and few enough that what lies between hardly counts
+PARTS: dict[str, Callable[..., Any]] = {}  # compiled, by what they compute
+
+
+def _fake(x, weights, part, width, dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], width), dtype=dtype)
+
+
+@operation(_fake)
+def sliced(x: torch.Tensor, weights: list[torch.Tensor], part: str, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """``PARTS[part]`` of [..., C] and the weights, as [..., width] in ``dtype``.
+
+    A part takes [1, n, C] with n of two and more and returns a tuple of one [1, n, width].
+    """
+    run = PARTS[part]
+    tokens = x.reshape(1, -1, x.shape[-1])
+    slices = tokens.tensor_split(max(1, -(-tokens.shape[1] // ROWS)), 1)
+    if len(slices) == 1:
+        return run(tokens, *weights)[0].view(*x.shape[:-1], width)
+    out = x.new_empty((1, tokens.shape[1], width), dtype=dtype)
+    for given, place in zip(slices, out.tensor_split(len(slices), 1), strict=True):
+        place.copy_(run(given, *weights)[0])
+    return out.view(*x.shape[:-1], width)

@@ -1,0 +1,129 @@
+"""Slices: what turns each token by itself into something wide and back, as an MLP does, runs on a slice of them at a time.
+
+Between the two a long prompt takes more memory than its cache does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.node import map_arg
+
+from spectral_compile.config import SpectralConfig
+from spectral_compile.kernels.sliced import ROWS, sliced
+from spectral_compile.passes.trace import Trace, argument, fake, is_call, is_float
+
+WIDER = 2  # than what goes in and what comes out is what is worth it
+_ALONE = (  # functions of the channels of a token and of nothing else
+    *("linear", "add", "sub", "mul", "truediv", "neg", "pow", "square", "clamp", "to", "float", "type_as", "chunk", "getitem"),
+    *("relu", "gelu", "silu", "mish", "elu", "tanh", "sigmoid", "softplus", "leaky_relu", "hardswish", "erf", "exp"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece as a graph of its own, of tokens [1, n, C] for any n of two and more, and of weights."""
+
+    gm: GraphModule
+    inputs: tuple[torch.Tensor, ...]  # as the graph that it was cut from has them
+
+    def name(self, config: SpectralConfig) -> str:
+        """The same for pieces that compile to the same."""
+        tokens, *weights = self.inputs
+        inputs = [(x.dtype, x.device, *shape) for x, shape in ((tokens, tokens.shape[-1:]), *((w, w.shape) for w in weights))]
+        described = repr((self.gm.code, inputs, config.inner, config.inductor))
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    def examples(self) -> tuple[FakeTensorMode, list[torch.Tensor]]:
+        """Fake inputs with a number of tokens that no other graph knows, for it guards on what the number is."""
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        source = ConstantSource("tokens")
+        symbol = mode.shape_env.create_symbol(ROWS, source, DimDynamic.DYNAMIC)
+        count = mode.shape_env.create_symintnode(symbol, hint=ROWS, source=source)
+        tokens, *weights = self.inputs
+        shapes = [(tokens, (1, count, tokens.shape[-1])), *((weight, weight.shape) for weight in weights)]
+        with mode:
+            return mode, [torch.empty(shape, dtype=x.dtype, device=x.device) for x, shape in shapes]
+
+
+def slice_wide(trace: Trace) -> None:
+    """Substitute ``sliced`` for each such piece of a graph that may read more than a slice, and note what is to be compiled."""
+    if not trace.matched or trace.kind == "decode":
+        return
+    graph, taken = trace.gm.graph, set()
+    new = fake(trace.matched[0].edge.new[0])
+    tokens = new.shape[0] * new.shape[2]
+    if isinstance(tokens, int) and tokens <= ROWS:
+        return
+    if torch.is_autocast_enabled(new.device.type) or any(is_call(node, "_enter_autocast") for node in graph.nodes):
+        return  # a piece by itself would be computed in other dtypes
+    for x in reversed(list(graph.nodes)):
+        if x in taken or not _is_tokens(x) or (found := _wide_and_back(trace, x)) is None:
+            continue
+        end, piece = found
+        taken |= piece
+        part, weights = _own_graph(trace, x, end, piece)
+        name = part.name(trace.config)
+        trace.parts[name] = part
+        end.args = (x, weights, name, fake(end).shape[-1], fake(end).dtype)
+        end.op, end.target, end.kwargs = "call_function", sliced, {}
+
+
+def _is_tokens(node: Node) -> bool:
+    return is_float(node) and fake(node).ndim == 3 and isinstance(fake(node).shape[-1], int)
+
+
+def _wide_and_back(trace: Trace, x: Node) -> tuple[Node, set[Node]] | None:
+    """The first node that is computed from ``x`` by way of something wide and is not wide itself, with all on the way to it."""
+    reached, stack = {x: None}, [x]
+    while stack:
+        for user in stack.pop().users:
+            if user not in reached and _alone(trace, user, reached):
+                reached[user] = None
+                stack.append(user)
+    for end in sorted(reached, key=trace.order.get):
+        if not _is_tokens(end) or end is x:
+            continue
+        piece, stack = {end}, [end]
+        while stack:
+            for node in stack.pop().all_input_nodes:
+                if node in reached and node is not x and node not in piece:
+                    piece.add(node)
+                    stack.append(node)
+        closed = all(user in piece for node in piece - {end} for user in node.users)
+        widths = [fake(node).shape[-1] for node in piece if _is_tokens(node)]
+        if closed and max(widths) >= WIDER * max(fake(x).shape[-1], fake(end).shape[-1]):
+            return end, piece
+    return None
+
+
+def _alone(trace: Trace, node: Node, reached: dict[Node, None]) -> bool:
+    """Whether ``node`` does to each token by itself what depends on ``reached`` and on parameters alone."""
+    if not is_call(node, *_ALONE) or node.kwargs.get("inplace") or "out" in node.kwargs:
+        return False
+    if is_call(node, "chunk") and argument(node, 2, "dim", 0) not in (-1, 2):
+        return False
+    if is_call(node, "getitem") and not is_call(node.args[0], "chunk"):
+        return False
+    parameters = [n for n in node.all_input_nodes if n not in reached]
+    pointwise = not is_call(node, "linear")
+    return all(
+        isinstance(trace.examples.get(n), torch.nn.Parameter) and not (pointwise and fake(n).ndim > 1) for n in parameters
+    )
+
+
+def _own_graph(trace: Trace, x: Node, end: Node, piece: set[Node]) -> tuple[Part, list[Node]]:
+    graph, order = Graph(), sorted(piece, key=trace.order.get)
+    weights = list(dict.fromkeys(n for node in order for n in node.all_input_nodes if n is not x and n not in piece))
+    copies = {node: graph.placeholder(f"given_{i}") for i, node in enumerate((x, *weights))}
+    for node in order:  # named by what they do, so that all layers give the same code
+        args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
+        copies[node] = graph.create_node(node.op, node.target, args, kwargs)
+    graph.output((copies[end],))
+    return Part(GraphModule(torch.nn.Module(), graph), tuple(map(fake, (x, *weights)))), weights
