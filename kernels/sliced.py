@@ -21,14 +21,11 @@ def _fake(x, weights, part, width, dtype) -> torch.Tensor:
 def sliced(x: torch.Tensor, weights: list[torch.Tensor], part: str, width: int, dtype: torch.dtype) -> torch.Tensor:
     """``PARTS[part]`` of [..., C] and the weights, as [..., width] in ``dtype``.
 
-    A part takes [1, n, C] with n of two and more and returns a tuple of one [1, n, width].
+    A part takes contiguous [1, n, C] with n of two and more and returns a tuple of one [1, n, width].
     """
-    run = PARTS[part]
     tokens = x.reshape(1, -1, x.shape[-1])
-    slices = tokens.tensor_split(max(1, -(-tokens.shape[1] // ROWS)), 1)
-    if len(slices) == 1:
-        return run(tokens, *weights)[0].view(*x.shape[:-1], width)
     out = x.new_empty((1, tokens.shape[1], width), dtype=dtype)
-    for given, place in zip(slices, out.tensor_split(len(slices), 1), strict=True):
-        place.copy_(run(given, *weights)[0])
+    count = -(-tokens.shape[1] // ROWS)
+    for given, place in zip(tokens.tensor_split(count, 1), out.tensor_split(count, 1), strict=True):
+        place.copy_(PARTS[part](given.contiguous(), *weights)[0])
     return out.view(*x.shape[:-1], width)

@@ -52,7 +52,7 @@ def _live(graph: Graph) -> set[Node]:
     """The nodes that results depend on, or something outside of the graph; FX knows of no change in place by a method."""
     changes: dict[Node, list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        if _changes_in_place(node):
+        if changes_in_place(node):
             changes[_viewed(node.args[0])].append(node)
     live: set[Node] = set()
     stack = [node for node in graph.nodes if node.is_impure() or begins_or_ends_vmap(node)]
@@ -66,12 +66,12 @@ def _live(graph: Graph) -> set[Node]:
 
 def _viewed(node: Node) -> Node:
     """What ``node`` may be a view of, or change in place and give."""
-    while is_call(node, *_VIEWS) or _changes_in_place(node):
+    while is_call(node, *_VIEWS) or changes_in_place(node):
         node = node.args[0]
     return node
 
 
-def _changes_in_place(node: Node) -> bool:
+def changes_in_place(node: Node) -> bool:
     """Whether ``node`` writes to its first argument, as PyTorch names what does."""
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], Node):
         return False

@@ -14,9 +14,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import ROWS, sliced
+from spectral_compile.passes.clean_up import changes_in_place
 from spectral_compile.passes.trace import Trace, argument, fake, is_call, is_float
 
 WIDER = 2  # than what goes in and what comes out is what is worth it
@@ -36,7 +38,7 @@ class Part:
     def name(self, config: SpectralConfig) -> str:
         """The same for pieces that compile to the same."""
         tokens, *weights = self.inputs
-        inputs = [(x.dtype, x.device, *shape) for x, shape in ((tokens, tokens.shape[-1:]), *((w, w.shape) for w in weights))]
+        inputs = [(tokens.shape[-1], tokens.dtype, tokens.device), *[(w.shape, w.stride(), w.dtype, w.device) for w in weights]]
         described = repr((self.gm.code, inputs, config.inner, config.inductor))
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
@@ -47,9 +49,9 @@ class Part:
         symbol = mode.shape_env.create_symbol(ROWS, source, DimDynamic.DYNAMIC)
         count = mode.shape_env.create_symintnode(symbol, hint=ROWS, source=source)
         tokens, *weights = self.inputs
-        shapes = [(tokens, (1, count, tokens.shape[-1])), *((weight, weight.shape) for weight in weights)]
         with mode:
-            return mode, [torch.empty(shape, dtype=x.dtype, device=x.device) for x, shape in shapes]
+            slice_ = torch.empty((1, count, tokens.shape[-1]), dtype=tokens.dtype, device=tokens.device)
+            return mode, [slice_, *[torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device) for w in weights]]
 
 
 def slice_wide(trace: Trace) -> None:
@@ -64,7 +66,12 @@ def slice_wide(trace: Trace) -> None:
     if torch.is_autocast_enabled(new.device.type) or any(is_call(node, "_enter_autocast") for node in graph.nodes):
         return  # a piece by itself would be computed in other dtypes
     for x in reversed(list(graph.nodes)):
-        if x in taken or not _is_tokens(x) or (found := _wide_and_back(trace, x)) is None:
+        if (
+            x in taken
+            or not _is_tokens(x)
+            or any(map(changes_in_place, x.users))
+            or (found := _wide_and_back(trace, x)) is None
+        ):
             continue
         end, piece = found
         taken |= piece
@@ -111,11 +118,12 @@ def _alone(trace: Trace, node: Node, reached: dict[Node, None]) -> bool:
         return False
     if is_call(node, "getitem") and not is_call(node.args[0], "chunk"):
         return False
-    parameters = [n for n in node.all_input_nodes if n not in reached]
-    pointwise = not is_call(node, "linear")
-    return all(
-        isinstance(trace.examples.get(n), torch.nn.Parameter) and not (pointwise and fake(n).ndim > 1) for n in parameters
-    )
+    most = 2 if is_call(node, "linear") else 1  # dimensions of a parameter that is the same for all tokens
+    return all(n in reached or (_is_plain_parameter(trace, n) and fake(n).ndim <= most) for n in node.all_input_nodes)
+
+
+def _is_plain_parameter(trace: Trace, node: Node) -> bool:
+    return isinstance(trace.examples.get(node), torch.nn.Parameter) and not is_traceable_wrapper_subclass(fake(node))
 
 
 def _own_graph(trace: Trace, x: Node, end: Node, piece: set[Node]) -> tuple[Part, list[Node]]:

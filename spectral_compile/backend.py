@@ -71,7 +71,11 @@ def spectral(
             if name not in PARTS:
                 PARTS[name] = compile_part(part, config)
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
-        inner = compile_inner(trace.gm, examples, config, {"size_asserts": False, "triton.cudagraphs": False})
+        patches = {"size_asserts": False, "triton.cudagraphs": False}
+        if trace.kind != "decode":
+            # else hidden states are not added up for two layers, and all that they are the sum of stays alive
+            patches["realize_reads_threshold"] = 2
+        inner = compile_inner(trace.gm, examples, config, patches)
         replay = None
         if records(trace.plan, config):
             if (why := varying(examples, trace.plan.batch)) is not None:
