@@ -139,4 +139,5 @@ def test_peak_memory_of_a_long_prefill_is_near_the_compressed_cache() -> None:
             stored = sc.memory_stats(out.past_key_values).stored_bytes
     dense = 30 * 2 * 3 * 16384 * 64 * 2
     print(f"peak beyond weights: {peaks}, dense cache {dense}, compressed cache {stored}")
-    assert peaks["spectral"] - stored < peaks["dense"] - dense + dense / 30
+    wide = 16384 * 1536 * 2  # bytes of one tensor between two hidden states
+    assert peaks["spectral"] - stored < peaks["dense"] - dense + dense / 30 - wide
