@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -20,6 +21,14 @@ from tests.tiny import GREEDY, GROUPED, SMALL, tokens
 
 ROWS = 16
 WIDE = {**GROUPED, "intermediate_size": 256}
+
+
+def adapted() -> hf.PreTrainedModel:
+    """A model with LoRA beside its MLP: what is wide is read by two products."""
+    config = peft.LoraConfig(r=4, target_modules=["up_proj", "down_proj"], init_lora_weights=False)
+    return peft.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE)), config).base_model.model
+
+
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gated": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE)),
     "gate and up in one": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**WIDE)),
@@ -27,6 +36,7 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "beside attention": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**{**SMALL, "intermediate_size": 256}, rotary_pct=0.25)),
     "norms after it": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**WIDE)),
     "scaled": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**WIDE, residual_multiplier=0.5)),
+    "with LoRA": adapted,
 }
 LEFT: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "not wide": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
