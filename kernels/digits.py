@@ -1,7 +1,7 @@
 """Rows of codes as digits that tensor cores multiply, and the matrix from digits to channels.
 
-All tiers look alike as digits: a code of 8, 4 or 2 bits is a number to the base 16 or 4, and what it stands for is the sum of
-its digits, each less the middle of its range, times its power of the base, in steps.
+All tiers look alike as digits: a code of 8, 4 or 2 bits is a number to the base 256, 16 or 4, and what it stands for is the sum
+of its digits, each less the middle of its range, times its power of the base, in steps.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ PACKED = {} if INTERPRETED.value else _PTX  # for which there are instructions o
 def pieces(tiers: Tiers) -> tuple[Piece, ...]:
     """A row of codes as parts whose extents are powers of two, none of fewer than ``HALFWORDS``.
 
-    Digits have 2 bits, or 4 where no code of 2 bits stands, in a part of its own where that leaves fewer digits.
+    Digits have 2 bits, or 4 where no code of 2 bits stands, in a part of its own where that leaves fewer digits; 8 where all
+    codes are bytes.
     """
     wide, row = tiers.bits8 + -(-tiers.bits4 // 2), tiers.row_bytes // 2
     if not tiers.bits2:
-        return _parts(0, row, 4)
+        return _parts(0, row, 4 if tiers.bits4 else 8)
     whole = _parts(0, row, 2)
     if wide == 0 or wide % 4:
         return whole
@@ -52,13 +53,13 @@ def _parts(at: int, end: int, bits: int) -> tuple[Piece, ...]:
 
 
 @functools.cache
-def unpack(dtype: torch.dtype) -> tuple[str, str] | None:
-    """Instructions that make two halfwords into digits of 2 bits and of 4, two to a register, field by field.
+def unpack(dtype: torch.dtype) -> tuple[str, str, str] | None:
+    """Instructions that make two halfwords into digits of 2 bits, of 4 and of 8, two to a register, field by field.
 
     A digit is written into the mantissa of a power of two, where it counts the ones; then the power and the middle of the
     digit's range are taken off. What Triton makes of such arithmetic is several times as long. None where it must do.
     """
-    return None if dtype not in PACKED else (_unpack(dtype, 2), _unpack(dtype, 4))
+    return None if dtype not in PACKED else (_unpack(dtype, 2), _unpack(dtype, 4), _unpack_bytes(dtype))
 
 
 def _unpack(dtype: torch.dtype, bits: int) -> str:
@@ -78,6 +79,16 @@ def _unpack(dtype: torch.dtype, bits: int) -> str:
         mask = f"{(1 << bits) - 1 << one:04x}"
         code.append(f"lop3.b32 x, s, 0x{mask}{mask}, {both(power)}, 0xEA;")
         code.append(f"mov.b32 c, {both(-power - ((1 << bits) - 1) / 2)}; fma.rn.{kind}x2 ${field}, x, one, c;")
+    return "\n".join([*code, "}"])
+
+
+def _unpack_bytes(dtype: torch.dtype) -> str:
+    """The same by way of float32, since bfloat16 has no 8 bits for a digit beside its power."""
+    code = ["{ .reg .b32 y, h; .reg .f32 a, b; mov.b32 h, 0x00004700;"]
+    for field in range(2):  # a byte in the second place of 2**15 counts ones
+        for name, byte in (("a", field), ("b", 2 + field)):
+            code.append(f"prmt.b32 y, $2, h, 0x54{byte}4; mov.b32 {name}, y; add.f32 {name}, {name}, 0fC7007F80;")
+        code.append(f"cvt.rn.{PACKED[dtype][0]}x2.f32 ${field}, b, a;")
     return "\n".join([*code, "}"])
 
 
@@ -131,12 +142,17 @@ def digits(rows, PIECES: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr
         x = rows[i]
         if UNPACK is None:
             x = x.to(tl.int32)
-            if PIECES[i][3] == 4:
+            if PIECES[i][3] == 8:
+                x = pair(_field(x, 0, 8, DTYPE), _field(x, 8, 8, DTYPE))
+            elif PIECES[i][3] == 4:
                 x = _four(_field(x, 0, 4, DTYPE), _field(x, 4, 4, DTYPE), _field(x, 8, 4, DTYPE), _field(x, 12, 4, DTYPE))
             else:
                 low = _four(_field(x, 0, 2, DTYPE), _field(x, 2, 2, DTYPE), _field(x, 4, 2, DTYPE), _field(x, 6, 2, DTYPE))
                 high = _four(_field(x, 8, 2, DTYPE), _field(x, 10, 2, DTYPE), _field(x, 12, 2, DTYPE), _field(x, 14, 2, DTYPE))
                 x = pair(low, high)
+        elif PIECES[i][3] == 8:
+            a, b = tl.inline_asm_elementwise(UNPACK[2], "=r,=r,r", [x], (DTYPE.value,) * 2, True, 2)
+            x = pair(a, b)
         elif PIECES[i][3] == 4:
             a, b, c, d = tl.inline_asm_elementwise(UNPACK[1], "=r,=r,=r,=r,r", [x], (DTYPE.value,) * 4, True, 2)
             x = _four(a, b, c, d)

@@ -39,6 +39,7 @@ _PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 _MERGED = 1 << 12  # and that one warp of the merge holds at a time
 _CODERS = 3  # programs that share the coding of a tile
+SEGMENTS_AT_ONCE: tl.constexpr = tl.constexpr(256)  # whose starts are compared; of fewer Triton's code spills more
 _LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 _FAR: tl.constexpr = tl.constexpr(80.0)  # powers of two that scores may be off their reference: float32 has 126
 
@@ -215,8 +216,10 @@ def _past(
         if not LATE:
             out = tl.zeros([M, DP], tl.float32)
         if HAS_SEGMENTS:
-            while segment + 1 < segments and tl.load(starts + b * segments + tl.minimum(segment + 1, segments - 1)) <= low:
-                segment += 1
+            for first in range(1, segments, SEGMENTS_AT_ONCE):
+                later = first + tl.arange(0, SEGMENTS_AT_ONCE)
+                begun = tl.load(starts + b * segments + later, mask=later < segments, other=2147483647) <= low
+                segment += tl.sum(begun.to(tl.int32), 0)
         while low < high:
             end = high
             at = (b * GROUPS + g) * segments + segment

@@ -147,7 +147,7 @@ def _substitute(
             judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
             with graph.inserting_before(site.attended):
                 judged = graph.call_function(importance, judging)
-        with graph.inserting_after(site.attended):
+        with graph.inserting_before(site.attended):  # what only the store reads dies before attention's output is born
             graph.call_function(append_, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True) if not site.edge.writes else ():
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")

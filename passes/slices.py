@@ -1,6 +1,7 @@
 """Slices: what turns each token by itself into something wide and back, as an MLP does, runs on a slice of them at a time.
 
-Between the two a long prompt takes more memory than its cache does.
+Between the two a long prompt takes more memory than its cache does. A norm before it, and adding a residual behind it, are of
+each token by itself as well: with them in the slice, hidden states are one tensor before it and one behind it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ WIDER = 2  # than what goes in and what comes out is what is worth it
 _ALONE = (  # functions of the channels of a token and of nothing else
     *("linear", "add", "sub", "mul", "truediv", "neg", "pow", "square", "clamp", "to", "float", "type_as", "chunk", "getitem"),
     *("relu", "gelu", "silu", "mish", "elu", "tanh", "sigmoid", "softplus", "leaky_relu", "hardswish", "erf", "exp"),
+    *("mean", "rsqrt", "rms_norm", "layer_norm", "dropout"),
 )
 
 
@@ -65,7 +67,7 @@ def slice_wide(trace: Trace) -> None:
         return
     if torch.is_autocast_enabled(new.device.type) or any(is_call(node, "_enter_autocast") for node in graph.nodes):
         return  # a piece by itself would be computed in other dtypes
-    for x in reversed(list(graph.nodes)):
+    for x in list(graph.nodes):  # the hidden states before what is normed
         if (
             x in taken
             or not _is_tokens(x)
@@ -87,15 +89,19 @@ def _is_tokens(node: Node) -> bool:
 
 
 def _wide_and_back(trace: Trace, x: Node) -> tuple[Node, set[Node]] | None:
-    """The first node that is computed from ``x`` by way of something wide and is not wide itself, with all on the way to it."""
+    """A node that is computed from ``x`` by way of something wide and is not wide itself, with all on the way to it.
+
+    It is the first one to which ``x`` is added, or without a residual the first one.
+    """
     reached, stack = {x: None}, [x]
     while stack:
         for user in stack.pop().users:
             if user not in reached and _alone(trace, user, reached):
                 reached[user] = None
                 stack.append(user)
+    found = None
     for end in sorted(reached, key=trace.order.get):
-        if not _is_tokens(end) or end is x:
+        if not _is_tokens(end) or end is x or (found and x not in end.all_input_nodes):
             continue
         piece, stack = {end}, [end]
         while stack:
@@ -106,8 +112,10 @@ def _wide_and_back(trace: Trace, x: Node) -> tuple[Node, set[Node]] | None:
         closed = all(user in piece for node in piece - {end} for user in node.users)
         widths = [fake(node).shape[-1] for node in piece if _is_tokens(node)]
         if closed and max(widths) >= WIDER * max(fake(x).shape[-1], fake(end).shape[-1]):
-            return end, piece
-    return None
+            found = end, piece
+            if x in end.all_input_nodes:
+                break
+    return found
 
 
 def _alone(trace: Trace, node: Node, reached: dict[Node, None]) -> bool:
@@ -116,14 +124,26 @@ def _alone(trace: Trace, node: Node, reached: dict[Node, None]) -> bool:
         return False
     if is_call(node, "chunk") and argument(node, 2, "dim", 0) not in (-1, 2):
         return False
+    if is_call(node, "mean") and (argument(node, 1, "dim") not in (-1, 2) or not argument(node, 2, "keepdim", False)):
+        return False
+    if is_call(node, "rms_norm", "layer_norm") and len(argument(node, 1, "normalized_shape")) != 1:
+        return False
+    if is_call(node, "dropout") and argument(node, 2, "training", True):
+        return False
     if is_call(node, "getitem") and not is_call(node.args[0], "chunk"):
         return False
     most = 2 if is_call(node, "linear") else 1  # dimensions of a parameter that is the same for all tokens
-    return all(n in reached or (_is_plain_parameter(trace, n) and fake(n).ndim <= most) for n in node.all_input_nodes)
+    return all(n in reached or _is_weight(trace, n, most) for n in node.all_input_nodes)
 
 
-def _is_plain_parameter(trace: Trace, node: Node) -> bool:
-    return isinstance(trace.examples.get(node), torch.nn.Parameter) and not is_traceable_wrapper_subclass(fake(node))
+def _is_weight(trace: Trace, node: Node, most: int) -> bool:
+    """Whether ``node`` is a parameter of ``most`` dimensions, or made of such alone, as the factor in Gemma's norms is."""
+    value, made_of = fake(node), node.all_input_nodes
+    if not isinstance(value, torch.Tensor) or value.ndim > most:
+        return False
+    if node.op == "placeholder":
+        return isinstance(trace.examples.get(node), torch.nn.Parameter) and not is_traceable_wrapper_subclass(value)
+    return is_call(node, *_ALONE) and bool(made_of) and all(_is_weight(trace, n, most) for n in made_of)
 
 
 def _own_graph(trace: Trace, x: Node, end: Node, piece: set[Node]) -> tuple[Part, list[Node]]:

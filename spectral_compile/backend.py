@@ -75,6 +75,8 @@ def spectral(
         if trace.kind != "decode":
             # else hidden states are not added up for two layers, and all that they are the sum of stays alive
             patches["realize_reads_threshold"] = 2
+            # else queries are rotated before there are keys and values, and what all three are computed from stays alive
+            patches["reorder_for_locality"] = False
         inner = compile_inner(trace.gm, examples, config, patches)
         replay = None
         if records(trace.plan, config):

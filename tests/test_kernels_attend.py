@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectral_compile.codec import PRESETS, Rotary, Tiers
 from spectral_compile.kernels import fused
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
-from spectral_compile.kernels.digits import HALFWORDS, pieces
+from spectral_compile.kernels.digits import HALFWORDS, INTERPRETED, pieces
 from spectral_compile.kernels.rotary import TILE
 from spectral_compile.models import prompt as real_text
 from spectral_compile.passes.edges import too_wide
@@ -182,6 +183,15 @@ def test_masks_and_channels_that_rope_leaves_alone(preset: str, turned: int, mas
     assert_same(fused_attend(books, step, 0.1, mask, columns), books.attend(step, 0.1, mask, columns), step)
 
 
+def test_every_split_finds_its_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts of segments are compared some at a time: in the interpreter so few that there are more of them."""
+    if INTERPRETED:
+        monkeypatch.setattr(fused, "SEGMENTS_AT_ONCE", tl.constexpr(2))
+    books, chunk = store("seed", 64, past=450, chunk=1)
+    assert int((books.buffers.starts < books.ledger[0, 1]).sum()) == 7
+    assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
+
+
 def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     books, chunk = store("balanced", 64, past=150, chunk=90, batch=2)
     monkeypatch.setattr(fused, "_SCRATCH", 1)
@@ -269,6 +279,7 @@ def test_pieces_cover_every_halfword_once(tiers: Tiers) -> None:
         assert padded & (padded - 1) == 0
         assert padded * 16 // bits >= 16
         assert bits == 2 or 2 * (first + count) <= tiers.bits8 + -(-tiers.bits4 // 2) or not tiers.bits2
+        assert (bits == 8) == (tiers.bits4 == tiers.bits2 == 0)
 
 
 def close_in(dtype: torch.dtype, bound: float, books: Books, chunk: Chunk, scale: float) -> None:

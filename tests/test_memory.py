@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 
 import pytest
 import torch
+import transformers as hf
+from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 
 import spectral_compile as sc
 from spectral_compile import backend
-from tests.tiny import WINDOWS, build, smollm2_sized, tokens
+from spectral_compile.kernels import sliced as operation
+from spectral_compile.passes import slices
+from tests.tiny import GROUPED, WINDOWS, build, smollm2_sized, tokens
 
 LONG = 4096
 
@@ -68,6 +73,31 @@ def peak(run) -> tuple[int, object]:
         total += event.nbytes()
         most = max(most, total)
     return most, result
+
+
+def test_a_prompt_holds_no_more_hidden_states_than_a_layer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries before and after RoPE, what turns them and hidden states, of one size, are alive with keys and values of half."""
+    for module in (operation, slices):
+        monkeypatch.setattr(module, "ROWS", 128)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, **sizes, "max_position_embeddings": LONG})).eval()
+    prompt = tokens(1, LONG)
+    # what is dead is not kept for what is of the same size, so that what is needed is measured
+    options = {"preset": "balanced", "strict": True, "allow_buffer_reuse": False}
+    model.compile(backend=sc.spectral, options=options)
+
+    def run() -> object:
+        return model(prompt, use_cache=True, logits_to_keep=1)
+
+    with torch.no_grad():
+        with torch._inductor.config.patch(force_disable_caches=True):  # code is to be generated, not found
+            _, codes = run_and_get_code(run)
+        most, out = peak(run)
+    (code,) = (code for code in codes if "append_" in code)
+    calls = re.findall(r"extern_kernels\.(mm)\(|^ +(cpp_fused)_|^ +torch\.ops\.spectral\.(append_)", code, re.MULTILINE)
+    order = " ".join(map("".join, calls))
+    assert order.count("mm mm mm cpp_fused append_") == 4, order  # what they are products of dies before RoPE
+    assert (most - sc.memory_stats(out.past_key_values).stored_bytes) / (LONG * 512 * 4) < 4.1
 
 
 @pytest.mark.slow

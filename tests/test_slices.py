@@ -35,6 +35,7 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "with biases": lambda: hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**WIDE)),
     "beside attention": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**{**SMALL, "intermediate_size": 256}, rotary_pct=0.25)),
     "norms after it": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**WIDE)),
+    "norms with one more than the weight": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**WIDE, head_dim=16)),
     "scaled": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**WIDE, residual_multiplier=0.5)),
     "with LoRA": adapted,
 }
@@ -49,6 +50,7 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: dict[str, list[int]] = {}
+        self.parts: list[slices.Part] = []
         for module in (operation, slices):
             monkeypatch.setattr(module, "ROWS", ROWS)
         compiled: dict[str, Any] = {}
@@ -58,6 +60,7 @@ class Seen:
 
         def watched(part: slices.Part, config: sc.SpectralConfig) -> Callable[..., Any]:
             run, counts = compile_part(part, config), self.counts.setdefault(part.name(config), [])
+            self.parts.append(part)
 
             def call(given: torch.Tensor, *weights: torch.Tensor) -> Any:
                 counts.append(given.shape[1])
@@ -91,6 +94,16 @@ def test_an_mlp_runs_on_slices_of_a_prompt_and_all_layers_share_one_part(name: s
     assert torch.equal(generate(model, prompt), want)
     (counts,) = seen.counts.values()
     assert counts == [15, 15, 14, 14, 14, 14, 14] * 2  # of each layer once, and none of decode
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"beside attention"}))
+def test_what_a_part_is_given_it_adds_to_what_it_gives(name: str, seen: Seen) -> None:
+    """So the norm before the MLP is in it too, and hidden states are not alive beside what is added to them."""
+    generate(build(MODELS[name]), tokens(1, 50))
+    (part,) = seen.parts
+    given, *_, output = part.gm.graph.nodes
+    (last,) = output.all_input_nodes
+    assert given in last.all_input_nodes
 
 
 @pytest.mark.parametrize("name", LEFT)
