@@ -165,6 +165,8 @@ def test_coded_store(case: Case) -> None:
     """Both begin the same segments; bases lose as little, and with the same bases the codes are the same."""
     layout, store = case.layout, Store(case)
     generator = torch.Generator().manual_seed(case.seed)
+    # products of a GPU in bfloat16 are of numbers cut to eleven bits
+    rounded = 2**-10 if DEVICE == "cuda" and case.dtype != torch.float32 else 0.0
     flips = fields = 0
     for step in steps(case):
         advance_triton(store.ledger, store.positions, step.ids, step.valid, step.key, layout)
@@ -186,17 +188,21 @@ def test_coded_store(case: Case) -> None:
             getattr(again, name).copy_(getattr(ours, name))
         for coded in code(step, store.ledger, again, layout):
             assert lost(coded, ours) <= 1.1 * lost(coded, expected) + 0.01
-        for side, tiers in (("k", layout.key), ("v", layout.value)):
-            a, b = (unpack(getattr(x, f"{side}_codes"), tiers) for x in (ours, again))
-            if side == "v" and layout.normalised:
-                apart = ours.v_norms.int() - again.v_norms.int()
+            a, b = (getattr(x, f"{coded.side}_codes")[coded.row][:, coded.slots] for x in (ours, again))
+            steps_apart = (unpack(a, coded.tiers) - unpack(b, coded.tiers)).abs()
+            if coded.side == "v" and layout.normalised:
+                apart = ours.v_norms[coded.row][:, coded.slots].int() - again.v_norms[coded.row][:, coded.slots].int()
                 assert apart.abs().max() <= 1
-                a, b = (x * (apart == 0)[..., None] for x in (a, b))
-            assert (a - b).abs().max() <= 1
-            flips += int((a != b).sum())
+                steps_apart = steps_apart * (apart == 0)[..., None]
+            affine = getattr(ours, f"{coded.side}_affine")[coded.row][:, coded.segment, None]
+            size = (coded.x * affine[..., 2 * coded.tiers.rank :]).norm(dim=-1, keepdim=True)
+            noise = rounded * size / affine[..., : coded.tiers.rank]  # of more directions than tokens some have tiny steps
+            assert (steps_apart <= 1 + noise).all()
+            flips += int((steps_apart > noise).sum())
+            getattr(again, f"{coded.side}_codes")[coded.row][:, coded.slots] = a
+        assert torch.equal(ours.k_codes, again.k_codes) and torch.equal(ours.v_codes, again.v_codes)  # no other was written
         fields += int((store.ledger[:, 3] - store.ledger[:, 1]).sum()) * layout.groups * (layout.key.rank + layout.value.rank)
-    # on a GPU in bfloat16 products are rounded to eleven bits
-    assert flips <= max(2, (0.02 if DEVICE == "cuda" and case.dtype != torch.float32 else 0.005) * fields)
+    assert flips <= max(2, (0.02 if rounded else 0.005) * fields)
 
 
 @pytest.mark.parametrize("preset", ["balanced", "seed"])
