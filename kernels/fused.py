@@ -36,6 +36,7 @@ from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
+_SPARED = 2  # tiles of codes that take as long as a share of what is exact, for which programs of its own are then not kept
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 _MERGED = 1 << 12  # and that one warp of the merge holds at a time
 _CODERS = 3  # programs that share the coding of a tile
@@ -494,12 +495,12 @@ def _present(
     return (out,), highest, tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits", "exact_cap", "slots_cap", "coders"])
+@triton.jit(do_not_specialize=["splits", "exact_splits", "first_exact", "exact_cap", "slots_cap", "coders"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, k_recent, v_recent,
     k_sizes, v_sizes, starts, ledger, positions, index, seen, turns, table, entering, code_tiles, coders, out_ptr, max_ptr,
-    sum_ptr, splits, exact_splits, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide, scale,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+    sum_ptr, splits, exact_splits, first_exact, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide,
+    scale, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr,
     INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
@@ -512,7 +513,10 @@ def _attend_kernel(
     PLACES: tl.constexpr, CAP: tl.constexpr, EXACT_N: tl.constexpr, BYTES: tl.constexpr, ENTERS: tl.constexpr,
     CONSTANTS: tl.constexpr,
 ):  # fmt: skip
-    """One split of the tokens of one group of KV heads, for M (query, head) pairs."""
+    """One split of the tokens of one group of KV heads, for M (query, head) pairs.
+
+    The first ``splits`` programs take coded tokens, those from ``first_exact`` on what is exact; some may take both.
+    """
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = pair // GROUPS, pair % GROUPS
     ROWS: tl.constexpr = HEADS * GQA
@@ -535,7 +539,7 @@ def _attend_kernel(
     q_row = q_ptr + b * q_b + (g * ROWS + qh) * q_h + qi * q_n
     scale = scale * _LOG2E
     row_positions = positions + b * slots_cap
-    at = ((pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits) + split
+    at = ((pair.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits)
     if not LOSSLESS and split < splits:
         # all that depends on nothing is on its way before anything is waited for
         queries = _queries(q_row, live, turns, scale, D, P, PQ, PARTS, RESTP, INTERLEAVED, SCALING)
@@ -568,17 +572,18 @@ def _attend_kernel(
                 NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
                 STAGES, LATE, CAP, True,
             )  # fmt: skip
-        _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
-    else:
+        _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at + split, WIDTH, PLACES)
+    part = split - first_exact
+    if part >= 0 and part < exact_splits:
         own_sums, own_highest, own_total = _present(
-            q_row, head, live, own, split - splits, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
+            q_row, head, live, own, part, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
             k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, turns, coded_cap, exact_cap,
             slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS,
             HAS_INDEX, HAS_SEEN, SLIDES, M, EXACT_N, DTYPE, PRECISION, CAP, BYTES,
         )  # fmt: skip
-        _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at, WIDTH, PLACES)
+        _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at + splits + part, WIDTH, PLACES)
         if ENTERS and tile == 0:
-            for job in range(split - splits, 2 * code_tiles * coders, exact_splits):
+            for job in range(part, 2 * code_tiles * coders, exact_splits):
                 coded_tile, side = job // (2 * coders), job // coders % 2
                 enter_one(coded_tile, pair, side, job % coders, coders, entering, CONSTANTS, True, False, PRECISION)
 
@@ -703,8 +708,8 @@ def attend(
     plan = _plan(layout, batch, rows, coded_cap, exact_cap + count, query.dtype)
     tile = plan["M"]
     tiles = triton.cdiv(rows, tile)
-    shares = plan.pop("shares")
-    splits = sum(shares)
+    shares, programs = plan.pop("shares"), plan.pop("programs")
+    splits, first_exact = sum(shares), programs - shares[1]
     padded = triton.next_power_of_2(dim)
     # where one basis serves all tokens, its product with what values came to is left for the end
     late = count == 1 and segments == 1 and not layout.lossless
@@ -735,11 +740,11 @@ def attend(
         now = enters and first + held == tiles
         part = query.new_empty(batch * groups, held * tile, splits, left["WIDTH"], dtype=torch.float32)
         top, total = query.new_empty(2, *part.shape[:-1], dtype=torch.float32)
-        _attend_kernel[(splits, held, batch * groups)](
+        _attend_kernel[(programs, held, batch * groups)](
             query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine,
             buffers.k_exact, buffers.v_exact, buffers.k_recent, buffers.v_recent, buffers.k_sizes, buffers.v_sizes,
             buffers.starts, ledger, positions, index, seen, turns, table, entering, code_tiles, coders, part, top, total,
-            *shares, count, first, coded_cap, exact_cap, segments, positions.shape[1],
+            *shares, first_exact, count, first, coded_cap, exact_cap, segments, positions.shape[1],
             0 if seen is None else seen.shape[2], window, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
@@ -768,25 +773,32 @@ def attend(
 
 
 def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How the work is split: programs along the coded tokens and along the exact ones, and query rows a program."""
+    """How the work is split: into shares of the coded tokens and of the exact ones, programs, and query rows a program."""
     wide = layout.width > 192  # whose bases leave too little shared memory for more queries
     tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
     others = batch * layout.groups * triton.cdiv(rows, tile)
     most = max(2, _PROGRAMS // others)  # all programs run at once: the last ones would wait for the first to end
     # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
     exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 4
+    tiles = triton.cdiv(coded, TILE)
     if layout.lossless:
         splits, exact_splits = 0, min(triton.cdiv(exact + coded, 2 * TILE), most)
+        programs = exact_splits
     else:
         # a program that takes what is exact has the time of several tiles of codes if others have many
         share = max(exact_tile, min(2 * TILE, coded // (8 * most)) // exact_tile * exact_tile)
         exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
-        splits = min(triton.cdiv(coded, TILE), most - exact_splits)
+        splits = min(tiles, most - exact_splits)
+        programs = splits + exact_splits
+        if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, most) > _SPARED:
+            splits = programs = most
+            exact_splits = min(triton.cdiv(exact, exact_tile), most)
     # weights may be as far from 1 as scores from their reference, for which float16 has no exponents
     mixed = torch.bfloat16 if dtype == torch.float16 else dtype
     return {
         "M": tile,
         "shares": (splits, exact_splits),
+        "programs": programs,
         "EXACT_N": exact_tile,
         "K_PIECES": pieces(layout.key),
         "V_PIECES": pieces(layout.value),

@@ -262,10 +262,29 @@ def test_a_step_that_codes_attends_and_enters(
     """What leaves the window is coded beside the attention; with ``seed`` it never is, since steps begin segments there."""
     books, chunk = store(preset, 64, past=PRESETS[preset].sinks + 211, chunk=1, batch=2, window_bits=window_bits)
     coded = books.ledger[:, 1].clone()
-    plan, jobs = fused._plan, 2  # one tile of keys and one of values, for so many programs that take what is exact
-    monkeypatch.setattr(fused, "_plan", lambda *how: (made := plan(*how)) | {"shares": (made["shares"][0], jobs * coders)})
+    plan, exact = fused._plan, 2 * coders  # programs for one tile of keys and one of values
+
+    def shared(*how: Any) -> dict[str, Any]:
+        splits = (made := plan(*how))["shares"][0]
+        return made | {"shares": (splits, exact), "programs": splits + exact}
+
+    monkeypatch.setattr(fused, "_plan", shared)
     attends_and_enters(books, chunk)
     assert bool((books.ledger[:, 3] == coded + 32).all())
+
+
+@pytest.mark.parametrize(("preset", "past"), [("balanced", 215), ("seed", 190)])  # the first step codes
+def test_programs_that_take_coded_tokens_and_exact_ones(preset: str, past: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large batches programs for what is exact alone would leave a GPU's multiprocessors idle."""
+    plan, plans = fused._plan, []
+    monkeypatch.setattr(fused, "_plan", lambda *how: plans.append(plan(*how)) or dict(plans[-1]))
+    monkeypatch.setattr(fused, "_PROGRAMS", 4)
+    for spared in (10**6, 0):
+        monkeypatch.setattr(fused, "_SPARED", spared)
+        attends_and_enters(*store(preset, 64, past=past, chunk=1, window_bits=8))
+    apart, together = ((made["programs"], *made["shares"]) for made in plans)
+    assert apart[0] == sum(apart[1:])
+    assert together[0] == together[1] > apart[1] and together[2] > 1
 
 
 def test_a_step_with_one_basis_for_all_tokens_leaves_its_product_for_the_end() -> None:
