@@ -83,7 +83,13 @@ def _unpack(dtype: torch.dtype, bits: int) -> str:
 
 
 def _unpack_bytes(dtype: torch.dtype) -> str:
-    """The same by way of float32, since bfloat16 has no 8 bits for a digit beside its power."""
+    """The same; by way of float32 where 16 bits are bfloat16's, which has no 8 bits for a digit beside its power."""
+    if dtype == torch.float16:
+        code = ["{ .reg .b32 y, h, c, d; mov.b32 h, 0x64646464; mov.b32 c, 0xE480E480; mov.b32 d, 0x38003800;"]
+        for field in range(2):  # a byte in the mantissa of 2**10 counts ones; of 1151.5 there is none: -1152 and 0.5
+            code.append(f"prmt.b32 y, $2, h, 0x4{2 + field}4{field};")
+            code.append(f"add.rn.f16x2 y, y, c; add.rn.f16x2 ${field}, y, d;")
+        return "\n".join([*code, "}"])
     code = ["{ .reg .b32 y, h; .reg .f32 a, b; mov.b32 h, 0x00004700;"]
     for field in range(2):  # a byte in the second place of 2**15 counts ones
         for name, byte in (("a", field), ("b", 2 + field)):
@@ -201,13 +207,14 @@ def rows(
 
 @triton.jit
 def matrix(
-    basis, affine, channels, live, R: tl.constexpr, W: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
+    basis, affine, channels, live, gain, R: tl.constexpr, W: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
     DTYPE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """The matrix from digits to some channels times their weights, one tensor [digits, channels] a piece."""
+    """The matrix from digits to some channels times their weights and ``gain``, one tensor [digits, channels] a piece."""
     out = ()
     for i in tl.static_range(len(PIECES)):
         x, scale = rows(basis, affine, channels, live, R, W, TIERS, PIECES[i][0], PIECES[i][1], PIECES[i][2], PIECES[i][3])
+        scale = scale * gain
         if SCALED is None:
             x = (x.to(tl.float32) * scale[:, None]).to(DTYPE)
         else:

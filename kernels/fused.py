@@ -36,33 +36,29 @@ from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _PROGRAMS = 264  # two for each multiprocessor of an H100
-_SPARED = 2  # tiles of codes that take as long as a share of what is exact, for which programs of its own are then not kept
+_PASS = 2  # tiles of codes that take a program as long as a tile of what is exact, if it takes both
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 _MERGED = 1 << 12  # and that one warp of the merge holds at a time
 _CODERS = 3  # programs that share the coding of a tile
 SEGMENTS_AT_ONCE: tl.constexpr = tl.constexpr(256)  # whose starts are compared; of fewer Triton's code spills more
 _LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+_REACH: tl.constexpr = tl.constexpr(2048.0)  # of the first coefficient in float16; keys of 192 such ones end at 28378
 _FAR: tl.constexpr = tl.constexpr(80.0)  # powers of two that scores may be off their reference: float32 has 126
 
 
-def _turned(kind: str) -> str:
-    """Instructions that turn two pairs; what Triton makes of the same arithmetic takes twice as many."""
-    return f"""{{ .reg .b32 a, b, t, n, z;
-        mov.b32 z, 0x80008000;
-        cvt.rn.{kind}x2.f32 a, $3, $2; cvt.rn.{kind}x2.f32 b, $5, $4;
-        neg.{kind}x2 n, $7;
-        fma.rn.{kind}x2 t, b, n, z; fma.rn.{kind}x2 $0, a, $6, t;
-        fma.rn.{kind}x2 t, a, $7, z; fma.rn.{kind}x2 $1, b, $6, t; }}"""
-
-
-_ROTATE = {dtype: _turned(kind) for dtype, (kind, _) in PACKED.items()}
+# Turn two pairs in float16; what Triton makes of the same arithmetic takes twice as many instructions.
+_ROTATE = """{ .reg .b32 t, n, z;
+    mov.b32 z, 0x80008000; neg.f16x2 n, $5;
+    fma.rn.f16x2 t, $3, n, z; fma.rn.f16x2 $0, $2, $4, t;
+    fma.rn.f16x2 t, $2, $5, z; fma.rn.f16x2 $1, $3, $4, t; }"""
 
 
 @triton.jit
 def _product(codes, basis, FIRST: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr):
-    x = tl.dot(codes[0], basis[FIRST], input_precision=PRECISION)
+    """Keys in the type of their digits: in float16 there is nothing to round, and sums take half the registers."""
+    x = tl.dot(codes[0], basis[FIRST], input_precision=PRECISION, out_dtype=codes[0].dtype)
     for i in tl.static_range(1, COUNT):
-        x = tl.dot(codes[i], basis[FIRST + i], x, input_precision=PRECISION)
+        x = tl.dot(codes[i], basis[FIRST + i], x, input_precision=PRECISION, out_dtype=codes[0].dtype)
     return x
 
 
@@ -102,8 +98,22 @@ def _rotated(k, cos, sin, ROTATE: tl.constexpr, DTYPE: tl.constexpr):
     if ROTATE is None:
         r1, r2 = (k1 * cos - k2 * sin).to(DTYPE), (k2 * cos + k1 * sin).to(DTYPE)
     else:
-        r1, r2 = tl.inline_asm_elementwise(ROTATE, "=r,=r,f,f,f,f,r,r", [k1, k2, cos, sin], (DTYPE.value,) * 2, True, 2)
+        r1, r2 = tl.inline_asm_elementwise(ROTATE, "=r,=r,r,r,r,r", [k1, k2, cos, sin], (DTYPE.value,) * 2, True, 2)
     return pair(r1, r2)
+
+
+@triton.jit
+def _gain(affine, TIERS: tl.constexpr, DTYPE: tl.constexpr):
+    """What keys are times, and queries, so that whatever a model's keys are they fit float16.
+
+    No coefficient is larger than the first, and the columns of a basis are orthonormal.
+    """
+    gain, unit = 1.0, 1.0
+    if DTYPE == tl.float16:
+        LARGEST: tl.constexpr = 128 if TIERS[0] > 0 else 8 if TIERS[1] > 0 else 2
+        unit = tl.maximum(tl.load(affine), 1e-30) * (LARGEST / _REACH)
+        gain = 1.0 / unit
+    return gain, unit
 
 
 @triton.jit
@@ -112,19 +122,20 @@ def _key_basis(
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
     DTYPE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Matrices from digits to keys times their weights: of each head, each part of its RoPE pairs and what is not rotated, each
-    piece of a row."""
+    """Matrices from digits to keys times their weights and ``_gain``: of each head, each part of its RoPE pairs and what is not
+    rotated, each piece of a row."""
     basis, affine = basis + at * (HEADS * D * R), affine + at * (2 * R + HEADS * D)
+    gain, _unit = _gain(affine, TIERS, DTYPE)
     out = ()
     for h in tl.static_range(HEADS):
         for i in tl.static_range(PARTS):
             column = tl.arange(0, 2 * PQ)
             half, second = i * PQ + column % PQ, column // PQ
             channel = half * 2 + second if INTERLEAVED else half + second * P
-            out = out + matrix(basis, affine, h * D + channel, half < P, R, HEADS * D, TIERS, PIECES, DTYPE, SCALED)
+            out = out + matrix(basis, affine, h * D + channel, half < P, gain, R, HEADS * D, TIERS, PIECES, DTYPE, SCALED)
         if RESTP > 0:
             rest = 2 * P + tl.arange(0, RESTP)
-            out = out + matrix(basis, affine, h * D + rest, rest < D, R, HEADS * D, TIERS, PIECES, DTYPE, SCALED)
+            out = out + matrix(basis, affine, h * D + rest, rest < D, gain, R, HEADS * D, TIERS, PIECES, DTYPE, SCALED)
     return out
 
 
@@ -181,8 +192,9 @@ def _past(
     K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, SINKS: tl.constexpr, HAS_SEEN: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
-    V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr, ROTATE: tl.constexpr,
-    STAGES: tl.constexpr, LATE: tl.constexpr, CAP: tl.constexpr, GAPS: tl.constexpr,
+    K_DTYPE: tl.constexpr, K_SCALED: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr,
+    V_UNPACK: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, CAP: tl.constexpr,
+    GAPS: tl.constexpr,
 ):  # fmt: skip
     """Attention to coded tokens from ``low`` to ``high``: a tuple of sums, references [M] and sums of weights [M].
 
@@ -228,19 +240,21 @@ def _past(
                 if segment + 1 < segments:
                     end = tl.minimum(high, tl.load(starts + b * segments + segment + 1))
                 held_basis = _key_basis(k_basis, k_affine, at, D, P, PQ, PARTS, RESTP, INTERLEAVED, HEADS, RK, K_TIERS,
-                                        K_PIECES, DTYPE, SCALED)  # fmt: skip
+                                        K_PIECES, K_DTYPE, K_SCALED)  # fmt: skip
             else:
                 held_basis = basis
             latent = ()
             for i in tl.static_range(VN):
                 latent = latent + (tl.zeros([M, V_PIECES[i][2] * (16 // V_PIECES[i][3])], tl.float32),)
-            weights_at = k_affine + at * (2 * RK + HEADS * D) + 2 * RK + head * D  # equal in the two channels of a pair
+            affine_at = k_affine + at * (2 * RK + HEADS * D)
+            weights_at = affine_at + 2 * RK + head * D  # equal in the two channels of a pair
+            _key_gain, unit = _gain(affine_at, K_TIERS, K_DTYPE)
             r1, r2 = (), ()
             for i in tl.static_range(PARTS):
                 half = i * PQ + p
                 channel = half * 2 if INTERLEAVED else half
                 held = live[:, None] & (half < P)[None, :]
-                even = _inverse(tl.load(weights_at[:, None] + channel[None, :], mask=held, other=1.0))
+                even = _inverse(tl.load(weights_at[:, None] + channel[None, :], mask=held, other=1.0)) * unit
                 if GAPS:
                     r1, r2 = r1 + (q1[i] * even,), r2 + (q2[i] * even,)
                 else:
@@ -249,14 +263,15 @@ def _past(
                     r2 = r2 + ((q2[i] * cos0 - q1[i] * sin0) * even,)
             if RESTP > 0:
                 unturned = live[:, None] & (rest < D)[None, :]  # a name of its own: in a loop Triton lets none change its shape
-                r3 = (q3[0] * _inverse(tl.load(weights_at[:, None] + rest[None, :], mask=unturned, other=1.0))).to(DTYPE)
+                even = _inverse(tl.load(weights_at[:, None] + rest[None, :], mask=unturned, other=1.0)) * unit
+                r3 = (q3[0] * even).to(K_DTYPE)
             # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
             v_rows = load(v_codes + first_row * V_ROW, low + t, low + t < end, V_ROW, V_PIECES)
             gone, size = _ahead(v_norms + first_row, low + t, end, NORMALISED)
             for start in tl.range(low, end, N, num_stages=STAGES):
                 slots = start + t
                 ok = slots < end
-                codes = digits(load(k_codes + first_row * K_ROW, slots, ok, K_ROW, K_PIECES), K_PIECES, DTYPE, K_UNPACK)
+                codes = digits(load(k_codes + first_row * K_ROW, slots, ok, K_ROW, K_PIECES), K_PIECES, K_DTYPE, K_UNPACK)
                 if GAPS:
                     where = tl.load(row_positions + slots, mask=ok, other=0)[:, None]
                 scores = tl.zeros([N, M], tl.float32)
@@ -265,13 +280,13 @@ def _past(
                         k = _product(codes, held_basis, h * PER + i * KN, KN, PRECISION)
                         if GAPS:
                             s, c = sincos(where, turn[i][None, :])
-                            k = _rotated(k, c.to(DTYPE), s.to(DTYPE), ROTATE, DTYPE)
+                            k = _rotated(k, c.to(K_DTYPE), s.to(K_DTYPE), ROTATE, K_DTYPE)
                         else:
-                            k = _rotated(k, distances[i], distances[PARTS + i], ROTATE, DTYPE)
-                        q = _own(pair(r1[i].to(DTYPE), r2[i].to(DTYPE)), head, h, HEADS)
+                            k = _rotated(k, distances[i], distances[PARTS + i], ROTATE, K_DTYPE)
+                        q = _own(pair(r1[i].to(K_DTYPE), r2[i].to(K_DTYPE)), head, h, HEADS)
                         scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
                     if RESTP > 0:
-                        k = _product(codes, held_basis, h * PER + PARTS * KN, KN, PRECISION).to(DTYPE)
+                        k = _product(codes, held_basis, h * PER + PARTS * KN, KN, PRECISION)
                         scores = tl.dot(k, tl.trans(_own(r3, head, h, HEADS)), scores, input_precision=PRECISION)
                 if not GAPS:
                     n1, n2 = (), ()
@@ -309,7 +324,7 @@ def _past(
             else:
                 side, affine = v_basis + at * (HEADS * D * RV), v_affine + at * (2 * RV + HEADS * D)
                 for h in tl.static_range(HEADS):
-                    back = matrix(side, affine, h * D + d, d < D, RV, HEADS * D, V_TIERS, V_PIECES, DTYPE, SCALED)
+                    back = matrix(side, affine, h * D + d, d < D, 1.0, RV, HEADS * D, V_TIERS, V_PIECES, DTYPE, SCALED)
                     x = tl.zeros([M, DP], tl.float32)
                     for i in tl.static_range(VN):
                         y = _own(latent[i], head, h, HEADS)
@@ -508,10 +523,10 @@ def _attend_kernel(
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, ONE: tl.constexpr, SLIDES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
-    DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr,
-    ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, WIDTH: tl.constexpr,
-    PLACES: tl.constexpr, CAP: tl.constexpr, EXACT_N: tl.constexpr, BYTES: tl.constexpr, ENTERS: tl.constexpr,
-    CONSTANTS: tl.constexpr,
+    DTYPE: tl.constexpr, K_DTYPE: tl.constexpr, K_SCALED: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
+    WIDTH: tl.constexpr, PLACES: tl.constexpr, CAP: tl.constexpr, EXACT_N: tl.constexpr, BYTES: tl.constexpr,
+    ENTERS: tl.constexpr, CONSTANTS: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs.
 
@@ -548,7 +563,7 @@ def _attend_kernel(
         basis = ()
         if not HAS_SEGMENTS:
             basis = _key_basis(k_basis, k_affine, b * GROUPS + g, D, P, PQ, PARTS, RESTP, INTERLEAVED, HEADS, RK, K_TIERS,
-                               K_PIECES, DTYPE, SCALED)  # fmt: skip
+                               K_PIECES, K_DTYPE, K_SCALED)  # fmt: skip
         distances = opaque(distances)
         low = 0
         if SLIDES:
@@ -561,16 +576,16 @@ def _attend_kernel(
                 queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
                 k_affine, v_affine, starts, row_positions + SINKS, seen_row, coded_cap, segments, slide, GROUPS, HEADS, D, DP,
                 P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
-                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
-                STAGES, LATE, CAP, False,
+                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED, V_DTYPE, PRECISION, K_UNPACK,
+                V_UNPACK, ROTATE, STAGES, LATE, CAP, False,
             )  # fmt: skip
         else:
             sums, highest, total = _past(
                 queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
                 k_affine, v_affine, starts, row_positions + SINKS, seen_row, coded_cap, segments, slide, GROUPS, HEADS, D, DP,
                 P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
-                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE,
-                STAGES, LATE, CAP, True,
+                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED, V_DTYPE, PRECISION, K_UNPACK,
+                V_UNPACK, ROTATE, STAGES, LATE, CAP, True,
             )  # fmt: skip
         _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at + split, WIDTH, PLACES)
     part = split - first_exact
@@ -672,6 +687,12 @@ def _merge_kernel(
             enter_one(code_tiles, pair, m - merged, 0, 1, entering, CONSTANTS, False, True, PRECISION)
 
 
+
+def _keys_in(dtype: torch.dtype) -> torch.dtype:
+    """What coded keys are computed in: float16, which is more exact than bfloat16, for any model of 16 bits."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -720,7 +741,7 @@ def attend(
     out = query.new_empty(batch, count, q_heads, dim)
     index = valid.cumsum(1, dtype=torch.int32) - 1 if valid is not None and count > 1 else None
     seen = None if mask is None else _seen(mask, columns, valid, positions.shape[1], count)
-    turns, table = tables(layout.rotary, query.device, query.dtype)
+    turns, table = tables(layout.rotary, query.device, _keys_in(query.dtype))
     pairs = layout.rotary.dim // 2 if layout.rotary else 0
     padded_pairs, rest = max(LEAST, triton.next_power_of_2(max(pairs, 1))), dim - 2 * pairs
     codes = [x if layout.lossless else x.view(torch.int16) for x in (buffers.k_codes, buffers.v_codes)]
@@ -790,11 +811,14 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
         exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
         splits = min(tiles, most - exact_splits)
         programs = splits + exact_splits
-        if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, most) > _SPARED:
+        passes = triton.cdiv(triton.cdiv(exact, exact_tile), most)
+        if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, most) > _PASS * passes:
             splits = programs = most
             exact_splits = min(triton.cdiv(exact, exact_tile), most)
     # weights may be as far from 1 as scores from their reference, for which float16 has no exponents
-    mixed = torch.bfloat16 if dtype == torch.float16 else dtype
+    mixed, keys = dtype, _keys_in(dtype)
+    if dtype == torch.float16:
+        mixed = torch.float32 if INTERPRETED.value else torch.bfloat16  # of which the interpreter makes no products
     return {
         "M": tile,
         "shares": (splits, exact_splits),
@@ -803,12 +827,14 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
         "K_PIECES": pieces(layout.key),
         "V_PIECES": pieces(layout.value),
         "DTYPE": _TRITON[dtype],
+        "K_DTYPE": _TRITON[keys],
+        "K_SCALED": scaled(keys),
         "V_DTYPE": _TRITON[mixed],
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-        "K_UNPACK": unpack(dtype),
+        "K_UNPACK": unpack(keys),
         "V_UNPACK": unpack(mixed),
         "SCALED": scaled(dtype),
-        "ROTATE": _ROTATE.get(dtype),
+        "ROTATE": _ROTATE if keys in PACKED else None,
         "STAGES": 3,
         "num_warps": 4,
     }

@@ -124,6 +124,7 @@ def store(
     head_group: int | None = None,
     window_bits: int = 16,
     turned: int | None = None,
+    key_size: float = 1.0,
 ) -> tuple[Books, Chunk]:
     """A store with ``past`` tokens and a chunk that has been entered in its books; RoPE is of ``turned`` channels, or all."""
     generator = torch.Generator().manual_seed(dim + past)
@@ -137,7 +138,7 @@ def store(
         def randn(heads: int) -> Tensor:
             return torch.randn(batch, heads, count, dim, generator=generator)
 
-        return Chunk(randn(4), randn(2) * torch.logspace(0, -1.5, dim), randn(2), None, None)
+        return Chunk(randn(4), randn(2) * torch.logspace(0, -1.5, dim) * key_size, randn(2), None, None)
 
     books = Books.blank(layout, batch, past + chunk)
     first, second = some(past), some(chunk)
@@ -279,8 +280,8 @@ def test_programs_that_take_coded_tokens_and_exact_ones(preset: str, past: int, 
     plan, plans = fused._plan, []
     monkeypatch.setattr(fused, "_plan", lambda *how: plans.append(plan(*how)) or dict(plans[-1]))
     monkeypatch.setattr(fused, "_PROGRAMS", 4)
-    for spared in (10**6, 0):
-        monkeypatch.setattr(fused, "_SPARED", spared)
+    for tiles in (10**6, 0):
+        monkeypatch.setattr(fused, "_PASS", tiles)
         attends_and_enters(*store(preset, 64, past=past, chunk=1, window_bits=8))
     apart, together = ((made["programs"], *made["shares"]) for made in plans)
     assert apart[0] == sum(apart[1:])
@@ -318,6 +319,15 @@ def close_in(dtype: torch.dtype, bound: float, books: Books, chunk: Chunk, scale
     books.buffers = rounded
     got = fused_attend(books, half, scale).float()
     assert (got - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1.2e4])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("preset", ["seed", "balanced"])
+def test_keys_of_any_size_fit_float16(preset: str, count: int, size: float) -> None:
+    """Coded keys are computed in float16, in which those of some models would overflow and others be nothing."""
+    books, chunk = store(preset, 64, past=190, chunk=count, key_size=size)
+    close_in(torch.float16, 2e-3, books, chunk, 0.1 / size)
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
