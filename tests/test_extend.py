@@ -58,6 +58,7 @@ def test_a_prompt_in_long_chunks_gives_the_same_tokens(monkeypatch: pytest.Monke
     original = extend.attend
     monkeypatch.setattr(extend, "LEAST", 64)
     monkeypatch.setattr(extend, "attend", lambda query, *rest: chunks.append(query.shape[2]) or original(query, *rest))
+    sc.reset()
     model, prompt = build("llama"), tokens(2, 300)
     mask = torch.ones_like(prompt)
     mask[0, :37] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -362,8 +363,11 @@ def test_half_precision_of_other_head_dims(dim: int, count: int, head_group: int
     close_in(dtype, bound, *store("balanced", dim, past=500, chunk=count, head_group=head_group), 0.1)
 
 
-def smollm2_tokens(model: PreTrainedModel, ids: Tensor, number: int) -> Chunk:
-    """What attention in layer ``number`` is given, before RoPE."""
+@functools.cache
+def smollm2_tokens(smollm2: Real, count: int, number: int) -> Chunk:
+    """What attention in layer ``number`` is given of ``count`` tokens of text, before RoPE."""
+    model, tokenizer = smollm2
+    ids = real_text(tokenizer, count)[:, :count]
     seen: dict[str, Tensor] = {}
     attention = model.model.layers[number].self_attn
     hooks = [
@@ -383,9 +387,8 @@ def real_store(
     smollm2: Real, preset: str, number: int, past: int, count: int, head_group: int | None = None
 ) -> tuple[Books, Chunk]:
     """A store of SmolLM2's keys and values, and a chunk that follows."""
-    model, tokenizer = smollm2
-    chunk = smollm2_tokens(model, real_text(tokenizer, past + count)[:, : past + count], number)
-    frequencies = tuple(model.config.rope_parameters["rope_theta"] ** (-2 * i / 64) for i in range(32))
+    chunk = smollm2_tokens(smollm2, past + count, number)
+    frequencies = tuple(smollm2[0].config.rope_parameters["rope_theta"] ** (-2 * i / 64) for i in range(32))
     chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
     layout = replace(chosen.layout(3, 64, Rotary(frequencies)), warmup=256, segment=0)
     books = Books.blank(layout, 1, past + count)

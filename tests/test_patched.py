@@ -75,15 +75,11 @@ def test_hooks_within_a_model_keep_it_dense_with_a_reason() -> None:
     assert report.decodes() == 0
 
 
-@torch.library.custom_op("unsloth::rope_embedding", mutates_args=())
-def rope_embedding(x: torch.Tensor) -> torch.Tensor:
-    """Stands in for an operation of Unsloth's."""
-    return x.clone()
-
-
-@rope_embedding.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+UNSLOTH = torch.library.Library("unsloth", "FRAGMENT")
+UNSLOTH.define("rope_embedding(Tensor x) -> Tensor")
+UNSLOTH.impl("rope_embedding", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("unsloth::rope_embedding", torch.empty_like, lib=UNSLOTH)
+rope_embedding = torch.ops.unsloth.rope_embedding.default  # stands in for an operation of Unsloth's
 
 
 ATTENTION = """

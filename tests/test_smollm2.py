@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.models import prompt as real_text
+from tests.tiny import tokens
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "return_dict_in_generate": True}
 Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -17,10 +18,13 @@ Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @pytest.fixture(autouse=True)
 def fresh(smollm2: Real):
+    """The model as it was loaded, but in float32: a CPU without instructions for bfloat16 takes four times as long in it."""
     sc.reset()
     counters.clear()
+    smollm2[0].float()
     yield
     smollm2[0]._compiled_call_impl = None
+    smollm2[0].bfloat16()
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, count: int):
@@ -46,17 +50,17 @@ def test_inductor_generates_from_a_compressed_cache(smollm2: Real) -> None:
     out = generate(model, ids(smollm2, 700), 12)
     assert_two_graphs()
     assert all(graph.seconds["inner"] > 0 for graph in sc.reports())
-    # bfloat16 arithmetic differs between compilers; the first tokens do not
-    assert torch.equal(out.sequences[:, :704], expected[:, :704])
+    assert torch.equal(out.sequences, expected)
 
 
 @pytest.mark.slow
-def test_two_graphs_from_64_to_1000_new_tokens(smollm2: Real) -> None:
+def test_two_graphs_from_64_to_500_new_tokens(smollm2: Real) -> None:
     model = smollm2[0]
-    model.compile(backend=sc.spectral, options={"preset": "balanced", "strict": True, "inner": "eager"})
+    options = {"preset": "balanced", "strict": True, "inner": "eager", "warmup": 512}
+    model.compile(backend=sc.spectral, options=options)
     prompt = ids(smollm2, 300)
     short = generate(model, prompt, 64).sequences
-    long = generate(model, prompt, 1000)
+    long = generate(model, prompt, 500)
     assert torch.equal(long.sequences[:, : short.shape[1]], short)
     assert_two_graphs()
     stats = sc.memory_stats(long.past_key_values)
@@ -67,15 +71,13 @@ def test_two_graphs_from_64_to_1000_new_tokens(smollm2: Real) -> None:
 def test_exact_equals_dense_over_512_new_tokens(smollm2: Real) -> None:
     model = smollm2[0]
     prompt = ids(smollm2, 600)
-    model.float()
-    try:
-        expected = generate(model, prompt, 512).sequences
-        options = {"preset": "exact", "strict": True, "inner": "eager", "warmup": 128}
-        model.compile(backend=sc.spectral, options=options)
-        assert torch.equal(generate(model, prompt, 512).sequences, expected)
-    finally:
-        model.bfloat16()
+    model.compile(backend=sc.spectral, options={"preset": "exact", "strict": True, "inner": "eager", "warmup": 128})
+    out = generate(model, prompt, 512).sequences
     assert_two_graphs()
+    model._compiled_call_impl = None
+    with torch.no_grad():  # each token is the one that the dense model would have chosen there
+        chosen = model(out, use_cache=False).logits.argmax(-1)
+    assert out.shape[1] == 1112 and torch.equal(out[:, 600:], chosen[:, 599:-1])
 
 
 @pytest.mark.slow
@@ -111,14 +113,16 @@ def test_a_needle_survives_compression(smollm2: Real) -> None:
 
 
 @pytest.mark.slow
-def test_long_prompt_bytes_are_what_the_presets_promise(smollm2: Real) -> None:
-    """4096 tokens in bfloat16; everything counted, windows, bases and spare capacity included."""
-    model = smollm2[0]
+def test_long_prompt_bytes_are_what_the_presets_promise() -> None:
+    """4096 tokens in bfloat16 of a narrow model with SmolLM2's cache; windows, bases and spare capacity are counted."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 3, "vocab_size": 512}
+    cached = {"num_hidden_layers": 30, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 4096}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **cached)).bfloat16().eval()
     least = {"seed": 2.0, "quality": 6.0, "balanced": 8.4, "compact": 14.0}
     for preset, ratio in least.items():
         model.compile(backend=sc.spectral, options={"preset": preset, "strict": True, "inner": "eager"})
         with torch.no_grad():
-            cache = model(ids(smollm2, 4096), use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(tokens(1, 4096), use_cache=True, logits_to_keep=1).past_key_values
         stats = sc.memory_stats(cache)
         assert stats.logical_bytes == 30 * 2 * 3 * 4096 * 64 * 2
         assert stats.ratio > ratio, preset
