@@ -106,7 +106,7 @@ def _rotated(k, cos, sin, ROTATE: tl.constexpr, DTYPE: tl.constexpr):
 def _gain(affine, TIERS: tl.constexpr, DTYPE: tl.constexpr):
     """What keys are times, and queries, so that whatever a model's keys are they fit float16.
 
-    No coefficient is larger than the first, and the columns of a basis are orthonormal.
+    Of no coefficient codes stand for much more than of the first, and the columns of a basis are orthonormal.
     """
     gain, unit = 1.0, 1.0
     if DTYPE == tl.float16:
