@@ -115,7 +115,7 @@ def test_a_needle_survives_compression(smollm2: Real) -> None:
 @pytest.mark.slow
 def test_long_prompt_bytes_are_what_the_presets_promise() -> None:
     """4096 tokens in bfloat16 of a narrow model with SmolLM2's cache; windows, bases and spare capacity are counted."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 3, "vocab_size": 512}
+    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 3, "vocab_size": 512}
     cached = {"num_hidden_layers": 30, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 4096}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **cached)).bfloat16().eval()
     least = {"seed": 2.0, "quality": 6.0, "balanced": 8.4, "compact": 14.0}
