@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.report import SpectralWarning
-from tests.tiny import EXACT, GREEDY, build, tokens
+from tests.tiny import EXACT, GREEDY, build, rope_embedding, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -73,13 +73,6 @@ def test_hooks_within_a_model_keep_it_dense_with_a_reason() -> None:
         assert torch.equal(generated(model), expected)
     assert not any(graph.matched for graph in sc.reports())
     assert report.decodes() == 0
-
-
-UNSLOTH = torch.library.Library("unsloth", "FRAGMENT")
-UNSLOTH.define("rope_embedding(Tensor x) -> Tensor")
-UNSLOTH.impl("rope_embedding", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("unsloth::rope_embedding", torch.empty_like, lib=UNSLOTH)
-rope_embedding = torch.ops.unsloth.rope_embedding.default  # stands in for an operation of Unsloth's
 
 
 ATTENTION = """

@@ -154,3 +154,11 @@ def smollm2_sized(layers: int, positions: int) -> PreTrainedModel:
 def tokens(rows: int, count: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [rows, count] without the padding token."""
     return torch.randint(1, 256, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+# Here, since test files that others import are run twice, and an operation that is defined again takes the first one away.
+UNSLOTH = torch.library.Library("unsloth", "FRAGMENT")
+UNSLOTH.define("rope_embedding(Tensor x) -> Tensor")
+UNSLOTH.impl("rope_embedding", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("unsloth::rope_embedding", torch.empty_like, lib=UNSLOTH)
+rope_embedding = torch.ops.unsloth.rope_embedding.default  # stands in for an operation of Unsloth's
