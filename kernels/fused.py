@@ -103,17 +103,16 @@ def _rotated(k, cos, sin, ROTATE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _gain(affine, TIERS: tl.constexpr, DTYPE: tl.constexpr):
-    """What keys are times, and queries, so that whatever a model's keys are they fit float16.
+def _unit(affine, TIERS: tl.constexpr, DTYPE: tl.constexpr):
+    """What keys are counted in, and queries times, so that whatever a model's keys are they fit float16.
 
     Of no coefficient codes stand for much more than of the first, and the columns of a basis are orthonormal.
     """
-    gain, unit = 1.0, 1.0
+    unit = 1.0
     if DTYPE == tl.float16:
         LARGEST: tl.constexpr = 128 if TIERS[0] > 0 else 8 if TIERS[1] > 0 else 2
         unit = tl.maximum(tl.load(affine), 1e-30) * (LARGEST / _REACH)
-        gain = 1.0 / unit
-    return gain, unit
+    return unit
 
 
 @triton.jit
@@ -122,10 +121,10 @@ def _key_basis(
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
     DTYPE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Matrices from digits to keys times their weights and ``_gain``: of each head, each part of its RoPE pairs and what is not
-    rotated, each piece of a row."""
+    """Matrices from digits to keys times their weights, in ``_unit``s: of each head, each part of its RoPE pairs and what is
+    not rotated, each piece of a row."""
     basis, affine = basis + at * (HEADS * D * R), affine + at * (2 * R + HEADS * D)
-    gain, _unit = _gain(affine, TIERS, DTYPE)
+    gain = 1.0 / _unit(affine, TIERS, DTYPE)
     out = ()
     for h in tl.static_range(HEADS):
         for i in tl.static_range(PARTS):
@@ -248,7 +247,7 @@ def _past(
                 latent = latent + (tl.zeros([M, V_PIECES[i][2] * (16 // V_PIECES[i][3])], tl.float32),)
             affine_at = k_affine + at * (2 * RK + HEADS * D)
             weights_at = affine_at + 2 * RK + head * D  # equal in the two channels of a pair
-            _key_gain, unit = _gain(affine_at, K_TIERS, K_DTYPE)
+            unit = _unit(affine_at, K_TIERS, K_DTYPE)
             r1, r2 = (), ()
             for i in tl.static_range(PARTS):
                 half = i * PQ + p
@@ -801,7 +800,7 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
     most = max(2, _PROGRAMS // others)  # all programs run at once: the last ones would wait for the first to end
     # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
     exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 4
-    tiles = triton.cdiv(coded, TILE)
+    tiles, exact_tiles = triton.cdiv(coded, TILE), triton.cdiv(exact, exact_tile)
     if layout.lossless:
         splits, exact_splits = 0, min(triton.cdiv(exact + coded, 2 * TILE), most)
         programs = exact_splits
@@ -811,10 +810,9 @@ def _plan(layout: Layout, batch: int, rows: int, coded: int, exact: int, dtype: 
         exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
         splits = min(tiles, most - exact_splits)
         programs = splits + exact_splits
-        passes = triton.cdiv(triton.cdiv(exact, exact_tile), most)
-        if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, most) > _PASS * passes:
+        if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, most) > _PASS * triton.cdiv(exact_tiles, most):
             splits = programs = most
-            exact_splits = min(triton.cdiv(exact, exact_tile), most)
+            exact_splits = min(exact_tiles, most)
     # weights may be as far from 1 as scores from their reference, for which float16 has no exponents
     mixed, keys = dtype, _keys_in(dtype)
     if dtype == torch.float16:
