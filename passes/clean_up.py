@@ -9,10 +9,10 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 
-from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, call_name, fake, is_call
+from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, fake, is_call
+from spectral_compile.passes.writes import changes_in_place
 from spectral_compile.tensor import SpectralTensor
 
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 _ARITHMETIC = ("add", "iadd", "sub", "isub", "mul", "imul")
 _VIEWS = (
     *("view", "reshape", "flatten", "unflatten", "expand", "permute", "transpose", "unsqueeze", "squeeze", "getitem", "select"),
@@ -69,14 +69,6 @@ def _viewed(node: Node) -> Node:
     while is_call(node, *_VIEWS) or changes_in_place(node):
         node = node.args[0]
     return node
-
-
-def changes_in_place(node: Node) -> bool:
-    """Whether ``node`` writes to its first argument, as PyTorch names what does."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], Node):
-        return False
-    name = call_name(node)
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _counts(node: Node) -> bool:

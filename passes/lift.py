@@ -1,4 +1,8 @@
-"""Run a piece of a traced graph on real tensors, to learn what it computes."""
+"""Run a piece of a traced graph on real tensors, to learn what it computes.
+
+What it reads off the process, such as the frequencies of RoPE, is true of this graph only for as long as nobody changes it:
+``constants.py`` has Dynamo ask for another graph then. What the graph itself changes is read by no piece of it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
+from spectral_compile.passes.constants import CONSTANT, constant, name_of
 from spectral_compile.passes.trace import begins_or_ends_vmap, fake
+from spectral_compile.passes.writes import memory, writes
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -19,13 +25,17 @@ class Unliftable(Exception):
 
 
 def real_value(node: Node) -> Any:
-    """The value that a leaf had when the graph was traced: a placeholder's tensor, or a size."""
+    """The value that a leaf had when the graph was traced: a placeholder's tensor, which is noted as a constant, or a size."""
     if is_size(node):
         return hint(fake(node))
-    argument = node.meta.get("grapharg")
-    if argument is None or not isinstance(argument.example, torch.Tensor):
-        raise Unliftable(f"{node.name} has no value while tracing")
-    return argument.example
+    if CONSTANT not in node.meta:
+        argument = node.meta.get("grapharg")
+        if argument is None or not isinstance(argument.example, torch.Tensor):
+            raise Unliftable(f"{node.name} has no value while tracing")
+        if (value := constant(argument.example)) is None:
+            raise Unliftable(f"{name_of(node)} has changed between calls")
+        node.meta[CONSTANT] = value
+    return node.meta[CONSTANT]
 
 
 def is_size(node: Node) -> bool:
@@ -74,9 +84,11 @@ class _Run(Interpreter):
         self.env = dict(known)
         self.values = values
         self.numbers = numbers
+        self.writes = writes(gm.graph)
 
     def fetch(self, node: Node) -> Any:
         order, stack = [], [node, *filter(begins_or_ends_vmap, self.module.graph.nodes)]
+        stack += [write for at in self.env for write in self._written(at, node) if at < write]
         seen = set(self.env)
         while stack:
             at = stack.pop()
@@ -84,10 +96,23 @@ class _Run(Interpreter):
                 continue
             seen.add(at)
             order.append(at)
-            stack.extend(() if is_size(at) else at.all_input_nodes)
+            if not is_size(at):
+                stack += [*at.all_input_nodes, *self._written(at, node)]
         for at in sorted(order):
-            self.env[at] = self.values(at) if at.op == "placeholder" or is_size(at) else self.run_node(at)
+            self.env[at] = self._leaf(at) if at.op == "placeholder" or is_size(at) else self.run_node(at)
         return self.env[node]
+
+    def _written(self, at: Node, before: Node) -> list[Node]:
+        return [write for write in self.writes.get(memory(at), ()) if write < before]
+
+    def _leaf(self, node: Node) -> Any:
+        if memory(node) in self.writes:
+            raise Unliftable(f"the model changes {name_of(node)} while it runs")
+        return self.values(node)
+
+    def get_attr(self, target: str, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.clone() if isinstance(value, torch.Tensor) else value  # the piece may write to it
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import ROWS, sliced
-from spectral_compile.passes.clean_up import changes_in_place
 from spectral_compile.passes.trace import Trace, argument, fake, is_call, is_float
+from spectral_compile.passes.writes import changes_in_place
 
 WIDER = 2  # than what goes in and what comes out is what is worth it
 _ALONE = (  # functions of the channels of a token and of nothing else

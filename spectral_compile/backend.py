@@ -17,6 +17,7 @@ from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import PARTS
 from spectral_compile.passes.attention import canonicalise_attention
 from spectral_compile.passes.clean_up import clean_up, dense_example
+from spectral_compile.passes.constants import guard_constants
 from spectral_compile.passes.edges import classify_edges
 from spectral_compile.passes.masks import classify_masks
 from spectral_compile.passes.patched import refuse_patched
@@ -35,6 +36,7 @@ PASSES: tuple[Callable[[Trace], None], ...] = (
     classify_edges,
     match_rope,
     classify_masks,
+    guard_constants,
     slice_wide,
     rewrite,
     clean_up,
