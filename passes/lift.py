@@ -6,6 +6,7 @@ What it reads off the process, such as the frequencies of RoPE, is true of this 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from spectral_compile.passes.trace import begins_or_ends_vmap, fake
 from spectral_compile.passes.writes import memory, writes
 
 _HALF = (torch.float16, torch.bfloat16)
+_DEVICE = re.compile(r"(cuda|xpu|mps|hpu|npu)(:\d+)?")
 
 
 class Unliftable(Exception):
@@ -79,16 +81,21 @@ def evaluate(size: Any, symbols: dict[Any, int]) -> Any:
 class _Run(Interpreter):
     """Evaluates single nodes on demand, in float32 where the model computes in half precision."""
 
-    def __init__(self, gm: GraphModule, known: dict[Node, Any], values: Callable[[Node], Any], numbers: dict[int, int]) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        known: dict[Node, Any],
+        values: Callable[[Node], Any],
+        numbers: dict[int, int],
+        written: dict[int, list[Node]],
+        device: torch.device | None,
+    ) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.env = dict(known)
-        self.values = values
-        self.numbers = numbers
-        self.writes = writes(gm.graph)
+        self.env, self.values, self.numbers, self.written, self.device = dict(known), values, numbers, written, device
 
     def fetch(self, node: Node) -> Any:
         order, stack = [], [node, *filter(begins_or_ends_vmap, self.module.graph.nodes)]
-        stack += [write for at in self.env for write in self._written(at, node) if at < write]
+        stack += [write for at in self.env for write in self._writes(at, node) if at < write]
         seen = set(self.env)
         while stack:
             at = stack.pop()
@@ -97,22 +104,25 @@ class _Run(Interpreter):
             seen.add(at)
             order.append(at)
             if not is_size(at):
-                stack += [*at.all_input_nodes, *self._written(at, node)]
+                stack += [*at.all_input_nodes, *self._writes(at, node)]
         for at in sorted(order):
             self.env[at] = self._leaf(at) if at.op == "placeholder" or is_size(at) else self.run_node(at)
         return self.env[node]
 
-    def _written(self, at: Node, before: Node) -> list[Node]:
-        return [write for write in self.writes.get(memory(at), ()) if write < before]
+    def _writes(self, at: Node, before: Node) -> list[Node]:
+        return [write for write in self.written.get(memory(at), ()) if write < before]
 
     def _leaf(self, node: Node) -> Any:
-        if memory(node) in self.writes:
+        if memory(node) in self.written:
             raise Unliftable(f"the model changes {name_of(node)} while it runs")
-        return self.values(node)
+        return self._own(self.values(node))
 
     def get_attr(self, target: str, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return value.clone() if isinstance(value, torch.Tensor) else value  # the piece may write to it
+        return self._own(value.clone()) if isinstance(value, torch.Tensor) else value  # the piece may write to it
+
+    def _own(self, value: Any) -> Any:
+        return value.to(self.device) if self.device is not None and isinstance(value, torch.Tensor) else value
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
@@ -121,6 +131,8 @@ class _Run(Interpreter):
     def _other(self, x: Any) -> Any:
         if isinstance(x, torch.dtype) and x in _HALF:
             return torch.float32
+        if self.device is not None and (isinstance(x, torch.device) or (isinstance(x, str) and _DEVICE.fullmatch(x))):
+            return self.device
         return self.numbers.get(x, x) if type(x) is int else x
 
 
@@ -130,18 +142,22 @@ def lift(
     output: Node,
     values: Callable[[Node], Any] = real_value,
     numbers: dict[int, int] | None = None,
+    device: torch.device | None = None,
 ) -> Callable[..., torch.Tensor]:
     """The function from ``inputs`` to ``output`` that the graph computes.
 
     Placeholders that are no input take what ``values`` gives for them: by default what they had while tracing. ``numbers``
-    stand in for constants of the graph, such as sizes. The function raises ``Unliftable``, or whatever the operations raise.
+    stand in for constants of the graph, such as sizes, and ``device`` for that of every tensor. The function raises
+    ``Unliftable``, or whatever the operations raise.
     """
+
+    written = writes(gm.graph)
 
     def run(*given: Any) -> torch.Tensor:
         level = _vmaps()
         try:
             with torch.no_grad():
-                return _Run(gm, dict(zip(inputs, given, strict=True)), values, numbers or {}).fetch(output)
+                return _Run(gm, dict(zip(inputs, given, strict=True)), values, numbers or {}, written, device).fetch(output)
         finally:
             while _vmaps() > level:  # what failed in a vmap has not ended it
                 torch._C._functorch._vmap_decrement_nesting()
@@ -155,19 +171,19 @@ def _vmaps() -> int:
 
 def placeholders_of(node: Node) -> set[Node]:
     """The placeholders whose values, not only sizes, ``node`` is computed from."""
-    return {at for at in _piece(node) if at.op in ("placeholder", "get_attr")}
+    return {at for at in computed_from(node) if at.op in ("placeholder", "get_attr")}
 
 
 def numbers_in(node: Node) -> set[float]:
     """The constants among what ``node`` is computed from, sizes left out where they are read off a tensor."""
     found: set[float] = set()
-    for at in _piece(node):
+    for at in computed_from(node):
         if not is_size(at):
             tree_map(lambda x: found.add(x) if type(x) in (int, float) else None, (at.args, at.kwargs))
     return found
 
 
-def _piece(node: Node) -> set[Node]:
+def computed_from(node: Node) -> set[Node]:
     """``node`` and the nodes whose values, not only sizes, it is computed from."""
     seen, stack = set(), [node]
     while stack:

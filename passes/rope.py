@@ -3,58 +3,117 @@
 Walking back from the keys that attention sees, the pass looks for the one node through which all of their data comes and
 behind which positions are mixed in. What lies between is run: at position 0 it gives the scaling, at position 1 which channels
 are paired and by what angle, at powers of two the angle to full precision, and at random positions the proof that angles are
-linear.
+linear and that no token's depends on where other tokens are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.kernels.reference import rotate
-from spectral_compile.passes.lift import Unliftable, hint, lift
+from spectral_compile.passes.lift import Unliftable, computed_from, hint, is_size, lift
 from spectral_compile.passes.trace import Site, Trace, fake, is_call, is_float
+from spectral_compile.passes.writes import memory, writes
 
 _FARTHEST = 1 << 16
+_BEYOND = 1 << 24  # past any border at which a model takes other frequencies
 _FEW = 64
+_SEVERAL = 8
+_LONGEST = 64  # nodes between a key and the projection that it comes from
 _BARRIER = ("linear", "matmul", "addmm", "mm", "bmm", "embedding", "scaled_dot_product_attention", "conv1d", "einsum")
+_FAILURES = (RuntimeError, IndexError, TypeError, ValueError)  # of a piece of a graph that is run by itself
+
+
+_Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Found(NamedTuple):
+    """A key before RoPE, the tensors of angles mixed into it, and the positions [1 or batch, tokens] that they come from."""
+
+    source: Node
+    angles: tuple[Node, ...]
+    ids: Node | None
 
 
 def match_rope(trace: Trace) -> None:
     """Give every site its stored key, and positions and rotation where the key is rotated in the graph."""
-    known: dict[tuple[Node, ...], Rotary | str] = {}
-    positions: Node | None = None
+    known: dict[tuple[tuple[Node, ...], bool], Rotary | str] = {}
+    written, positions = writes(trace.gm.graph), None
     for site in trace.matched:
         site.stored_key = site.edge.new[0]
         found = _find(trace, site)
         if found is None:
             continue
-        source, angles, ids = found
-        rotary: Rotary | str = "positions do not come from one [batch, tokens] tensor"
-        if ids is not None and positions in (None, ids):
-            turn = _turn(trace, site, source, ids)
-            if angles not in known:
-                known[angles] = _probe(turn, fake(source).shape[3])
-            rotary = known[angles]
-            if isinstance(rotary, Rotary) and not _agrees(turn, rotary, fake(source).shape[3]):
-                rotary = "what is done to the keys is no rotation"
+        rotary = found
+        if isinstance(found, _Found):
+            if found.ids is None or positions not in (None, found.ids):
+                rotary = "positions do not come from one [batch, tokens] tensor"
+            elif any(found.source < write for write in written.get(memory(found.source), ())):
+                rotary = "they are rotated in place"
+            else:
+                rotary = _rotation(trace, site, found, known)
         if isinstance(rotary, Rotary):
-            site.stored_key, site.positions, site.rotary = source, ids, rotary
-            positions = ids
+            positions = found.ids
         else:
             site.note = f"keys are stored after RoPE: {rotary}"
     for site in trace.matched:
         if site.edge.past is None:
             site.layout = Layout.parse(replace(site.layout, rotary=site.rotary).spec())
-        elif (site.rotary is None) != (site.layout.rotary is None) or not _same(site.rotary, site.layout.rotary):
+        elif site.layout.rotary is None:
+            site.stored_key, site.positions, site.rotary = site.edge.new[0], None, None
+        elif site.rotary is None or not _same(site.rotary, site.layout.rotary):
             site.refusal = "its keys are rotated in another way than those in the cache"
         # the layout that the store was made with stays the key of guards and operations
+
+
+def _rotation(
+    trace: Trace, site: Site, found: _Found, known: dict[tuple[tuple[Node, ...], bool], Rotary | str]
+) -> Rotary | str:
+    """The rotation between what was found and the key, which ``site`` is then given, or why there is none.
+
+    ``known`` holds what angles came to, of keys [B, H, T, D] and of [B, T, H, D].
+    """
+    source, angles, ids = found
+    dim, reason = hint(fake(source).shape[3]), ""
+    for tokens_first in _orders(site, source):
+        turn = _turn(trace, site, source, ids, tokens_first)
+        if (angles, tokens_first) not in known:
+            known[angles, tokens_first] = _probe(turn, dim)
+        rotary = known[angles, tokens_first]
+        if isinstance(rotary, Rotary) and not _agrees(turn, rotary, dim):
+            rotary = "what is done to the keys is no rotation"
+        if isinstance(rotary, Rotary):
+            if tokens_first:
+                source = _heads_first(trace, source)
+            site.stored_key, site.positions, site.rotary = source, ids, rotary
+            return rotary
+        reason = reason or rotary
+    return reason
+
+
+def _orders(site: Site, source: Node) -> list[bool]:
+    """Whether ``source`` may be a key [B, H, T, D] (False), or one that is transposed later, [B, T, H, D] (True)."""
+    shape, (batch, heads, tokens, dim) = getattr(fake(source), "shape", None), hint(fake(site.edge.new[0]).shape)
+    if shape is None:  # halves of a channel come as a tuple
+        return []
+    wanted = ((batch, heads, tokens, dim), False), ((batch, tokens, heads, dim), True)
+    return [tokens_first for shape_, tokens_first in wanted if tuple(hint(shape)) == shape_]
+
+
+def _heads_first(trace: Trace, source: Node) -> Node:
+    with trace.gm.graph.inserting_after(source):
+        turned = trace.gm.graph.call_method("transpose", (source, 1, 2))
+    turned.meta = {"example_value": fake(source).transpose(1, 2)}
+    return turned
 
 
 def _same(a: Rotary | None, b: Rotary | None) -> bool:
@@ -66,8 +125,8 @@ def _same(a: Rotary | None, b: Rotary | None) -> bool:
     )
 
 
-def _find(trace: Trace, site: Site) -> tuple[Node, tuple[Node, ...], Node | None] | None:
-    """(key before RoPE, the position-dependent tensors mixed into it, the positions), or None where there is no RoPE."""
+def _find(trace: Trace, site: Site) -> _Found | str | None:
+    """The key before RoPE and what turns it, why it is not there, or None where the key does not depend on positions."""
     order = trace.order
     frontier, queued, angles = [], set(), []
 
@@ -77,24 +136,37 @@ def _find(trace: Trace, site: Site) -> tuple[Node, tuple[Node, ...], Node | None
             heapq.heappush(frontier, (-order[node], node))
 
     push(site.edge.new[0])
-    for _ in range(64):
-        if len(frontier) == 1 and angles:
-            source = frontier[0][1]
-            if getattr(fake(source), "shape", None) == fake(site.edge.new[0]).shape:  # halves of a channel come as a tuple
-                return source, tuple(angles), _positions(trace, angles)
+    for _ in range(_LONGEST):
+        if len(frontier) == 1 and angles and _orders(site, frontier[0][1]):
+            return _Found(frontier[0][1], tuple(angles), _positions(trace, angles))
         _, node = heapq.heappop(frontier)
         if is_call(node, *_BARRIER) or node.op == "placeholder":
-            return None
+            break
         for parent in node.all_input_nodes:
             if not isinstance(fake(parent), (torch.Tensor, tuple, list)):
                 continue
             if trace.is_data(parent):
                 push(parent)
-            elif is_float(parent) and parent not in angles:
+            elif is_float(parent) and parent not in angles and _moves(parent):
                 angles.append(parent)
         if not frontier:
-            return None
-    return None
+            break
+    if not angles:
+        return None
+    if any(node.op == "placeholder" for _, node in frontier):
+        return "parameters are applied to them after it"
+    return "no tensor of the graph holds them before it"
+
+
+def _moves(angles: Node) -> bool:
+    """Whether a tensor that is no data may differ from token to token, or from call to call."""
+    for node in computed_from(angles):
+        value = fake(node)
+        if isinstance(value, torch.Tensor) and not is_size(node):
+            numbered = value.ndim > 0 and not value.is_floating_point()
+            if numbered or (node.op == "placeholder" and "_dynamo_static_input_type" not in node.meta.get("tensor_dict", {})):
+                return True
+    return False
 
 
 def _positions(trace: Trace, angles: list[Node]) -> Node | None:
@@ -114,11 +186,11 @@ def _positions(trace: Trace, angles: list[Node]) -> Node | None:
     return found
 
 
-def _turn(trace: Trace, site: Site, source: Node, ids: Node) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _turn(trace: Trace, site: Site, source: Node, ids: Node, tokens_first: bool) -> _Turn:
     """``turn(x [n, D], positions [n]) -> [n, D]``: what the graph does to keys ``x`` at these positions."""
-    run = lift(trace.gm, [source, ids], site.edge.new[0])
-    batch, heads, tokens, dim = (hint(n) for n in fake(source).shape)
-    rows, device = hint(fake(ids).shape[0]), fake(source).device
+    run = lift(trace.gm, [source, ids], site.edge.new[0], device=torch.device("cpu"))
+    batch, heads, tokens, dim = hint(fake(site.edge.new[0]).shape)
+    rows = hint(fake(ids).shape[0])
 
     def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         try:  # few tokens are cheap; a graph that has its own number built in needs that number
@@ -129,45 +201,57 @@ def _turn(trace: Trace, site: Site, source: Node, ids: Node) -> Callable[[torch.
     def turn_by(columns: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         out = []
         for part, at in zip(x.split(columns), positions.split(columns), strict=True):
-            key = torch.zeros(batch, heads, columns, dim, device=device)
-            where = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-            key[:, :, : len(part)], where[:, : len(at)] = part.to(device), at.to(device)
-            out.append(run(key, where)[0, 0, : len(part)].float().cpu())
+            key = torch.zeros(batch, heads, columns, dim)
+            where = torch.zeros(rows, columns, dtype=torch.int64)
+            key[:, :, : len(part)], where[:, : len(at)] = part, at
+            key = key.transpose(1, 2).contiguous() if tokens_first else key
+            out.append(run(key, where)[0, 0, : len(part)].float())
         return torch.cat(out)
 
     return turn
 
 
-def _probe(turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dim: int) -> Rotary | str:
+def _probe(turn: _Turn, dim: int) -> Rotary | str:
     """The rotation that ``turn`` performs, or why it is none that this project knows."""
     try:
         return _measure(turn, dim)
     except Unliftable as missing:
         return str(missing)
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+    except _FAILURES as error:
         return f"it can not be run by itself ({type(error).__name__})"
 
 
-def _measure(turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dim: int) -> Rotary | str:
+def _farthest(turn: _Turn, dim: int) -> int:
+    """The farthest power of two that ``turn`` takes for a position: where angles are looked up, their table ends."""
+    farthest = _FARTHEST
+    while farthest > 1:
+        with contextlib.suppress(IndexError, RuntimeError):
+            turn(torch.zeros(1, dim), torch.tensor([farthest]))
+            break
+        farthest //= 2
+    return farthest
+
+
+def _measure(turn: _Turn, dim: int) -> Rotary | str:
     unit = torch.eye(dim)
     still, turned = turn(unit, torch.zeros(dim, dtype=torch.int64)), turn(unit, torch.ones(dim, dtype=torch.int64))
     if not torch.equal(still, torch.diag(still.diag())):
         return "position 0 does not leave channels apart"
     moved = [i for i in range(dim) if float(turned[i].abs().sum() - turned[i, i].abs()) > 0]
-    half = len(moved) // 2
-    if not moved or len(moved) % 2 or moved != list(range(2 * half)):
+    if not moved or moved[0] > 0:
         return "the rotated channels are not the first ones"
     partner = int(turned[0, 1:].abs().argmax()) + 1
-    if partner not in (1, half):
-        return "its channels are paired in an unknown way"
-    interleaved = partner != half
+    interleaved = partner == 1 and len(moved) > 2
+    half = moved[-1] // 2 + 1 if interleaved else partner  # pairs, of which some may stand still
     pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
+    if 2 * half > dim or any((i in moved) != (j in moved) for i, j in pairs):
+        return "its channels are paired in an unknown way"
     a, b = (torch.tensor(side) for side in zip(*pairs, strict=True))
     scaling = float(still[0, 0])
     if not torch.allclose(still.diag()[: 2 * half], torch.tensor(scaling)) or not torch.all(still.diag()[2 * half :] == 1):
         return "position 0 scales channels unevenly"
 
-    steps = [1 << k for k in range(_FARTHEST.bit_length())]
+    steps = [1 << k for k in range(_farthest(turn, dim).bit_length())]
     first = torch.zeros(len(steps), dim)
     first[:, a] = 1.0
     seen = turn(first, torch.tensor(steps)).double()
@@ -178,14 +262,20 @@ def _measure(turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dim: in
     return Rotary(tuple(float(torch.tensor(f, dtype=torch.float32)) for f in frequency.tolist()), interleaved, scaling)
 
 
-def _agrees(turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rotary: Rotary, dim: int) -> bool:
-    """Whether ``rotate`` gives what the graph gives, for random keys at random positions."""
+def _agrees(turn: _Turn, rotary: Rotary, dim: int) -> bool:
+    """Whether ``rotate`` gives what the graph gives, for random keys at random positions, whatever token is beside them."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, dim, generator=generator)
-    positions = torch.randint(0, _FARTHEST, (8,), generator=generator)
+    x = torch.randn(_SEVERAL, dim, generator=generator)
     try:
+        farthest = _farthest(turn, dim)
+        positions = torch.randint(0, farthest, (_SEVERAL,), generator=generator)
         expected = turn(x, positions)
-    except (Unliftable, RuntimeError, IndexError, TypeError, ValueError):
+        beside = expected
+        with contextlib.suppress(IndexError, RuntimeError):
+            pairs = torch.stack((positions, torch.full_like(positions, _BEYOND)), 1)
+            beside = turn(x.repeat_interleave(2, 0), pairs.flatten())[::2]
+    except (Unliftable, *_FAILURES):
         return False
     # float32 rounds an angle of p radians to about p * 6e-8
-    return torch.allclose(rotate(x, positions, rotary), expected, atol=1e-5 + 4e-7 * _FARTHEST * rotary.scaling)
+    close = torch.allclose(rotate(x, positions, rotary), expected, atol=1e-5 + 4e-7 * farthest * rotary.scaling)
+    return close and torch.equal(beside, expected)
