@@ -7,8 +7,8 @@ import math
 import torch
 from torch.fx import Node
 
-from spectral_compile.passes.eager import DROPS_OUT, written_out
-from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call, module_of
+from spectral_compile.passes.eager import ALIBI, DROPS_OUT, written_out
+from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call, is_float, module_of
 from spectral_compile.report import Refusal
 
 
@@ -22,6 +22,8 @@ def canonicalise_attention(trace: Trace) -> None:
         elif is_call(node, "softmax"):
             found = written_out(node)
         if isinstance(found, Site):
+            if is_float(mask := found.mask) and fake(mask).ndim == 4 and fake(mask).shape[1] != 1 and not trace.is_data(mask):
+                found.refusal = ALIBI  # what is added to one head's scores is not what is added to another's
             trace.sites.append(_per_kv_head(found))
         elif found is not None:
             reasons.append(found)

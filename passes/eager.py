@@ -12,6 +12,7 @@ from spectral_compile.passes.trace import Site, argument, fake, is_call, module_
 DROPS_OUT = "attention dropout is on: call model.eval()"
 _CASTS = ("to", "type_as", "float", "type")
 _PRODUCTS = ("matmul", "bmm")
+ALIBI = "its attention adds a bias to its scores (ALiBi), which attention to a compressed cache does not"
 _OTHERWISE = "attention is computed by matmul and softmax: load the model with attn_implementation='sdpa' if it has that"
 
 
@@ -88,8 +89,10 @@ def _scaled(scores: Node) -> tuple[Node, float]:
 
 def _factors(scores: Node) -> tuple[Node, Node]:
     """Queries and keys, of which ``scores`` are the product."""
-    if is_call(scores, "view", "reshape") and is_call(scores.args[0], "baddbmm"):
-        raise _Unknown("its attention adds a bias to its scores (ALiBi), which attention to a compressed cache does not")
+    seen = scores.args[0] if is_call(scores, "masked_fill") else scores
+    biased = is_call(seen, "add") and is_call(_scaled(seen.args[0])[0], *_PRODUCTS)
+    if biased or (is_call(scores, "view", "reshape") and is_call(scores.args[0], "baddbmm")):
+        raise _Unknown(ALIBI)
     if is_call(scores, "matmul") and is_call(scores.args[1], "transpose"):
         turned = scores.args[1]
         if fake(turned).ndim == 4 and sorted(dim % 4 for dim in turned.args[1:]) == [2, 3]:

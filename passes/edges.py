@@ -12,6 +12,7 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.passes.trace import Edge, Site, Trace, argument, fake, is_call
 from spectral_compile.tensor import SpectralTensor
 
+NO_CACHE = "its keys and values go to no cache: it is an encoder, or the model is called with use_cache=False"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # by bytes of a number: channels of a group, and KiB of a GPU's shared memory that attention to so many takes at most
 _SHARED = {2: ((64, 36), (128, 80), (192, 132), (256, 176)), 4: ((64, 132),)}
@@ -122,7 +123,9 @@ def _side(node: Node) -> _Side | str:
     if base is not node and is_call(base, "cat", "concat", "concatenate"):
         return "the cache keeps only a window of its tokens"
     if not is_call(node, "cat", "concat", "concatenate"):
-        return "keys and values do not come from a growing cache"
+        if node.op == "placeholder":
+            return "the graph breaks between its cache and its attention"
+        return "keys and values do not come from a growing cache" if _leaves(node) else NO_CACHE
     tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
     if len(tensors) != 2 or dim not in (2, -2):
         return "the cache does not grow by one concatenation along tokens"
@@ -132,3 +135,16 @@ def _side(node: Node) -> _Side | str:
     if past.op != "placeholder":
         return "the past of the cache is computed in the graph"
     return _Side(past, new, node)
+
+
+def _leaves(node: Node) -> bool:
+    """Whether keys or values go on to somewhere else than attention."""
+    seen, stack = set(), [node]
+    while stack:
+        at = stack.pop()
+        if at.op == "output":
+            return True
+        if at not in seen and not is_call(at, "scaled_dot_product_attention", "matmul", "bmm"):
+            seen.add(at)
+            stack.extend(at.users)
+    return False

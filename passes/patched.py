@@ -1,4 +1,5 @@
-"""Refuse what other libraries have patched: what is left of attention in such a graph says nothing of how the model decodes."""
+"""Refuse what other libraries have patched or cut: what is left of attention in such a graph says nothing of how the model
+decodes."""
 
 from __future__ import annotations
 
@@ -10,16 +11,20 @@ from spectral_compile.report import UNSLOTH, Refusal
 ACCELERATE = (
     "accelerate's hooks (device_map over several devices, or offloading) break the model into pieces: load it onto one device"
 )
+WEIGHTS = "output_attentions=True breaks the graph in each attention: leave it out"
 _UNSLOTH_FILE = re.compile(
     r'[/\\](unsloth[/\\](models|kernels|utils)|unsloth_zoo|unsloth_compiled_cache)[/\\]([^/\\"]+[/\\])?[^/\\"]+\.py$'
 )
 _FILE = re.compile(r'^ *File "(.*?)", line', re.MULTILINE)
+_ATTENTION_FILE = re.compile(r"transformers[/\\]integrations[/\\]\w*attention\.py$")
 _HOOKS = ("accelerate/hooks.py", "accelerate\\hooks.py")
 
 
 def refuse_patched(trace: Trace) -> None:
-    """Refuse every site of a graph that Unsloth wrote parts of, and of one that accelerate's hooks cut off around a layer."""
-    reason = UNSLOTH if _by_unsloth(trace) else ACCELERATE if _cut_by_hooks(trace) else None
+    """Refuse every site of a graph that Unsloth wrote parts of, that accelerate's hooks cut off around a layer, or that a word
+    about attention weights cut off before attention."""
+    causes = ((UNSLOTH, _by_unsloth), (ACCELERATE, _cut_by_hooks), (WEIGHTS, _cut_for_weights))
+    reason = next((reason for reason, applies in causes if applies(trace)), None)
     if reason is None:
         return
     for site in trace.sites:
@@ -48,3 +53,11 @@ def _cut_by_hooks(trace: Trace) -> bool:
     if cut is None or not cut.graph_break or len(trace.sites) != 1:
         return False
     return any(frame.filename.endswith(_HOOKS) for frame in cut.user_stack)
+
+
+def _cut_for_weights(trace: Trace) -> bool:
+    """Whether the graph ends where transformers logs that this attention gives no weights."""
+    cut = getattr(trace.gm, "compile_subgraph_reason", None)
+    if cut is None or not cut.graph_break or not cut.user_stack:
+        return False
+    return bool(_ATTENTION_FILE.search(cut.user_stack[-1].filename)) and "Logger" in cut.reason
