@@ -35,8 +35,8 @@ def constant(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def name_of(node: Node) -> str:
-    """What the model calls the parameter or buffer of a placeholder."""
-    return re.split(r"_(?:buffers|parameters)_", node.name)[-1].strip("_")
+    """What the model calls the parameter or buffer, or the caller the argument, that is given for a placeholder."""
+    return re.split(r"_(?:buffers|parameters)_|^l_(?:kwargs_)?", node.name)[-1].strip("_")
 
 
 def guard_constants(trace: Trace) -> None:

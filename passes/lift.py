@@ -34,10 +34,17 @@ def real_value(node: Node) -> Any:
         argument = node.meta.get("grapharg")
         if argument is None or not isinstance(argument.example, torch.Tensor):
             raise Unliftable(f"{node.name} has no value while tracing")
+        if not belongs_to_model(node):
+            raise Unliftable(f"they depend on an argument of the call, {name_of(node)}")
         if (value := constant(argument.example)) is None:
             raise Unliftable(f"{name_of(node)} has changed between calls")
         node.meta[CONSTANT] = value
     return node.meta[CONSTANT]
+
+
+def belongs_to_model(node: Node) -> bool:
+    """Whether a placeholder is a parameter or a buffer, by Dynamo's word, and no argument of the call."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
 def is_size(node: Node) -> bool:

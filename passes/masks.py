@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from spectral_compile.passes.lift import (
     Unliftable,
+    belongs_to_model,
     evaluate,
     free_symbols,
     hint,
@@ -24,7 +25,7 @@ from spectral_compile.passes.lift import (
     real_value,
     symbol_hints,
 )
-from spectral_compile.passes.trace import Site, Trace, fake
+from spectral_compile.passes.trace import Site, Trace, fake, is_float
 
 _WIDEST = 1 << 19  # a window is looked for up to this many columns
 _CELLS = 1 << 26  # and a mask is computed up to this many cells, four times as many where nothing is cached
@@ -79,11 +80,19 @@ def _classify(site: Site) -> tuple[str, Node | None, int]:
 
 
 def _hides_columns(site: Site, given: Node) -> bool:
-    """Whether the mask of a prompt hides each column where ``given`` is 0, all else being as it was while tracing."""
+    """Whether the mask of a prompt hides each column where ``given`` is 0, whatever other arguments of the call say."""
     rows, count = (hint(n) for n in fake(given).shape)
     if count != hint(fake(site.query).shape[2]) or count * count > 4 * _CELLS:
         return False
-    run, generator = lift(site.attended.graph.owning_module, [given], site.mask), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def value(node: Node) -> Any:
+        if is_size(node) or is_float(node) or belongs_to_model(node):
+            return real_value(node)
+        drawn = torch.randint(0, 2, hint(fake(node).shape), generator=generator)
+        return drawn.to(fake(node).device, fake(node).dtype)
+
+    run = lift(site.attended.graph.owning_module, [given], site.mask, value)
     valid = torch.rand(rows, count, generator=generator) < 0.7
     with contextlib.suppress(*_FAILURES):
         seen = run(valid.to(fake(given).dtype).to(fake(given).device)).cpu()

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.kernels.reference import rotate
-from spectral_compile.passes.lift import Unliftable, computed_from, hint, is_size, lift
+from spectral_compile.passes.lift import Unliftable, belongs_to_model, computed_from, hint, is_size, lift
 from spectral_compile.passes.trace import Site, Trace, fake, is_call, is_float
 from spectral_compile.passes.writes import memory, writes
 
@@ -164,7 +164,7 @@ def _moves(angles: Node) -> bool:
         value = fake(node)
         if isinstance(value, torch.Tensor) and not is_size(node):
             numbered = value.ndim > 0 and not value.is_floating_point()
-            if numbered or (node.op == "placeholder" and "_dynamo_static_input_type" not in node.meta.get("tensor_dict", {})):
+            if numbered or (node.op == "placeholder" and not belongs_to_model(node)):
                 return True
     return False
 
