@@ -181,6 +181,11 @@ def placeholders_of(node: Node) -> set[Node]:
     return {at for at in computed_from(node) if at.op in ("placeholder", "get_attr")}
 
 
+def arguments_of(node: Node) -> set[Node]:
+    """The arguments of the call, and no parameters or buffers, whose values ``node`` is computed from."""
+    return {at for at in placeholders_of(node) if at.op == "placeholder" and not is_size(at) and not belongs_to_model(at)}
+
+
 def numbers_in(node: Node) -> set[float]:
     """The constants among what ``node`` is computed from, sizes left out where they are read off a tensor."""
     found: set[float] = set()

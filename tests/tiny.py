@@ -63,6 +63,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=32)),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED)),
     "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL, rotary_pct=0.25)),
+    "gpt-j": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(n_embd=64, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, **TEXT)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=None, eos_token_id=None)
     ),
@@ -70,6 +71,16 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "glm4-partial-interleaved": lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**GROUPED, head_dim=16, partial_rotary_factor=0.5)),
     "phi3-long-rope": lambda: hf.Phi3ForCausalLM(
         hf.Phi3Config(**GROUPED, original_max_position_embeddings=1024, rope_parameters=LONG)
+    ),
+    "gemma4-proportional": lambda: hf.Gemma4ForCausalLM(
+        hf.Gemma4TextConfig(
+            **GROUPED,
+            head_dim=16,
+            global_head_dim=32,
+            vocab_size_per_layer_input=256,
+            hidden_size_per_layer_input=8,
+            layer_types=["full_attention"] * 2,
+        )
     ),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(
