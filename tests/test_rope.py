@@ -18,15 +18,15 @@ from spectral_compile.passes.constants import _Holds
 from spectral_compile.passes.lift import lift
 from tests.tiny import EXACT, GREEDY, GROUPED, LONG, OLDEST, TEXT, build, tokens
 
-HOW = {"max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+HOW = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
 SOON = {**LONG, "original_max_position_embeddings": 64}  # long frequencies begin there; 4096 in Phi-3.5 and Phi-4-mini
 THREE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2}
 
 
-def theta(value: float) -> dict[str, object]:
-    return {"rope_type": "default", "rope_theta": value}
+def llama(**given: object) -> PreTrainedModel:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, **given}))
 
 
 BUILD: dict[str, Callable[[], PreTrainedModel]] = {
@@ -63,11 +63,9 @@ BUILD: dict[str, Callable[[], PreTrainedModel]] = {
             },
         )
     ),
-    "dynamic-ntk": lambda: hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            **{**GROUPED, "max_position_embeddings": 64},
-            rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-        )
+    "one-layer": lambda: llama(num_hidden_layers=1),
+    "dynamic-ntk": lambda: llama(
+        max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     ),
     "mpt": lambda: hf.MptForCausalLM(hf.MptConfig(d_model=64, n_heads=4, n_layers=2, max_seq_len=512, vocab_size=256)),
     "falcon-alibi": lambda: hf.FalconForCausalLM(
@@ -91,7 +89,7 @@ def make(name: str, backend: object = None, **options: object) -> PreTrainedMode
 
 
 def logits(model: PreTrainedModel, *prompts: int) -> torch.Tensor:
-    """Logits of new tokens after prompts of these lengths, [8 a prompt, 1, vocabulary]."""
+    """Logits of new tokens after prompts of these lengths, [6 a prompt, 1, vocabulary]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.cat([torch.stack(model.generate(tokens(1, count), **HOW).logits) for count in prompts])
@@ -119,19 +117,16 @@ def frequencies(cache: object) -> torch.Tensor:
 
 
 @newest
-@pytest.mark.parametrize("prompts", [(100,), (40, 100), (60,)], ids=["beyond", "before-and-beyond", "across"])
+@pytest.mark.parametrize("prompts", [(40, 100), (60,)], ids=["beyond", "across"])
 def test_frequencies_that_the_graph_changes_equal_dense(prompts: tuple[int, ...]) -> None:
     """LongRoPE takes others for all tokens when the text grows past a border, by a write to its buffer."""
-    assert_equal(
-        logits(make("phi3-across-its-border", sc.spectral), *prompts), logits(make("phi3-across-its-border"), *prompts)
-    )
+    name = "phi3-across-its-border"
+    assert_equal(logits(make(name, sc.spectral), *prompts), logits(make(name), *prompts))
+    assert notes() == {"keys are stored after RoPE: the model changes inv_freq while it runs"}
     assert_compressed()
-    assert notes() == {"keys are stored after RoPE: the model changes rotary_emb_inv_freq while it runs"} or notes() == {
-        "keys are stored after RoPE: the model changes inv_freq while it runs"
-    }
 
 
-@pytest.mark.parametrize("prompts", [(100,), (40, 100, 40), (60,)], ids=["beyond", "there-and-back", "across"])
+@pytest.mark.parametrize("prompts", [(40, 100, 40), (60,)], ids=["there-and-back", "across"])
 def test_frequencies_that_grow_with_the_text_equal_dense(prompts: tuple[int, ...]) -> None:
     ours = logits(make("dynamic-ntk", sc.spectral, strict=False), *prompts)
     assert_equal(ours, logits(make("dynamic-ntk"), *prompts))
@@ -186,26 +181,28 @@ def test_keys_keep_the_rotation_that_they_were_cached_with(at: int) -> None:
         if i == at:
             model.model.rotary_emb.inv_freq.mul_(0.25)
 
-    assert_equal(turns(make("llama", sc.spectral, strict=False), change), turns(make("llama"), change))
+    assert_equal(turns(make("one-layer", sc.spectral, strict=False), change), turns(make("one-layer"), change))
     assert report.decodes() > 0
     reasons = {refusal.reason for graph in sc.reports() for refusal in graph.refusals}
     assert "its keys are rotated in another way than those in the cache" in reasons
-    with pytest.raises(Exception, match="strict.*rotated in another way"):
-        turns(make("llama", sc.spectral), change)
+    with pytest.raises(Exception, match=r"strict.*rotated in another way"):
+        turns(make("one-layer", sc.spectral), change)
 
 
 def test_models_that_share_code_do_not_share_frequencies() -> None:
     for base in (1e4, 1e2, 1e4):
-        BUILD["other-base"] = lambda base=base: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=theta(base)))
-        assert_equal(logits(make("other-base", sc.spectral), 40), logits(make("other-base"), 40))
+        ours, dense = (llama(rope_parameters={"rope_type": "default", "rope_theta": base}).eval() for _ in range(2))
+        dense.load_state_dict(ours.state_dict())
+        ours.compile(backend=sc.spectral, options=EXACT)
+        assert_equal(logits(ours, 40), logits(dense, 40))
     assert [graph.kind for graph in sc.reports()] == ["prefill", "decode"] * 2
     assert_compressed()
 
 
 def test_frequencies_that_keep_changing_are_no_constants() -> None:
     """Each change would be another graph, of which Dynamo makes few."""
-    ours, dense = make("llama", sc.spectral), make("llama")
-    for _ in range(5):
+    ours, dense = make("one-layer", sc.spectral), make("one-layer")
+    for _ in range(4):
         for model in (ours, dense):
             model.model.rotary_emb.inv_freq.mul_(0.8)
         assert_equal(logits(ours, 40), logits(dense, 40))
@@ -215,14 +212,13 @@ def test_frequencies_that_keep_changing_are_no_constants() -> None:
 
 
 names = st.sampled_from(
-    ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"]
-    + [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.k_proj.weight", "input_layernorm.weight")]
-    + ["model.norm.weight", "model.embed_tokens.weight"]
+    ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq", "model.embed_tokens.weight"]
+    + [f"model.layers.0.{name}" for name in ("self_attn.k_proj.weight", "input_layernorm.weight")]
 )
 edits = st.dictionaries(st.integers(0, 4), st.tuples(names, st.sampled_from([0.5, -1.0, 1.25]), st.booleans()), max_size=3)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(edits)
 def test_whatever_is_changed_between_calls_equals_dense(edits: dict[int, tuple[str, float, bool]]) -> None:
     sc.reset()
@@ -233,7 +229,7 @@ def test_whatever_is_changed_between_calls_equals_dense(edits: dict[int, tuple[s
             tensor = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
             (tensor.data if by_data else tensor).mul_(factor)
 
-    assert_equal(turns(make("llama", sc.spectral, strict=False), change), turns(make("llama"), change))
+    assert_equal(turns(make("one-layer", sc.spectral, strict=False), change), turns(make("one-layer"), change))
 
 
 def test_a_step_on_a_gpu_trusts_versions_and_compares_what_has_none() -> None:
@@ -273,7 +269,8 @@ def test_angles_that_depend_on_how_far_other_tokens_are_are_no_rotation(border: 
     ours, dense = make("llama", sc.spectral), make("llama")
     ours.model.rotary_emb, dense.model.rotary_emb = Stretched(border), Stretched(border)
     assert_equal(logits(ours, 46), logits(dense, 46))
-    assert notes() == {"keys are stored after RoPE: what is done to the keys is no rotation"}
+    reasons = {note.reason for note in sc.reports()[0].notes}
+    assert reasons == {"keys are stored after RoPE: what is done to the keys is no rotation"}
     assert_compressed()
 
 
@@ -391,6 +388,6 @@ GIVEN = [
 
 @pytest.mark.parametrize("name, given_, reason", GIVEN, ids=["sdpa-uncached", "uncached", "sdpa-weights", "weights"])
 def test_what_the_call_asks_for_is_the_reason(name: str, given_: dict[str, bool], reason: str) -> None:
-    with pytest.warns(report.SpectralWarning, match=reason):
+    with torch.no_grad(), pytest.warns(report.SpectralWarning, match=reason):
         make(name, sc.spectral, strict=False)(tokens(1, 12), **given_)
     assert any(reason in refusal.reason for graph in sc.reports() for refusal in graph.refusals)
