@@ -14,7 +14,7 @@ from spectral_compile import report
 from spectral_compile.backend import examine
 from tests.tiny import EXACT, GREEDY, MODELS, OLDEST, OTHERS, WINDOWS, build, tokens
 
-ROTATED = set(MODELS) - {"gpt2", "gpt2-eager", "opt", "smollm3-without-rope"}
+ROTATED = set(MODELS) - {"gpt2", "gpt2-eager", "opt", "smollm3-without-rope", "phi3-long-rope"}
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -109,7 +109,7 @@ def test_keys_are_stored_before_rope(name: str) -> None:
     key = out.past_key_values.layers[0].keys
     assert key.kind.layout.rotary is not None
     assert not any(graph.notes for graph in sc.reports())
-    assert key.kind.layout.rotary.interleaved == ("interleaved" in name)
+    assert key.kind.layout.rotary.interleaved == ("interleaved" in name or name == "gpt-j")
 
 
 @pytest.mark.parametrize("preset", ["seed", "quality", "balanced", "compact"])
