@@ -125,7 +125,10 @@ def _side(node: Node) -> _Side | str:
     if not is_call(node, "cat", "concat", "concatenate"):
         if node.op == "placeholder":
             return "the graph breaks between its cache and its attention"
-        return "keys and values do not come from a growing cache" if _leaves(node) else NO_CACHE
+        kept = node
+        while is_call(kept, "to", "float", "type_as", "contiguous"):
+            kept = kept.args[0]
+        return "keys and values do not come from a growing cache" if _leaves(kept) else NO_CACHE
     tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
     if len(tensors) != 2 or dim not in (2, -2):
         return "the cache does not grow by one concatenation along tokens"

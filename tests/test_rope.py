@@ -336,6 +336,7 @@ def test_keys_are_stored_before_rope_of_every_form(name: str, pairs: int) -> Non
     assert_compressed()
 
 
+@newest
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_prompt_of_as_many_tokens_as_heads_leaves_no_doubt(count: int) -> None:
     """[B, T, H, D] and [B, H, T, D] then look the same."""
