@@ -12,7 +12,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule
 
-from spectral_compile import report
+from spectral_compile import limit, report
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import PARTS
 from spectral_compile.passes.attention import canonicalise_attention
@@ -53,6 +53,7 @@ def spectral(
     ``options`` are the fields of ``SpectralConfig``, and options of Inductor; ``mode`` is Inductor's. A graph with gradients,
     without a cache, or in which nothing matches goes to the inner compiler as it came. Bad options raise ValueError.
     """
+    limit.restore()
     config = SpectralConfig.parse(options, mode)
     started = time.perf_counter()
     refusal = refuse_graph(gm)
@@ -90,6 +91,9 @@ def spectral(
     seconds = {"passes": passed - started, "inner": done - passed}
     report.record(make_report(trace, refusal, seconds))
     return compiled
+
+
+limit.watch(spectral)
 
 
 def refuse_graph(gm: GraphModule) -> Refusal | None:
@@ -200,6 +204,7 @@ def _placeholders(gm: GraphModule) -> list[Any]:
 def reset() -> None:
     """Forget all reports, counts and compiled graphs of this process."""
     report.clear()
+    limit.clear()
     torch._dynamo.reset()
 
 
