@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from spectral_compile.codec.layout import Layout
+from spectral_compile.foreign import remember
 from spectral_compile.kernels import advance, append, reference
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 
@@ -212,6 +213,7 @@ class SpectralStore:
         self.pending: dict[str, torch.Tensor] = {}
         self.derived = Shared()
         self.handle = torch.empty(0, device=self.device)
+        remember(self.handle, self)
 
     @property
     def buffers(self) -> Buffers:
@@ -342,7 +344,10 @@ class SpectralStore:
         starts.masked_fill_(starts > self.timeline.ledger[:, 3:4], UNUSED)
 
     def dense(self, role: str, length: int) -> torch.Tensor:
-        """Keys as attention would see them, or values: [B, H, length, D] in the model's dtype, zeros where there is padding."""
+        """Keys as attention would see them, or values: [B, H, length, D] in the model's dtype.
+
+        Zeros where there is padding, and behind the last column.
+        """
         timeline = self.timeline
         b, (h, d) = timeline.batch, (self.layout.kv_heads, self.layout.head_dim)
         out = torch.zeros(b, h, length, d, dtype=self.dtype, device=self.device)
@@ -351,8 +356,9 @@ class SpectralStore:
             both = reference.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
             places = timeline.columns[row, :known].nonzero().flatten()
             out[row, :, places] = both[role == "value"][:, : len(places)]
-        if length > known:
-            out[:, :, known:] = self.pending[role][:, :, : length - known]
+        if (new := self.pending.get(role)) is not None:
+            new = new[:, :, : length - known]
+            out[:, :, known : known + new.shape[2]] = new
         return out
 
     def append_eagerly(self, role: str, x: torch.Tensor) -> SpectralStore:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map
 
 from spectral_compile.codec.layout import Layout
+from spectral_compile.foreign import decoded
 from spectral_compile.report import count_decode
 from spectral_compile.store import SpectralStore, Timeline, View
 
@@ -61,6 +63,11 @@ class SpectralTensor(torch.Tensor):
         """The columns that are there."""
         return self.store.timeline.length if self.kind.static else self.shape[2]
 
+    @property
+    def shape_only(self) -> bool:
+        """Whether Dynamo traces with this tensor, which then has no store and is asked for no values."""
+        return self.store is None and isinstance(self.handle, FakeTensor)
+
     def __tensor_flatten__(self) -> tuple[list[str], Kind]:
         return _INNER, self.kind
 
@@ -68,13 +75,17 @@ class SpectralTensor(torch.Tensor):
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> SpectralTensor:
         return SpectralTensor(inner["handle"], size, context)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache of graphs knows this tensor by."""
+        return repr((tuple(self.shape), self.kind))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"SpectralTensor({self.kind.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def dense(self) -> torch.Tensor:
         """The tensor that this stands for, decoded: keys rotated as attention sees them, padding as zeros."""
-        if self.store is None:  # traced: only the shape matters
-            return self.handle.new_empty(self.shape, dtype=self.dtype)
+        if self.store is None:  # traced, by Dynamo for the shape alone, by other compilers for what the graph is to compute
+            return decoded(self.handle, self.kind.role, list(self.shape), self.dtype, self.kind.strict)
         return self.store.dense(self.kind.role, self.shape[2])
 
     def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
@@ -141,7 +152,7 @@ class SpectralTensor(torch.Tensor):
             if result is not NotImplemented:
                 return result
 
-        if func._schema.is_mutable and isinstance(first, SpectralTensor) and first.store is not None:
+        if func._schema.is_mutable and isinstance(first, SpectralTensor) and not first.shape_only:
             raise RuntimeError(f"{func} would write to a compressed cache, which only grows: start with a new cache")
 
         def plain(x: Any) -> Any:
@@ -176,6 +187,11 @@ def _traced(args: Any) -> bool:
 
 def _write(x: SpectralTensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> SpectralTensor:
     """What a static cache does with new tokens, which can only come after those that are there."""
+    if x.store is None and not x.shape_only:
+        raise RuntimeError(
+            'a graph of another compiler than backend="spectral" would write to a compressed static cache: compile with that'
+            " backend whatever is given this cache, or use the default DynamicCache"
+        )
     if x.store is not None:
         if dim % 4 != 2 or index.tolist() != list(range(x.length, x.length + len(index))):
             raise RuntimeError("a compressed static cache is only written to behind its last token: start with a new cache")
