@@ -1,4 +1,4 @@
-"""What was compiled with this backend and cannot reach it: a wrapper whose ``generate`` runs the model within it instead of itself.
+"""What was compiled with this backend and cannot reach it: wrappers whose ``generate`` runs the model within them.
 
 ``module.compile`` compiles the call of that module. ``generate`` of transformers calls the model that it belongs to; that of a
 wrapper, such as PEFT's, hands everything on to the model within, whose call is not compiled.
@@ -14,7 +14,7 @@ import torch
 
 
 def misdirected() -> list[str]:
-    """A sentence for each live module that was compiled with this backend and whose ``generate`` passes the compiled call by."""
+    """A sentence for each live module that was compiled with this backend and whose ``generate`` passes that call by."""
     compiled = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module) and _by_us(x)]
     return [sentence for module in compiled if (sentence := passed_by(module)) is not None]
 
@@ -30,7 +30,7 @@ def being_compiled() -> torch.nn.Module | None:
 
 
 def passed_by(module: torch.nn.Module) -> str | None:
-    """What to write instead where ``module.generate`` does not call ``module``; None where it does, or there is no such method."""
+    """What to write instead where ``module.generate`` does not call ``module``; None where it does, or does not exist."""
     if not hasattr(type(module), "generate") or _generates(module):
         return None
     for path, inner in module.named_modules():
@@ -39,8 +39,9 @@ def passed_by(module: torch.nn.Module) -> str | None:
                 return None
             name = type(module).__name__
             return (
-                f"{name}.generate runs the {type(inner).__name__} within it, and {name}.compile compiles {name} alone, so nothing"
-                f' is compressed: call model.get_submodule("{path}").compile(backend="spectral") and then model.generate()'
+                f"{name}.generate runs the {type(inner).__name__} within it, and {name}.compile compiles {name} alone,"
+                f' so nothing is compressed: call model.get_submodule("{path}").compile(backend="spectral") and then'
+                " model.generate()"
             )
     return None
 

@@ -16,7 +16,7 @@ from spectral_compile import limit, report
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import PARTS
 from spectral_compile.passes.attention import canonicalise_attention
-from spectral_compile.passes.clean_up import clean_up, dense_example
+from spectral_compile.passes.clean_up import clean_up, is_asked_for_its_shape, stand_in
 from spectral_compile.passes.edges import classify_edges
 from spectral_compile.passes.masks import classify_masks
 from spectral_compile.passes.patched import refuse_patched
@@ -65,7 +65,8 @@ def spectral(
     passed = time.perf_counter()
 
     if trace.plan is None:
-        compiled = compile_densely(gm, example_inputs, config)
+        steps = (Refusal(site.where, site.refusal) for site in trace.sites if site.refusal and fake(site.query).shape[-2] == 1)
+        compiled = compile_densely(gm, example_inputs, config, next(steps, None))
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
         for name, part in trace.parts.items():
@@ -85,7 +86,7 @@ def spectral(
                 trace.notes.append(Refusal("graph", why))
             else:
                 replay = Replay(inner, *moving_and_staying(trace.plan), trace.plan.sites[0].device)
-        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)], replay)
+        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)], gm.forward, replay)
     done = time.perf_counter()
 
     seconds = {"passes": passed - started, "inner": done - passed}
@@ -168,16 +169,22 @@ def moving_and_staying(plan: Plan) -> tuple[list[int], list[int]]:
     return move, stay
 
 
-def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:
-    """The graph as it came; compressed tensors among its arguments are decoded at each call."""
-    pasts = [isinstance(fake(node), SpectralTensor) for node in _placeholders(gm)]
-    if not any(pasts):
+def compile_densely(
+    gm: GraphModule, example_inputs: list[Any], config: SpectralConfig, step: Refusal | None
+) -> Callable[..., Any]:
+    """The graph as it came; compressed tensors among its arguments are decoded at each call, unless only shapes are read.
+
+    ``step`` is why it is no compressed decode step, if it is a step at all: prompts then stay dense too.
+    """
+    if not any(isinstance(fake(node), SpectralTensor) for node in _placeholders(gm)):
         return compile_inner(gm, example_inputs, config)
-    copy, examples = own_copy(gm), list(example_inputs)
+    copy, examples, shapes = own_copy(gm), list(example_inputs), set()
     for i, node in enumerate(_placeholders(copy)):
-        if pasts[i]:
-            examples[i] = node.meta["example_value"] = dense_example(fake(node))
-    return DenseGraph(compile_inner(copy, examples, config))
+        if isinstance(fake(node), SpectralTensor):
+            if is_asked_for_its_shape(node):
+                shapes.add(i)
+            examples[i] = stand_in(node)
+    return DenseGraph(compile_inner(copy, examples, config), shapes, step)
 
 
 def make_report(trace: Trace, refusal: Refusal | None, seconds: dict[str, float]) -> GraphReport:

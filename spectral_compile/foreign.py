@@ -1,7 +1,7 @@
-"""``spectral::decoded``: what a compressed tensor becomes in a graph of another compiler, which sees nothing of it but its handle.
+"""``spectral::decoded``: what a compressed tensor becomes in a graph of another compiler, which sees its handle alone.
 
-AOTAutograd, and so Inductor and most others, takes a tensor subclass apart into its inner tensors while it compiles. What it then
-asks the subclass to compute stands in the graph as this operation on the handle, and finds the store when the graph runs.
+AOTAutograd, and so Inductor and most others, takes a tensor subclass apart into its inner tensors while it compiles. What it
+then asks the subclass to compute stands in the graph as this operation on the handle, and finds the store when the graph runs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def decoded(handle: torch.Tensor, role: str, size: list[int], dtype: torch.dtype
     store = getattr(handle, "spectral_store", lambda: None)()
     if store is None:
         raise RuntimeError(
-            "a graph of another compiler holds a compressed cache that it copied or made itself: compile the model, and whatever"
-            ' calls it, with backend="spectral", or give that graph the cache\'s keys.dense() and values.dense()'
+            "a graph of another compiler holds a compressed cache that it copied or made itself: compile the model, and"
+            ' whatever calls it, with backend="spectral", or give that graph the cache\'s keys.dense() and values.dense()'
         )
     count_decode('a graph of another compiler than backend="spectral"', strict)
     return store.dense(role, size[2])

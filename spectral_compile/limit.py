@@ -1,9 +1,9 @@
 """Dynamo's limit on graphs: of this backend's functions it counts those that the safety cap counts, and who meets it is told.
 
-Past ``torch._dynamo.config.recompile_limit`` graphs of one function, 8 by default, Dynamo runs that function as it came and asks
-no backend again. All models of transformers share one function since 5.24, and one conversation of two turns takes three graphs
-or more. Just before Dynamo looks at its limits it asks the hooks of ``register_hook_for_recompile_user_context`` for a remark,
-which is where this backend raises the first limit to the second one, ``accumulated_recompile_limit``, for its own functions.
+Past ``torch._dynamo.config.recompile_limit`` graphs of one function, 8 by default, Dynamo runs that function as it came and
+asks no backend again. All models of transformers share one function since 5.24, and one conversation of two turns takes three
+graphs or more. Just before Dynamo looks at its limits it asks the hooks of ``register_hook_for_recompile_user_context`` for a
+remark, which is where this backend raises the first limit to the second, ``accumulated_recompile_limit``, for its functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A compressed cache in a graph of another compiler: its values, counted, or an error; never a number that is not the cache's."""
+"""A compressed cache in a graph of another compiler: its values, counted, or an error; never a number that is not its."""
 
 from __future__ import annotations
 
