@@ -146,7 +146,7 @@ def _ahead(norms, visible_row, hides, slots, end, NORMALISED: tl.constexpr, HIDE
     if NORMALISED:
         size = tl.exp2((tl.load(norms + slots, mask=ok, other=128).to(tl.float32) - 128) * 0.125)
     if HIDES:
-        ok = ok & (tl.load(visible_row + slots, mask=ok & hides, other=1) != 0)
+        ok = ok & (tl.load(visible_row + slots, mask=slots < end * hides, other=1) != 0)
     return tl.where(ok, 0.0, float("-inf")), size
 
 
@@ -456,7 +456,7 @@ def _present(
         else:
             token = tl.where(is_new, before + column, token)
         if HIDES:
-            ok = ok & (tl.load(visible_row + token, mask=ok & ~is_new & hides, other=1) != 0)
+            ok = ok & (tl.load(visible_row + token, mask=ok & (e < new_first * hides), other=1) != 0)
         in_bytes = ok & (e >= ring_first) & ~is_new
         exact = ok & ~in_bytes if BYTES else ok
         if P > 0:
@@ -554,10 +554,10 @@ def _attend_kernel(
     seen_row = qi
     if HAS_SEEN:
         seen_row = seen + (b * n + qi) * seen_cap
-    visible_row, hides = positions, False
+    visible_row, hides = positions, 0
     if HIDES:
         visible_row = visible + b * slots_cap
-        hides = (tl.load(visible_row + slots_cap - 1) & 1) != 0
+        hides = tl.load(visible_row + slots_cap - 1).to(tl.int32) & 1
 
     q_row = q_ptr + b * q_b + (g * ROWS + qh) * q_h + qi * q_n
     scale = scale * _LOG2E

@@ -6,6 +6,7 @@ next's are born; extend and decode attend to the compressed past. What runs outs
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,7 +197,14 @@ def _substitute(site: Site, books: _Books, buffers: list[Node], enters: bool) ->
             graph.erase_node(write)
     head = (query, stored_key, new_value, mask, columns if mask is not None else None, ledger, positions, valid)
     how = (float(site.scale), site.window, site.softcap, site.sink, visible, enters)
-    _replace(site, attend_, (*head, *buffers, spec, *how))
+    if not site.last:
+        _replace(site, attend_, (*head, *buffers, spec, *how))
+        return
+    with graph.inserting_before(site.attended):
+        rest = graph.call_function(operator.sub, (graph.call_method("size", (stored_key, 2)), site.last))
+        whole = graph.call_function(torch.nn.functional.pad, (query, (0, 0, rest, 0)))
+        out = graph.call_function(attend_, (whole, *head[1:], *buffers, spec, *how))
+    _replace(site, operator.getitem, (out, (slice(None), slice(None), slice(-site.last, None))))
 
 
 def _as_if_grown(site: Site, mask: Node) -> Node:
