@@ -116,11 +116,11 @@ class BoundGraph:
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
         """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
         keys, values = ([arguments[site.past[role]] for site in self.plan.sites] for role in range(2))
-        view, length, timeline = keys[0].view, keys[0].length, keys[0].store.timeline
+        view, length, timeline = keys[0].reach, keys[0].length, keys[0].store.timeline
         stores = [key.store for key in keys]
         # what the step before has returned is one view of stores on one timeline; all else is looked at closely
         alike = (
-            {x.view for x in keys + values} == {view}
+            {x.reach for x in keys + values} == {view}
             and stores == [value.store for value in values]
             and {store.timeline for store in stores} == {timeline}
         )

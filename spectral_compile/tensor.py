@@ -16,6 +16,9 @@ from spectral_compile.store import SpectralStore, Timeline, View
 
 aten = torch.ops.aten
 
+_WRITES = "this would write to a compressed cache, which only grows: start with a new cache, or write to keys.dense()"
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_IN_PLACE.add("__setitem__")
 _INNER = ["handle"]  # the one list of every tensor's inner ones, which Dynamo asks for at every call
 
 
@@ -43,7 +46,7 @@ class SpectralTensor(torch.Tensor):
     handle: torch.Tensor
     kind: Kind
     store: SpectralStore | None
-    view: View | None
+    reach: View | None
 
     @staticmethod
     def __new__(
@@ -55,7 +58,7 @@ class SpectralTensor(torch.Tensor):
         view: View | None = None,
     ) -> SpectralTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=handle.device)
-        self.handle, self.kind, self.store, self.view = handle, kind, store, view
+        self.handle, self.kind, self.store, self.reach = handle, kind, store, view
         return self
 
     @property
@@ -137,8 +140,25 @@ class SpectralTensor(torch.Tensor):
         memo[id(self)] = new = self._on(store)
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a compressed cache cannot be pickled; copy.deepcopy(cache) copies it")
+    def __copy__(self) -> SpectralTensor:
+        return self._on(self.store)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(_WRITES)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the handle, which holds no bytes: PyTorch's own stands for all of the dense tensor, and has no memory."""
+        return self.handle.untyped_storage()
+
+    def _refuse(self, *given: Any, **more: Any) -> Any:
+        raise TypeError(
+            "a compressed tensor has no memory of its own to share, save or hand to other libraries: call .dense() for the"
+            " tensor that it stands for; copy.deepcopy(cache) copies a cache"
+        )
+
+    # of these PyTorch's own would read the memory that there is none of, or lose what it cannot pickle
+    share_memory_ = is_shared = storage = data_ptr = numpy = tolist = _refuse
+    __array__ = __dlpack__ = __reduce_ex__ = _refuse
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -153,7 +173,7 @@ class SpectralTensor(torch.Tensor):
                 return result
 
         if func._schema.is_mutable and isinstance(first, SpectralTensor) and not first.shape_only:
-            raise RuntimeError(f"{func} would write to a compressed cache, which only grows: start with a new cache")
+            raise RuntimeError(f"{func}: {_WRITES}")
 
         def plain(x: Any) -> Any:
             if not isinstance(x, SpectralTensor):
@@ -163,8 +183,31 @@ class SpectralTensor(torch.Tensor):
             return x.dense()
 
         if func in (aten.detach.default, aten.alias.default):
-            return SpectralTensor(first.handle, first.shape, first.kind, first.store, first.view)
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+            return SpectralTensor(first.handle, first.shape, first.kind, first.store, first.reach)
+        out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        views = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns)
+        if views and isinstance(first, SpectralTensor) and first.store is not None:
+            out = tree_map(lambda x: x.as_subclass(Decoded) if isinstance(x, torch.Tensor) else x, out)
+        return out
+
+
+class Decoded(torch.Tensor):
+    """What a view of a compressed tensor comes to, decoded: to be read, since what is written to it would reach no cache."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if (in_place and isinstance(args[0], Decoded)) or isinstance(kwargs.get("out"), Decoded):
+            raise RuntimeError(_WRITES)
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            given = args[0] if args else None
+            if isinstance(out, torch.Tensor) and isinstance(given, Decoded) and out.untyped_storage()._cdata == (
+                given.untyped_storage()._cdata
+            ):
+                return out.as_subclass(Decoded)
+        return out
 
 
 def _only_cut(index: Any, ndim: int) -> tuple[int, slice] | None:
