@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule
 
 from spectral_compile import report
@@ -123,6 +122,8 @@ def compile_inner(
         return gm.forward
     if config.inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
+    from torch._inductor.compile_fx import compile_fx  # here, since to import it takes seconds
+
     return compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
 
 
