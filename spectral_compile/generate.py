@@ -211,7 +211,7 @@ class Session:
             reports(),
             counters["stats"]["unique_graphs"],
             compile_seconds() - before,
-            memory_stats(out.past_key_values),
+            memory_stats(out),
             clock.first,
             clock.rate,
         )

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 from spectral_compile.backend import reset, spectral
 from spectral_compile.codec import PRESETS, Preset, Profile
 from spectral_compile.evaluation.simulated import RECENT, SIMULATED, SimulatedCache
+from spectral_compile.outputs import cache_argument
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor
 
@@ -57,7 +58,7 @@ class Contender:
         """What the model returns for ``ids`` [B, n], which are appended to ``cache``."""
         ids, start = ids.to(self.model.device), cache.get_seq_length()
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, **options)
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache), **options)
         if self.compressed and not all(isinstance(layer.keys, SpectralTensor) for layer in cache.layers):
             # also when Dynamo gave up at its recompile limit, of which no report tells
             raise RuntimeError(f"{self.name}: the cache is dense, so its figures would be those of another cache")
