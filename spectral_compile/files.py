@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from spectral_compile.errors import Mistake
@@ -17,6 +18,14 @@ def read_text(path: Path) -> str:
         raise Mistake(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise Mistake(f"{path} is no text in UTF-8: its byte {error.start} is none") from None
+
+
+def read_texts(paths: Iterable[Path]) -> dict[str, str]:
+    """The same of several files, by name, or by path where there was such a name."""
+    found: dict[str, str] = {}
+    for path in paths:
+        found[str(path) if path.name in found else path.name] = read_text(path)
+    return found
 
 
 def check_writable(path: Path | None) -> Path | None:

@@ -84,6 +84,12 @@ def tensors(*roots: Any) -> Iterator[torch.Tensor]:
             yield x
 
 
+def storage_bytes(*roots: Any) -> int:
+    """Bytes of all tensors within nested containers and tensor subclasses, every storage once and whole."""
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors(*roots)}
+    return sum(storages.values())
+
+
 def _layers(cache: Any) -> list[tuple[list[torch.Tensor], ...]]:
     """What is alive of each layer: keys and values, constant states, and what else there is, such as keys of an indexer."""
     if hasattr(cache, "cross_attention_cache"):

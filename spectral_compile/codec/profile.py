@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,16 +57,16 @@ class Profile:
     """How much a model suffers where the keys, or the values, of one attention layer alone are compressed.
 
     ``key`` and ``value`` hold the mean KL divergence from the dense model under ``USUAL``, in nats a token, for each layer
-    in the order of the graph, ``coarse_key`` and ``coarse_value`` under the cheapest grade. Layers of one model differ by
-    orders of magnitude, and losses of several layers nearly add up.
+    in the order of the graph, ``coarse_key`` and ``coarse_value`` under the cheapest grade, and None where a layer stays dense.
+    Layers of one model differ by orders of magnitude, and losses of several layers nearly add up.
     """
 
     kv_heads: int
     head_dim: int
-    key: tuple[float, ...]
-    value: tuple[float, ...]
-    coarse_key: tuple[float, ...]
-    coarse_value: tuple[float, ...]
+    key: tuple[float | None, ...]
+    value: tuple[float | None, ...]
+    coarse_key: tuple[float | None, ...]
+    coarse_value: tuple[float | None, ...]
 
     def __post_init__(self) -> None:
         sides = self.key, self.value, self.coarse_key, self.coarse_value
@@ -74,15 +74,16 @@ class Profile:
             raise ValueError("a profile holds a number of KV heads and one of channels a head")
         if (
             any(not isinstance(side, tuple) or len(side) != len(self.key) or not side for side in sides)
-            or any(type(x) not in (int, float) for side in sides for x in side)
-            or any(not 0 <= x <= sys.float_info.max for side in sides for x in side)
+            or any(type(x) not in (int, float) or not 0 <= x <= sys.float_info.max for x in chain(*map(_known, sides)))
+            or any(len({x is None for x in layer}) > 1 for layer in zip(*sides, strict=True))
+            or not _known(self.key)
         ):
             raise ValueError("a profile holds finite losses of keys and of values, not negative, for each attention layer")
 
     def losses(self) -> list[list[float]]:
-        """What each layer is expected to lose at each grade."""
-        coarse = zip(self.coarse_key, self.coarse_value, strict=True)
-        fine = zip(self.key, self.value, strict=True)
+        """What each layer that does not stay dense is expected to lose at each grade."""
+        coarse = zip(_known(self.coarse_key), _known(self.coarse_value), strict=True)
+        fine = zip(_known(self.key), _known(self.value), strict=True)
         return [
             [
                 _loss(k, most_k, g.key_loss, GRADES[0].key_loss) + _loss(v, most_v, g.value_loss, GRADES[0].value_loss)
@@ -120,9 +121,16 @@ class Profile:
         return f"the profile is of another model, with {made}: write one for this model with `spectral-compile calibrate`"
 
     def apply(self, layout: Layout, layer: int) -> Layout:
-        """``layout``, which every layer would have, with the tiers of this layer."""
-        grade = GRADES[_allot(self, layout.key, layout.value, layout.width)[layer]]
+        """``layout``, which every layer would have, with the tiers of this layer; as it is where the profile has none."""
+        if self.key[layer] is None:
+            return layout
+        place = len(_known(self.key[:layer]))
+        grade = GRADES[_allot(self, layout.key, layout.value, layout.width)[place]]
         return replace(layout, key=tiers(grade.key, layout.width), value=tiers(grade.value, layout.width))
+
+
+def _known(side: tuple[float | None, ...]) -> list[float]:
+    return [x for x in side if x is not None]
 
 
 def shipped() -> dict[str, Traversable]:
@@ -152,7 +160,7 @@ def _loss(fine: float, coarse: float, usual: float, most: float) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _allot(profile: Profile, key: Tiers, value: Tiers, width: int) -> tuple[int, ...]:
-    """The grade of each layer that loses least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
+    """The grade of each layer with losses: least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
 
     Lagrangian relaxation over each choice of ``_MOST`` grades: of all that a price of a byte makes best, the last that fits.
     """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import Cache, DynamicCache
 
 from spectral_compile.evaluation.simulated import SimulatedCache
-from spectral_compile.stats import memory_stats, tensors
+from spectral_compile.stats import memory_stats, storage_bytes
 from spectral_compile.tensor import SpectralTensor
 
 
@@ -45,9 +44,3 @@ def weigh(cache: Cache) -> Size:
 def compressed_keys(cache: Cache) -> list[SpectralTensor]:
     """The keys of the layers that this backend has compressed."""
     return [keys for layer in cache.layers if isinstance(keys := getattr(layer, "keys", None), SpectralTensor)]
-
-
-def storage_bytes(*roots: Any) -> int:
-    """Bytes of all tensors within nested containers and tensor subclasses, every storage once and whole."""
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors(*roots)}
-    return sum(storages.values())
