@@ -27,6 +27,7 @@ from spectral_compile.command import parse_options
 from spectral_compile.errors import Mistake
 from spectral_compile.files import check_writable, read_texts, write_whole
 from tests import shell
+from tests.test_stats import HYBRIDS
 
 TINY = ("--inner", "eager", "--dtype", "float32", "--prompt-tokens", "700", "--new-tokens", "6", "--device", "cpu")
 
@@ -317,6 +318,17 @@ def test_generate_without_the_dense_cache(tiny_folder: Path) -> None:
     shown = rows(result.stdout)
     assert len(shown["ratio"]) == 1
     assert "equal leading tokens" not in shown
+
+
+def test_generate_takes_a_model_with_states(tiny_folder: Path, tmp_path: Path) -> None:
+    HYBRIDS["lfm2"]().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    result = invoke("--model", tmp_path, *TINY, "--preset", "exact")
+    assert result.exit_code == 0, result.output
+    shown = rows(result.stdout)
+    assert shown["states"][0] == shown["states"][1] != "-"
+    assert shown["sites matched, decode"] == ["-", "1 of 1"]
+    assert shown["equal leading tokens"] == ["-", "6 of 6"]
 
 
 def test_a_prompt_of_ones_own_from_a_file(tiny_folder: Path, tmp_path: Path) -> None:
