@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import spectral_compile
+
 pytestmark = pytest.mark.xdist_group("package")  # the wheels are built in the source tree
 ROOT = Path(__file__).parents[1]
 SITE = sysconfig.get_path("purelib")
@@ -137,6 +139,11 @@ def test_a_profile_is_found_by_its_name(where: str, installed: Path, tmp_path: P
 def test_importing_the_package_imports_neither_compilers_nor_transformers(tmp_path: Path) -> None:
     """They take seconds, which nobody should wait for who only asks for an option."""
     assert output(python(IMPORTED, tmp_path, ROOT)) == ["[]"]
+
+
+def test_every_public_name_is_there() -> None:
+    assert "SpectralWarning" in spectral_compile.__all__
+    assert all(hasattr(spectral_compile, name) for name in spectral_compile.__all__)
 
 
 def test_kernels_and_passes_are_no_regular_packages() -> None:
