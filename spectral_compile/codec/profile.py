@@ -17,7 +17,7 @@ from .layout import Layout, Tiers
 from .presets import tiers
 
 if TYPE_CHECKING:
-    from importlib.abc import Traversable
+    from importlib.resources.abc import Traversable
 
 _MOST = 4  # grades in one model: kernels are compiled for each
 _TOKENS = 4096  # over which the bytes of a basis are spread
