@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule
 
 from spectral_compile import limit, report
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import PARTS
+from spectral_compile.outputs import cache_argument, cache_of
 from spectral_compile.passes.attention import canonicalise_attention
 from spectral_compile.passes.clean_up import clean_up, is_asked_for_its_shape, stand_in
 from spectral_compile.passes.edges import classify_edges
@@ -39,6 +39,7 @@ PASSES: tuple[Callable[[Trace], None], ...] = (
     rewrite,
     clean_up,
 )
+_ONCE = ("input_ids", "position_ids", "inputs_embeds", "cache", "past_key_values")  # inputs that no second call repeats
 
 
 def spectral(
@@ -128,6 +129,8 @@ def compile_inner(
         return gm.forward
     if config.inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
+    from torch._inductor.compile_fx import compile_fx  # here, since to import it takes seconds
+
     return compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
 
 
@@ -237,11 +240,11 @@ def examine(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", SpectralWarning)
         out = compiled(**inputs)
-        cache = getattr(out, "past_key_values", None)
+        cache = cache_of(out)
         if cache is not None:
-            step = {k: v for k, v in inputs.items() if k not in ("input_ids", "position_ids", "inputs_embeds")}
+            step = {k: v for k, v in inputs.items() if k not in _ONCE}
             if (mask := step.get("attention_mask")) is not None:
                 step["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
-            compiled(input_ids=out.logits[:, -1:].argmax(-1), **{**step, "past_key_values": cache})
+            compiled(input_ids=out.logits[:, -1:].argmax(-1), **step, **cache_argument(cache))
     torch._dynamo.reset()
     return report.reports()[before:]
