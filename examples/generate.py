@@ -28,7 +28,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | 
 
     for report in reports():
         print(report)
-    stats = memory_stats(out.past_key_values)
+    stats = memory_stats(out)
     print(f"{stats.logical_bytes} bytes of keys and values in {stats.stored_bytes}: {stats.ratio:.2f} times smaller")
 
 

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spectral_compile.bench import generation
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Settings, build, tidy
-from spectral_compile.bench.verb import count, header
-from spectral_compile.generate import output
+from spectral_compile.bench.verb import header
+from spectral_compile.command import count, output
+from spectral_compile.files import check_writable, write_whole
 from spectral_compile.models import device_of
 from spectral_compile.unsloth import standard_forward
 
@@ -43,7 +44,7 @@ def main(
     load_in_4bit: bool = False,
     device: str | None = None,
     inner: str = "inductor",
-    json_: Annotated[Path | None, typer.Option("--json")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", callback=check_writable)] = None,
 ) -> None:
     lengths = tuple(count(text) for text in cached.split(","))
     settings = Settings(
@@ -77,7 +78,7 @@ def main(
 
     def write() -> None:
         if json_:
-            json_.write_text(json.dumps({"header": facts, "rows": rows}, indent=1))
+            write_whole(json_, json.dumps({"header": facts, "rows": rows}, indent=1).encode())
 
     for variant in VARIANTS:
         for length in lengths:

@@ -46,22 +46,26 @@ def attend_(
     window: int,
     softcap: float,
     sink: torch.Tensor | None,
+    visible: torch.Tensor | None = None,
+    enters: bool = True,
 ) -> torch.Tensor:
     """See ``reference.attend`` and ``reference.append``; ``layout`` is ``Layout.spec()``. One call a layer keeps the host's
-    share of a decode step small."""
+    share of a decode step small. Where the chunk does not ``enter`` the store, a later layer's call, which shares it, sees to
+    that."""
     coded = k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine
     buffers = Buffers(*coded, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment)
     parsed = Layout.parse(layout)
-    chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window, softcap, sink)
+    chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window, softcap, sink, visible)
     if extend.takes(query, mask, window, softcap, sink):
-        out = extend.attend(query, key, value, ledger, positions, valid, buffers, parsed, scale)
+        out = extend.attend(query, key, value, ledger, positions, valid, buffers, parsed, scale, visible)
     elif not query.is_cuda:
         out = reference.attend(*chunk)
     else:
         from spectral_compile.kernels.fused import attend  # Triton is there only where a GPU is
 
         if query.shape[2] == 1:
-            return attend(*chunk, enters=True)
+            return attend(*chunk, enters=enters)
         out = attend(*chunk)
-    append(query, key, value, ledger, valid, None, buffers, parsed)
+    if enters:
+        append(query, key, value, ledger, valid, None, buffers, parsed)
     return out

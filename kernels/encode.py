@@ -71,6 +71,25 @@ def _advance_kernel(
     tl.store(row + 5, gaps)
 
 
+@triton.jit(do_not_specialize=["n", "slots"])
+def _hide_kernel(visible, columns, shown, n, slots, columns_b, shown_b, shown_n, TILE: tl.constexpr):
+    """One row of ``hide.hide``."""
+    b = tl.program_id(0).to(tl.int64)
+    token = tl.zeros([], tl.int32)
+    hides, reveals = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
+    for start in range(0, n, TILE):
+        column = start + tl.arange(0, TILE)
+        held = tl.load(columns + b * columns_b + column, mask=column < n, other=0) != 0
+        seen = tl.load(shown + b * shown_b + column * shown_n, mask=column < n, other=0) != 0
+        slot = token + tl.cumsum(held.to(tl.int32), 0) - 1
+        tl.store(visible + b * (slots + 1) + slot, seen.to(tl.uint8), mask=held)
+        token += tl.sum(held.to(tl.int32), 0)
+        hides |= (held & ~seen).to(tl.int32)
+        reveals |= (seen & ~held).to(tl.int32)
+    flags = tl.max(hides, 0) + 2 * tl.max(reveals, 0)
+    tl.store(visible + b * (slots + 1) + slots, flags.to(tl.uint8))
+
+
 @triton.jit
 def window_size(code):
     """What bytes of a window are times; see ``codec.window_code``."""
@@ -412,6 +431,15 @@ def advance_triton(
         *((0, 0) if ids is None else ids.stride()), 0 if valid is None else valid.stride(0),
         SINKS=layout.sinks, RECENT=layout.recent, BLOCK=layout.block, FIRST=layout.first, SEGMENT=layout.segment > 0,
         HAS_IDS=ids is not None, HAS_VALID=valid is not None, ONE=count == 1, TILE=16 if count == 1 else 512, num_warps=1,
+    )  # fmt: skip
+
+
+def hide_triton(visible: torch.Tensor, columns: torch.Tensor, shown: torch.Tensor) -> None:
+    """``hide.hide`` in one launch."""
+    shown = shown.view(torch.uint8) if shown.dtype == torch.bool else shown
+    _hide_kernel[(len(visible),)](
+        visible, columns.view(torch.uint8), shown, shown.shape[1], visible.shape[1] - 1, columns.stride(0), *shown.stride(),
+        TILE=2048, num_warps=8,
     )  # fmt: skip
 
 

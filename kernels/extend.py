@@ -15,6 +15,8 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import reference
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.causal import askers
+from spectral_compile.kernels.hide import HIDES
 from spectral_compile.kernels.ledger import on_host
 
 LEAST = 512  # queries for which decoding costs less than rebuilding keys tile by tile
@@ -39,40 +41,66 @@ def attend(
     buffers: Buffers,
     layout: Layout,
     scale: float,
+    visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``reference.attend`` without a mask, holding ``PIECE`` tokens of the past at a time. The host reads the ledger."""
     batch, heads, count, dim = query.shape
     out = query.new_zeros(batch, count, heads, dim).transpose(1, 2)
     for row, (before, coded, after, *_) in enumerate(on_host(ledger)):
-        if after == before:
-            continue
-        kept = slice(None) if valid is None or after - before == count else valid[row].nonzero()[:, 0]
-        q, k, v = query[row][:, kept], key[row][:, kept], value[row][:, kept]
-        k = reference.rotate(k, positions[row, before:after], layout.rotary)
-        mixed, total = _attention(q, k, v, scale, causal=True)
-        mixed = mixed.float()
-        for k, v in _past(row, before, coded, positions[row], buffers, layout):
+        q, at = query[row], positions[row, before:after]
+        if valid is None or after - before == count:
+            mixed, total = _attention(q, reference.rotate(key[row], at, layout.rotary), value[row], scale, causal=True)
+            mixed = mixed.float()
+        else:
+            tokens = valid[row].nonzero()[:, 0]
+            k, v = reference.rotate(key[row][:, tokens], at, layout.rotary), value[row][:, tokens]
+            mixed = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            total = mixed.new_full(q.shape[:2], float("-inf"))
+            for asking, seen in askers(valid[row]):
+                if after > before:
+                    own = _attention(q[:, asking], k[:, :seen], v[:, :seen], scale, causal=seen is None)
+                    mixed[:, asking], total[:, asking] = own[0].float(), own[1]
+        shown = None if visible is None or not on_host(visible[:, -1:])[row][0] & HIDES else visible[row].bool()
+        for k, v in _past(row, before, coded, positions[row], buffers, layout, shown):
+            if k.shape[1] == 0:
+                continue
             part, own = _attention(q, k, v, scale)
             mixed.lerp_(part.float(), (own - total).sigmoid()[..., None])
             total = total.logaddexp(own)
-        out[row][:, kept] = mixed.to(query.dtype)
+        out[row] = mixed.to(query.dtype)
     return out
 
 
 def _past(
-    row: int, before: int, coded: int, positions: torch.Tensor, buffers: Buffers, layout: Layout
+    row: int,
+    before: int,
+    coded: int,
+    positions: torch.Tensor,
+    buffers: Buffers,
+    layout: Layout,
+    shown: torch.Tensor | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, ``PIECE`` at a time, in no order."""
+    """Keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, ``PIECE`` at a time, in no order.
+
+    Where there is a bool ``shown`` [N], of those tokens alone that it names.
+    """
+
+    def chosen(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        return x if kept is None else x[:, kept]
+
     dtype, first = buffers.k_exact.dtype, min(before, layout.sinks)
     if before > coded:
         at = torch.cat((positions[:first], positions[first + coded : before]))
         k, v = (reference.not_coded(row, side, before, coded, buffers, layout) for side in ("k", "v"))
-        yield reference.rotate(k, at, layout.rotary), v
+        kept = None if shown is None else torch.cat((shown[:first], shown[first + coded : before]))
+        yield chosen(reference.rotate(k, at, layout.rotary), kept), chosen(v, kept)
     for segment, slots in reference.spans(row, coded, buffers, layout):
         for start in range(slots.start, slots.stop, PIECE):
             part = slice(start, min(start + PIECE, slots.stop))
             k, v = (reference.decode(row, segment, part, side, buffers, layout).to(dtype) for side in ("k", "v"))
-            yield reference.rotate(k, positions[first + part.start : first + part.stop], layout.rotary), v
+            here = slice(first + part.start, first + part.stop)
+            kept = None if shown is None else shown[here]
+            yield chosen(reference.rotate(k, positions[here], layout.rotary), kept), chosen(v, kept)
 
 
 def _attention(

@@ -139,12 +139,14 @@ def _key_basis(
 
 
 @triton.jit
-def _ahead(norms, slots, end, NORMALISED: tl.constexpr):
-    """Of tokens [N]: what their scores lose, all where there is no token, and what their values are times."""
+def _ahead(norms, visible_row, hides, slots, end, NORMALISED: tl.constexpr, HIDES: tl.constexpr):
+    """Of tokens [N]: what their scores lose, all where none is seen, and what their values are times."""
     ok = slots < end
     size = 0.0
     if NORMALISED:
         size = tl.exp2((tl.load(norms + slots, mask=ok, other=128).to(tl.float32) - 128) * 0.125)
+    if HIDES:
+        ok = ok & (tl.load(visible_row + slots, mask=slots < end * hides, other=1) != 0)
     return tl.where(ok, 0.0, float("-inf")), size
 
 
@@ -185,14 +187,15 @@ def _distances(table, P: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, N:
 @triton.jit
 def _past(
     queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
-    v_affine, starts, row_positions, seen_row, coded_cap, segments, slide,
+    v_affine, starts, row_positions, seen_row, visible_row, hides, coded_cap, segments, slide,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PQ: tl.constexpr,
     PARTS: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
     K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, SINKS: tl.constexpr, HAS_SEEN: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
-    K_DTYPE: tl.constexpr, K_SCALED: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr, K_UNPACK: tl.constexpr,
-    V_UNPACK: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, CAP: tl.constexpr,
+    HIDES: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DTYPE: tl.constexpr, K_DTYPE: tl.constexpr, K_SCALED: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
+    CAP: tl.constexpr,
     GAPS: tl.constexpr,
 ):  # fmt: skip
     """Attention to coded tokens from ``low`` to ``high``: a tuple of sums, references [M] and sums of weights [M].
@@ -266,7 +269,7 @@ def _past(
                 r3 = (q3[0] * even).to(K_DTYPE)
             # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
             v_rows = load(v_codes + first_row * V_ROW, low + t, low + t < end, V_ROW, V_PIECES)
-            gone, size = _ahead(v_norms + first_row, low + t, end, NORMALISED)
+            gone, size = _ahead(v_norms + first_row, visible_row, hides, low + t, end, NORMALISED, HIDES)
             for start in tl.range(low, end, N, num_stages=STAGES):
                 slots = start + t
                 ok = slots < end
@@ -305,7 +308,7 @@ def _past(
                 total += weights
                 if NORMALISED:
                     weights = weights * size[:, None]
-                gone, size = _ahead(v_norms + first_row, slots + N, end, NORMALISED)
+                gone, size = _ahead(v_norms + first_row, visible_row, hides, slots + N, end, NORMALISED, HIDES)
                 mixing = tl.trans(weights.to(V_DTYPE))
                 if V_DTYPE != DTYPE:
                     lost = tl.trans((weights - weights.to(V_DTYPE).to(tl.float32)).to(V_DTYPE))
@@ -404,12 +407,12 @@ def _values(
 @triton.jit
 def _present(
     q_row, head, live, own, part, parts, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
-    k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, turns, coded_cap, exact_cap, slide,
-    k_b, k_h, k_n, v_b, v_h, v_n,
+    k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, visible_row, hides, turns, coded_cap, exact_cap,
+    slide, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, BYTES: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, HIDES: tl.constexpr, SLIDES: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Attention to one part of what is not coded: sums ([M, DP],), their maxima [M] and sums of weights [M].
 
@@ -452,6 +455,8 @@ def _present(
             ok = ok & (~is_new | (rank > previous))
         else:
             token = tl.where(is_new, before + column, token)
+        if HIDES:
+            ok = ok & (tl.load(visible_row + token, mask=ok & (e < new_first * hides), other=1) != 0)
         in_bytes = ok & (e >= ring_first) & ~is_new
         exact = ok & ~in_bytes if BYTES else ok
         if P > 0:
@@ -512,16 +517,16 @@ def _present(
 @triton.jit(do_not_specialize=["splits", "exact_splits", "first_exact", "exact_cap", "slots_cap", "coders"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, k_recent, v_recent,
-    k_sizes, v_sizes, starts, ledger, positions, index, seen, turns, table, entering, code_tiles, coders, out_ptr, max_ptr,
-    sum_ptr, splits, exact_splits, first_exact, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap, slide,
-    scale, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+    k_sizes, v_sizes, starts, ledger, positions, index, seen, visible, turns, table, entering, code_tiles, coders, out_ptr,
+    max_ptr, sum_ptr, splits, exact_splits, first_exact, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap,
+    slide, scale, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr,
     INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
     K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, NORMALISED: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, ONE: tl.constexpr, SLIDES: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_SEEN: tl.constexpr, HIDES: tl.constexpr, HAS_SEGMENTS: tl.constexpr, ONE: tl.constexpr,
+    SLIDES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     DTYPE: tl.constexpr, K_DTYPE: tl.constexpr, K_SCALED: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     K_UNPACK: tl.constexpr, V_UNPACK: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
     WIDTH: tl.constexpr, PLACES: tl.constexpr, CAP: tl.constexpr, EXACT_N: tl.constexpr, BYTES: tl.constexpr,
@@ -549,6 +554,10 @@ def _attend_kernel(
     seen_row = qi
     if HAS_SEEN:
         seen_row = seen + (b * n + qi) * seen_cap
+    visible_row, hides = positions, 0
+    if HIDES:
+        visible_row = visible + b * slots_cap
+        hides = tl.load(visible_row + slots_cap - 1).to(tl.int32) & 1
 
     q_row = q_ptr + b * q_b + (g * ROWS + qh) * q_h + qi * q_n
     scale = scale * _LOG2E
@@ -573,27 +582,27 @@ def _attend_kernel(
         if gaps == 0:
             sums, highest, total = _past(
                 queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
-                k_affine, v_affine, starts, row_positions + SINKS, seen_row, coded_cap, segments, slide, GROUPS, HEADS, D, DP,
-                P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
-                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED, V_DTYPE, PRECISION, K_UNPACK,
-                V_UNPACK, ROTATE, STAGES, LATE, CAP, False,
+                k_affine, v_affine, starts, row_positions + SINKS, seen_row, visible_row + SINKS, hides, coded_cap, segments,
+                slide, GROUPS, HEADS, D, DP, P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK,
+                RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN, HIDES, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED,
+                V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE, STAGES, LATE, CAP, False,
             )  # fmt: skip
         else:
             sums, highest, total = _past(
                 queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
-                k_affine, v_affine, starts, row_positions + SINKS, seen_row, coded_cap, segments, slide, GROUPS, HEADS, D, DP,
-                P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK, RV, K_ROW, V_ROW,
-                NORMALISED, SINKS, HAS_SEEN, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED, V_DTYPE, PRECISION, K_UNPACK,
-                V_UNPACK, ROTATE, STAGES, LATE, CAP, True,
+                k_affine, v_affine, starts, row_positions + SINKS, seen_row, visible_row + SINKS, hides, coded_cap, segments,
+                slide, GROUPS, HEADS, D, DP, P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK,
+                RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN, HIDES, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED,
+                V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE, STAGES, LATE, CAP, True,
             )  # fmt: skip
         _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at + split, WIDTH, PLACES)
     part = split - first_exact
     if part >= 0 and part < exact_splits:
         own_sums, own_highest, own_total = _present(
             q_row, head, live, own, part, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
-            k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, turns, coded_cap, exact_cap,
-            slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING, LOSSLESS, SINKS,
-            HAS_INDEX, HAS_SEEN, SLIDES, M, EXACT_N, DTYPE, PRECISION, CAP, BYTES,
+            k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, visible_row, hides, turns,
+            coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING,
+            LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, HIDES, SLIDES, M, EXACT_N, DTYPE, PRECISION, CAP, BYTES,
         )  # fmt: skip
         _leave(own_sums, own_highest, own_total, out_ptr, max_ptr, sum_ptr, at + splits + part, WIDTH, PLACES)
         if ENTERS and tile == 0:
@@ -714,6 +723,7 @@ def attend(
     window: int,
     softcap: float = 0.0,
     sink: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
     enters: bool = False,
 ) -> torch.Tensor:
     """``reference.attend`` by kernels; nothing waits for the device, and the grid depends on shapes alone.
@@ -763,8 +773,8 @@ def attend(
         _attend_kernel[(programs, held, batch * groups)](
             query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine,
             buffers.k_exact, buffers.v_exact, buffers.k_recent, buffers.v_recent, buffers.k_sizes, buffers.v_sizes,
-            buffers.starts, ledger, positions, index, seen, turns, table, entering, code_tiles, coders, part, top, total,
-            *shares, first_exact, count, first, coded_cap, exact_cap, segments, positions.shape[1],
+            buffers.starts, ledger, positions, index, seen, visible, turns, table, entering, code_tiles, coders, part, top,
+            total, *shares, first_exact, count, first, coded_cap, exact_cap, segments, positions.shape[1],
             0 if seen is None else seen.shape[2], window, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
@@ -775,7 +785,7 @@ def attend(
             K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
             K_ROW=layout.key.row_bytes // 2, V_ROW=layout.value.row_bytes // 2,
             NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks, BYTES=layout.window_bits == 8,
-            HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HAS_SEGMENTS=segments > 1,
+            HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HIDES=visible is not None, HAS_SEGMENTS=segments > 1,
             ONE=count == 1, SLIDES=window > 0, N=TILE, CAP=cap, ENTERS=now, CONSTANTS=constants, **plan, **left,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)

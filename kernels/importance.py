@@ -64,7 +64,8 @@ def _shares(
         for h in range(kv_heads):
             asked = query[:, h * per_key : (h + 1) * per_key].gather(2, at)
             scores = (asked @ key[:, h, None].mT).float().mul_(scale).masked_fill_(hidden[:, None, some], float("-inf"))
-            given = scores.sub_(scores.amax(-1, keepdim=True)).exp_().nan_to_num_(0.0)  # of nothing, where nothing is seen
+            top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)  # where nothing is seen it is -inf
+            given = scores.sub_(top).exp_()
             each = (judge[:, some] + 1)[:, None] / given.sum(-1).clamp_min(1)
             got[:, h] += torch.einsum("bqmn,bqm->bn", given, each)
     return got.unflatten(1, (-1, head_group)).sum(2) / queries[:, None]

@@ -10,7 +10,9 @@ import torch
 _LIBRARY = torch.library.Library("spectral", "FRAGMENT")
 
 
-def operation(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+def operation(
+    fake: Callable[..., Any], mutates: Iterable[str] = (), tags: Iterable[torch.Tag] = ()
+) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Make a function ``torch.ops.spectral.<its name>``, which writes to the arguments that ``mutates`` names.
 
     ``fake`` gives the shapes of what it returns. To a compiler this is ``torch.library.custom_op``; that one runs Python of its
@@ -20,7 +22,7 @@ def operation(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable
     def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
-        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"spectral::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.spectral, name).default

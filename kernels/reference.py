@@ -298,14 +298,16 @@ def attend(
     window: int,
     softcap: float = 0.0,
     sink: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a chunk over the compressed past and over itself (causal), merged in one softmax.
 
     ``query`` [B, Hq, n, D], ``key`` and ``value`` [B, H, n, D] as for ``append``; the past is what stood in the store before
     this step. A bool ``mask`` [B or 1, Hq or 1, n, columns] replaces causality, ``columns`` bool [B, N] then says which
     columns hold stored tokens. ``window`` > 0 hides keys that are that many tokens or more behind. With ``softcap`` > 0
-    a score s becomes ``softcap * tanh(s / softcap)``; ``sink`` [Hq] is one more score of each head, of no value. Returns
-    [B, Hq, n, D]; a query that may see nothing gives zeros.
+    a score s becomes ``softcap * tanh(s / softcap)``; ``sink`` [Hq] is one more score of each head, of no value. Stored tokens
+    whose place in uint8 ``visible`` [B, N + 1] is 0 are hidden. Returns [B, Hq, n, D]; a query that may see nothing gives
+    zeros.
     """
     batch, q_heads, count, dim = query.shape
     out = query.new_zeros(batch, count, q_heads, dim).transpose(1, 2)
@@ -329,13 +331,18 @@ def attend(
             scores[..., layout.sinks + slots.start : layout.sinks + slots.stop] = q @ k.float().mT
 
         allowed = _allowed(row, count, before, after, keep, mask, columns, window)
+        if visible is not None:
+            shown = torch.ones(after, dtype=torch.bool, device=query.device)
+            shown[:before] = visible[row, :before] != 0
+            allowed = allowed & shown
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.unflatten(1, (-1, count)).masked_fill(~allowed, float("-inf"))
         if sink is not None:
             taken = sink.float().reshape(layout.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat((scores, taken), -1)
-        p = torch.softmax(scores, -1)[..., :after].nan_to_num(0.0).flatten(1, 2)
+        nothing = (scores == float("-inf")).all(-1, keepdim=True)  # a softmax of it is NaN, which keys and values may be too
+        p = torch.softmax(scores, -1).masked_fill(nothing, 0.0)[..., :after].flatten(1, 2)
 
         mixed = p[..., before:] @ chunk_v.float()
         exact_p = torch.cat((p[..., : old.start], p[..., old.stop : before]), -1)

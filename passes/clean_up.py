@@ -14,6 +14,7 @@ from spectral_compile.passes.writes import changes_in_place
 from spectral_compile.tensor import SpectralTensor
 
 _ARITHMETIC = ("add", "iadd", "sub", "isub", "mul", "imul")
+_OF_A_SHAPE = ("shape", "ndim", "dtype", "device")  # attributes that say nothing of values
 _VIEWS = (
     *("view", "reshape", "flatten", "unflatten", "expand", "permute", "transpose", "unsqueeze", "squeeze", "getitem", "select"),
     *("narrow", "chunk", "split", "unbind", "detach", "to", "contiguous", "view_as", "expand_as"),
@@ -36,10 +37,8 @@ def clean_up(trace: Trace) -> None:
             continue
         inputs[node] = trace.plan.inputs[node]
         if isinstance(fake(node), SpectralTensor):
-            only_shape = all(is_call(user, "size", "numel", "dim", "getattr") for user in node.users)
-            inputs[node] = ("shape" if only_shape else "dense", inputs[node][1])
-            example = shape_of(fake(node)) if only_shape else dense_example(fake(node))
-            trace.examples[node] = node.meta["example_value"] = example
+            inputs[node] = ("shape" if is_asked_for_its_shape(node) else "dense", inputs[node][1])
+            trace.examples[node] = stand_in(node)
         elif trace.kind == "decode" and isinstance(fake(node), torch.SymInt) and _counts(node):
             inputs[node] = ("number", inputs[node][1])
             trace.examples[node] = node.meta["example_value"] = _number(trace)
@@ -79,6 +78,22 @@ def _counts(node: Node) -> bool:
 def _number(trace: Trace) -> torch.Tensor:
     with detect_fake_mode([fake(site.query) for site in trace.matched]):
         return torch.empty((), dtype=torch.int64, device=trace.plan.sites[0].device)
+
+
+def is_asked_for_its_shape(node: Node) -> bool:
+    """Whether nothing but the shape of a compressed tensor is read, and the tensor does not leave the graph."""
+
+    def of_shape(user: Node) -> bool:
+        return is_call(user, "size", "numel", "dim") or (is_call(user, "getattr") and user.args[1] in _OF_A_SHAPE)
+
+    return all(map(of_shape, node.users))
+
+
+def stand_in(node: Node) -> torch.Tensor:
+    """What a compressed tensor becomes in a graph that is not rewritten for it; ``node`` is given its fake value."""
+    example = shape_of(fake(node)) if is_asked_for_its_shape(node) else dense_example(fake(node))
+    node.meta["example_value"] = example
+    return example
 
 
 def shape_of(x: SpectralTensor) -> torch.Tensor:

@@ -95,9 +95,34 @@ def _edge(trace: Trace, site: Site, leaving: set[Node]) -> Edge | str:
         return "keys and values do not come from one compressed layer"
     if writes and site.mask is None:
         return "it attends to a static cache without a mask, so also to what is not there yet"
-    count = fake(site.query).shape[2]
+    asked, count = fake(site.query).shape[2], fake(key.new).shape[2]
+    if not _same(asked, count):
+        if not _asks_last(site, asked):
+            return "it asks with other tokens than those that it adds to the cache"
+        site.last = asked
     kind = "decode" if isinstance(count, int) and count == 1 else "extend"
     return Edge(kind, (key.past, value.past), new, () if writes else (key.grown, value.grown), writes)
+
+
+def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are one, without a guard on it."""
+    return (a.node.expr if isinstance(a, torch.SymInt) else a) == (b.node.expr if isinstance(b, torch.SymInt) else b)
+
+
+def _asks_last(site: Site, asked: int | torch.SymInt) -> bool:
+    """Whether the queries are those of the chunk's last tokens, by the rows of its mask, which then is the whole chunk's.
+
+    Where layers only read what others have cached, no more is needed of a prompt (Gemma 4).
+    """
+    if not isinstance(asked, int):
+        return False
+    if site.mask is None:
+        return asked == 1  # it sees all, as the last one does
+    rows = (slice(None), slice(None), slice(-asked, None), slice(None))
+    if not is_call(site.mask, "getitem") or site.mask.args[1] != rows:
+        return False
+    site.mask = site.mask.args[0]
+    return True
 
 
 class _Side(NamedTuple):

@@ -6,8 +6,9 @@ next's are born; extend and decode attend to the compressed past. What runs outs
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._guards import detect_fake_mode
@@ -25,8 +26,8 @@ from spectral_compile.passes.trace import Site, Trace, fake
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A matched site for the runtime: its store, which arguments of the graph as it came hold its past, and for how many
-    columns a static cache has room."""
+    """A store for the runtime, of one matched site or of several that read the same keys and values: which arguments of the
+    graph as it came hold its past, and for how many columns a static cache has room."""
 
     layout: Layout
     dtype: torch.dtype
@@ -40,9 +41,9 @@ class Plan:
     """How the runtime feeds a rewritten graph and what it makes of the results.
 
     ``inputs`` names each input of the new graph: ("argument", i), ("ledger",), ("positions",), ("valid",), ("columns",),
-    ("buffer", site, field), and after clean-up ("dense", i), ("shape", i) or ("number", i). ``outputs`` names each output of
-    the old one: ("result", i) or ("key" | "value", site). ``padding`` is the argument that holds the 2-D mask; ``masked`` says
-    that some mask is none that the store could know by itself. ``batch`` and ``count`` are ints or symbolic sizes.
+    ("visible",), ("buffer", site, field), and after clean-up ("dense", i), ("shape", i) or ("number", i). ``outputs`` names
+    each output of the old one: ("result", i) or ("key" | "value", site). ``padding`` is the argument that holds the 2-D mask;
+    ``masked`` says that some mask is none that the store could know by itself. ``batch`` and ``count`` are ints or symbolic.
     """
 
     kind: str
@@ -57,9 +58,10 @@ class Plan:
 
 def rewrite(trace: Trace) -> None:
     """Substitute the operations and take the cache out of the graph's inputs and outputs."""
-    if not trace.matched:
+    stores = _stores(trace)
+    if not stores:
         return
-    graph, sites = trace.gm.graph, trace.matched
+    graph, sites = trace.gm.graph, [readers[0] for readers in stores]
     arguments = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     inputs: dict[Node, tuple[Any, ...]] = {node: ("argument", i) for node, i in arguments.items()}
     fake_mode = detect_fake_mode([fake(site.query) for site in sites])
@@ -85,22 +87,29 @@ def rewrite(trace: Trace) -> None:
 
     ledger = placeholder("spectral_ledger", ("ledger",), empty(batch, LEDGER, dtype=torch.int64))
     positions = placeholder("spectral_positions", ("positions",), empty(batch, 1, dtype=torch.int32))
-    valid = columns = None
+    valid = columns = visible = None
     if padding is not None:
         valid = placeholder("spectral_valid", ("valid",), empty(batch, count, dtype=torch.bool), static=False)
+        if first.edge.past is not None:
+            visible = placeholder("spectral_visible", ("visible",), empty(batch, 1, dtype=torch.uint8))
     if any(site.mask_kind == "tensor" and site.edge.past for site in sites):
         columns = placeholder("spectral_columns", ("columns",), empty(batch, 1, dtype=torch.bool))
 
     ids = next((site.positions for site in sites if site.positions is not None), None)
     with graph.inserting_before(first.attended):
         graph.call_function(advance_, (ledger, positions, ids, valid, first.edge.new[0], first.layout.spec()))
-    for i, site in enumerate(sites):
-        layout = site.layout
+    for i, readers in enumerate(stores):
+        site, layout = readers[0], readers[0].layout
         capacity = Capacity(layout.block, layout.recent + layout.block, 1)  # any: no compiled code depends on it
         with fake_mode:
             values = allocate(layout, batch, capacity, site.dtype, device)
         buffers = [placeholder(f"spectral_{i}_{name}", ("buffer", i, name), value) for name, value in values._asdict().items()]
-        _substitute(trace, site, ledger, positions, valid, columns, buffers)
+        books = _Books(ledger, positions, valid, columns, visible)
+        # a prompt enters with the first that reads it, since nothing reads the store yet, and what follows with the last
+        enters = readers[0] if site.edge.past is None else readers[-1]
+        for reader in readers:
+            reader.layout, reader.stored_key = layout, site.stored_key
+            _substitute(reader, books, buffers, reader is enters)
 
     outputs, kept = [], []
     leaving = {
@@ -134,21 +143,47 @@ def rewrite(trace: Trace) -> None:
     )
 
 
-def _substitute(
-    trace: Trace, site: Site, ledger: Node, positions: Node, valid: Node | None, columns: Node | None, buffers: list[Node]
-) -> None:
-    graph, layout, spec = trace.gm.graph, site.layout, site.layout.spec()
+def _stores(trace: Trace) -> list[list[Site]]:
+    """The matched sites by the keys and values that they read: a layer may read those of another one, which enter once.
+
+    If one of these stays dense all do, since its keys and values would be decoded at every step.
+    """
+    sharing: dict[tuple[Node, Node], list[Site]] = {}
+    for site in trace.sites:
+        sharing.setdefault((site.key, site.value), []).append(site)
+    for sites in sharing.values():
+        refused = next((site for site in sites if site.refusal is not None), None)
+        for site in sites if refused is not None else ():
+            site.refusal = site.refusal or f"{refused.where} reads its keys and values too, and stays dense: {refused.refusal}"
+    return [sites for sites in sharing.values() if sites[0].refusal is None]
+
+
+class _Books(NamedTuple):
+    """What all layers of a cache read beside their buffers; see ``Timeline``."""
+
+    ledger: Node
+    positions: Node
+    valid: Node | None
+    columns: Node | None
+    visible: Node | None
+
+
+def _substitute(site: Site, books: _Books, buffers: list[Node], enters: bool) -> None:
+    """Make one site run on the buffers; what it adds to the cache ``enters`` with it, or with another one that shares them."""
+    graph, layout, spec = site.attended.graph, site.layout, site.layout.spec()
+    ledger, positions, valid, columns, visible = books
     assert len(buffers) == len(Buffers._fields)
     query, stored_key, new_value = (_in_dtype(site, node) for node in (site.query, site.stored_key, site.edge.new[1]))
     if site.edge.past is None:
         judged, key, value = None, _in_dtype(site, site.key), _in_dtype(site, site.value)
-        if layout.judged:
+        if layout.judged and enters:
             coded_from = layout.sinks + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
             judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
             with graph.inserting_before(site.attended):
                 judged = graph.call_function(importance, judging)
-        with graph.inserting_before(site.attended):  # what only the store reads dies before attention's output is born
-            graph.call_function(append_, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
+        if enters:
+            with graph.inserting_before(site.attended):  # what only the store reads dies before attention's output is born
+                graph.call_function(append_, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True) if not site.edge.writes else ():
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
         plain = not site.window and not site.softcap and site.sink is None
@@ -158,11 +193,18 @@ def _substitute(
     mask = site.mask if site.mask_kind == "tensor" else None
     if site.edge.writes:
         mask = _as_if_grown(site, mask)
-        for write in site.edge.writes:
+        for write in site.edge.writes if enters else ():
             graph.erase_node(write)
     head = (query, stored_key, new_value, mask, columns if mask is not None else None, ledger, positions, valid)
-    how = (float(site.scale), site.window, site.softcap, site.sink)
-    _replace(site, attend_, (*head, *buffers, spec, *how))
+    how = (float(site.scale), site.window, site.softcap, site.sink, visible, enters)
+    if not site.last:
+        _replace(site, attend_, (*head, *buffers, spec, *how))
+        return
+    with graph.inserting_before(site.attended):
+        rest = graph.call_function(operator.sub, (graph.call_method("size", (stored_key, 2)), site.last))
+        whole = graph.call_function(torch.nn.functional.pad, (query, (0, 0, rest, 0)))
+        out = graph.call_function(attend_, (whole, *head[1:], *buffers, spec, *how))
+    _replace(site, operator.getitem, (out, (slice(None), slice(None), slice(-site.last, None))))
 
 
 def _as_if_grown(site: Site, mask: Node) -> Node:

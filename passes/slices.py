@@ -10,7 +10,6 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -47,7 +46,7 @@ class Part:
     def examples(self) -> tuple[FakeTensorMode, list[torch.Tensor]]:
         """Fake inputs with a number of tokens that no other graph knows, for it guards on what the number is."""
         mode = FakeTensorMode(shape_env=ShapeEnv())
-        source = ConstantSource("tokens")
+        source = torch._dynamo.source.ConstantSource("tokens")
         symbol = mode.shape_env.create_symbol(ROWS, source, DimDynamic.DYNAMIC)
         count = mode.shape_env.create_symintnode(symbol, hint=ROWS, source=source)
         tokens, *weights = self.inputs

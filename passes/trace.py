@@ -55,6 +55,7 @@ class Site:
     mask_kind: str = "causal"  # or "tensor": whatever the mask says
     padding: Node | None = None
     window: int = 0
+    last: int = 0  # where not 0, queries are those of so many last tokens of the chunk alone
     refusal: str | None = None
     note: str | None = None
 

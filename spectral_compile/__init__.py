@@ -11,7 +11,7 @@ if not (_here / "kernels").is_dir():  # a source tree: kernels/ and passes/ stan
 
 from spectral_compile.backend import explain, reset, spectral  # noqa: E402
 from spectral_compile.config import SpectralConfig  # noqa: E402
-from spectral_compile.report import GraphReport, reports  # noqa: E402
+from spectral_compile.report import GraphReport, SpectralWarning, reports  # noqa: E402
 from spectral_compile.stats import MemoryStats, memory_stats  # noqa: E402
 from spectral_compile.tensor import SpectralTensor  # noqa: E402
 
@@ -20,6 +20,7 @@ __all__ = [
     "MemoryStats",
     "SpectralConfig",
     "SpectralTensor",
+    "SpectralWarning",
     "explain",
     "memory_stats",
     "reports",

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule
 
-from spectral_compile import report
+from spectral_compile import limit, report
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import PARTS
+from spectral_compile.outputs import cache_argument, cache_of
 from spectral_compile.passes.attention import canonicalise_attention
-from spectral_compile.passes.clean_up import clean_up, dense_example
+from spectral_compile.passes.clean_up import clean_up, is_asked_for_its_shape, stand_in
 from spectral_compile.passes.constants import guard_constants
 from spectral_compile.passes.edges import classify_edges
 from spectral_compile.passes.masks import classify_masks
@@ -41,6 +41,7 @@ PASSES: tuple[Callable[[Trace], None], ...] = (
     rewrite,
     clean_up,
 )
+_ONCE = ("input_ids", "position_ids", "inputs_embeds", "cache", "past_key_values")  # inputs that no second call repeats
 
 
 def spectral(
@@ -55,6 +56,7 @@ def spectral(
     ``options`` are the fields of ``SpectralConfig``, and options of Inductor; ``mode`` is Inductor's. A graph with gradients,
     without a cache, or in which nothing matches goes to the inner compiler as it came. Bad options raise ValueError.
     """
+    limit.restore()
     config = SpectralConfig.parse(options, mode)
     started = time.perf_counter()
     refusal = refuse_graph(gm)
@@ -66,7 +68,8 @@ def spectral(
     passed = time.perf_counter()
 
     if trace.plan is None:
-        compiled = compile_densely(gm, example_inputs, config)
+        steps = (Refusal(site.where, site.refusal) for site in trace.sites if site.refusal and fake(site.query).shape[-2] == 1)
+        compiled = compile_densely(gm, example_inputs, config, next(steps, None))
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
         for name, part in trace.parts.items():
@@ -86,12 +89,15 @@ def spectral(
                 trace.notes.append(Refusal("graph", why))
             else:
                 replay = Replay(inner, *moving_and_staying(trace.plan), trace.plan.sites[0].device)
-        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)], replay)
+        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)], gm.forward, replay)
     done = time.perf_counter()
 
     seconds = {"passes": passed - started, "inner": done - passed}
     report.record(make_report(trace, refusal, seconds))
     return compiled
+
+
+limit.watch(spectral)
 
 
 def refuse_graph(gm: GraphModule) -> Refusal | None:
@@ -125,6 +131,8 @@ def compile_inner(
         return gm.forward
     if config.inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
+    from torch._inductor.compile_fx import compile_fx  # here, since to import it takes seconds
+
     return compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
 
 
@@ -166,16 +174,22 @@ def moving_and_staying(plan: Plan) -> tuple[list[int], list[int]]:
     return move, stay
 
 
-def compile_densely(gm: GraphModule, example_inputs: list[Any], config: SpectralConfig) -> Callable[..., Any]:
-    """The graph as it came; compressed tensors among its arguments are decoded at each call."""
-    pasts = [isinstance(fake(node), SpectralTensor) for node in _placeholders(gm)]
-    if not any(pasts):
+def compile_densely(
+    gm: GraphModule, example_inputs: list[Any], config: SpectralConfig, step: Refusal | None
+) -> Callable[..., Any]:
+    """The graph as it came; compressed tensors among its arguments are decoded at each call, unless only shapes are read.
+
+    ``step`` is why it is no compressed decode step, if it is a step at all: prompts then stay dense too.
+    """
+    if not any(isinstance(fake(node), SpectralTensor) for node in _placeholders(gm)):
         return compile_inner(gm, example_inputs, config)
-    copy, examples = own_copy(gm), list(example_inputs)
+    copy, examples, shapes = own_copy(gm), list(example_inputs), set()
     for i, node in enumerate(_placeholders(copy)):
-        if pasts[i]:
-            examples[i] = node.meta["example_value"] = dense_example(fake(node))
-    return DenseGraph(compile_inner(copy, examples, config))
+        if isinstance(fake(node), SpectralTensor):
+            if is_asked_for_its_shape(node):
+                shapes.add(i)
+            examples[i] = stand_in(node)
+    return DenseGraph(compile_inner(copy, examples, config), shapes, step)
 
 
 def make_report(trace: Trace, refusal: Refusal | None, seconds: dict[str, float]) -> GraphReport:
@@ -202,6 +216,7 @@ def _placeholders(gm: GraphModule) -> list[Any]:
 def reset() -> None:
     """Forget all reports, counts and compiled graphs of this process."""
     report.clear()
+    limit.clear()
     torch._dynamo.reset()
 
 
@@ -227,11 +242,11 @@ def examine(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", SpectralWarning)
         out = compiled(**inputs)
-        cache = getattr(out, "past_key_values", None)
+        cache = cache_of(out)
         if cache is not None:
-            step = {k: v for k, v in inputs.items() if k not in ("input_ids", "position_ids", "inputs_embeds")}
+            step = {k: v for k, v in inputs.items() if k not in _ONCE}
             if (mask := step.get("attention_mask")) is not None:
                 step["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
-            compiled(input_ids=out.logits[:, -1:].argmax(-1), **{**step, "past_key_values": cache})
+            compiled(input_ids=out.logits[:, -1:].argmax(-1), **step, **cache_argument(cache))
     torch._dynamo.reset()
     return report.reports()[before:]

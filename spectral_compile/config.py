@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
 from spectral_compile.codec import PRESETS, Layout, Preset, Profile, Rotary, Tiers
+from spectral_compile.errors import Mistake
 
 INNER = ("inductor", "aot_eager", "eager")
+_RANGES = {  # of counts; sinks, a block and the headroom are allocated before there are tokens for them
+    "head_group": (1, 256),
+    "sinks": (0, 4096),
+    "recent": (0, 2**20),
+    "block": (1, 4096),
+    "warmup": (1, 2**20),
+    "headroom": (1, 2**17),
+}
 
 
 @dataclass(frozen=True)
@@ -22,12 +32,15 @@ class SpectralConfig:
     rank-16/32 int8 codec that everything is compared with) or ``exact`` (lossless); or it is a ``codec.Preset``. ``strict``
     turns every silent loss of compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where
     None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile``, a file that
-    ``spectral-compile calibrate`` wrote or its content, spends the preset's bytes on the layers that need them. ``sinks`` first
-    tokens stay exact, and the ``recent`` last ones are kept at ``window_bits`` a channel: 8, or 16 for the model's dtype.
-    ``block`` tokens are coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's.
-    ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024): until they are there, buffers are not
-    copied to larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records decode steps on a GPU as CUDA graphs.
-    ``inner`` compiles the rewritten graph. ``inductor`` holds options that are Inductor's own.
+    ``spectral-compile calibrate`` wrote, its content, or the name of one that comes with the package, spends the preset's bytes
+    on the layers that need them. ``sinks`` first tokens stay exact, and the ``recent`` last ones are kept at ``window_bits`` a
+    channel: 8, or 16 for the model's dtype. ``block`` tokens are coded at a time, ``warmup`` tokens are awaited before a basis
+    is computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024):
+    until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records
+    decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor`` holds options that are Inductor's
+    own, as a dictionary or pairs.
+
+    ValueError, in a sentence, for whatever an option cannot be.
     """
 
     preset: str | Preset = "balanced"
@@ -47,25 +60,30 @@ class SpectralConfig:
     inductor: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.preset, Preset) and self.preset not in PRESETS:
+        if not isinstance(self.preset, Preset) and not (isinstance(self.preset, str) and self.preset in PRESETS):
             raise ValueError(f"unknown preset {self.preset!r}{_nearest(self.preset, PRESETS)}")
         if self.inner not in INNER:
             raise ValueError(f"unknown inner compiler {self.inner!r}{_nearest(self.inner, INNER)}")
         for name in ("strict", "cudagraphs"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        for name, least in (("head_group", 1), ("sinks", 0), ("recent", 0), ("block", 1), ("warmup", 1), ("headroom", 1)):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
-        if self.window_bits not in ((None, 16) if self.codec.lossless else (None, 8, 16)):
+            if value is None:
+                value = getattr(self.codec, name, None)  # a preset may be anybody's too
+            if value is not None and not (_is_integer(value) and least <= value <= most):
+                raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+        if self.window_bits is not None and not (
+            _is_integer(self.window_bits) and self.window_bits in ((16,) if self.codec.lossless else (8, 16))
+        ):
             allowed = "16, as the preset is lossless" if self.codec.lossless else "8 or 16"
             raise ValueError(f"window_bits must be {allowed}, not {self.window_bits!r}")
         for name in ("key_ranks", "value_ranks"):
             value = getattr(self, name)
             if value is None:
                 continue
-            if len(value) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in value) or not sum(value):
+            counts = isinstance(value, (tuple, list)) and len(value) == 3 and all(_is_integer(n) and n >= 0 for n in value)
+            if not counts or not sum(value):
                 raise ValueError(f"{name} must be three counts, of channels at 8, 4 and 2 bits per head, not {value!r}")
             object.__setattr__(self, name, tuple(value))
         if self.profile is not None:
@@ -73,6 +91,7 @@ class SpectralConfig:
                 raise ValueError("a profile divides the bytes of quality, balanced or compact: leave it, or the ranks, out")
             if not isinstance(self.profile, Profile):
                 object.__setattr__(self, "profile", Profile.load(self.profile))
+        object.__setattr__(self, "inductor", _of_inductor(self.inductor))
 
     @property
     def codec(self) -> Preset:
@@ -94,7 +113,7 @@ class SpectralConfig:
             if ranks is None:
                 continue
             if sum(ranks) > head_dim:
-                raise ValueError(f"{name}_ranks {ranks} sum to more than head_dim {head_dim}: lower them")
+                raise Mistake(f"{name}_ranks {ranks} sum to more than head_dim {head_dim}: lower them")
             layout = replace(layout, **{name: Tiers(*(n * layout.head_group for n in ranks))})
         if self.profile is not None:
             layout = self.profile.apply(layout, layer)
@@ -104,29 +123,76 @@ class SpectralConfig:
     def parse(cls, options: Mapping[str, Any] | SpectralConfig | None, mode: str | None = None) -> SpectralConfig:
         """The config that ``options`` and ``mode`` of ``torch.compile`` mean.
 
-        Keys that are options of Inductor are handed on to it, and so is ``mode``. An unknown key is a ValueError that
-        names the nearest known one.
+        Keys that are options of Inductor are handed on to it, and so is ``mode``. ValueError for an unknown key, which names a
+        known one that is near, and for a value that an option cannot have.
         """
         if isinstance(options, SpectralConfig):
             return options
-        own = {f.name for f in fields(cls)} - {"inductor"}
-        inductor = set(torch._inductor.list_options())
+        if not isinstance(options, Mapping | None):
+            raise ValueError(f"options must be a dictionary or a SpectralConfig, not {options!r}")
         given, passed = {}, {}
         for key, value in (options or {}).items():
-            name = key.replace("-", "_")
-            if name in own:
+            name = str(key).replace("-", "_")
+            if name == "inductor":
+                passed.update(_pairs(value))
+            elif name in _own():
                 given[name] = value
-            elif name in inductor:
-                passed[name] = value
-            elif name == "inductor":
-                passed.update(value)
             else:
-                raise ValueError(f"unknown option {key!r}{_nearest(key, sorted(own | inductor))}")
+                passed[name] = value
         if mode not in (None, "default"):
-            passed = {**torch._inductor.list_mode_options(mode), **passed}
-        return cls(**given, inductor=tuple(sorted(passed.items())))
+            known = torch._inductor.list_mode_options()
+            if not isinstance(mode, str) or mode not in known:
+                raise ValueError(f"unknown mode {mode!r}{_nearest(mode, known)}")
+            passed = {**known[mode], **passed}
+        return cls(**given, inductor=tuple(passed.items()))
 
 
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
+def _own() -> set[str]:
+    return {field.name for field in fields(SpectralConfig)} - {"inductor"}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pairs(given: Any) -> dict[str, Any]:
+    try:
+        return dict(given)
+    except (TypeError, ValueError):
+        raise ValueError(f"inductor must be a dictionary of Inductor's options, not {given!r}") from None
+
+
+def _of_inductor(given: Any) -> tuple[tuple[str, Any], ...]:
+    """Options of Inductor in order, each of which it must know and be able to take, whatever the inner compiler is."""
+    options = _pairs(given)
+    if not options:
+        return ()
+    from torch._inductor import config  # here, since to import it takes seconds
+
+    known = config.get_config_copy()
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}{_nearest(name, sorted(_own() | set(known)))}")
+        kind = config.get_type(name)
+        # an option that is None and has no annotation can be anything
+        if kind is not type(None) and not _fits(value, kind):
+            raise ValueError(f"{name} of Inductor must be {getattr(kind, '__name__', kind)}, not {value!r}")
+    return tuple(sorted(options.items()))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether ``value`` is of a type that is a plain one, literals, or a union of such; others are Inductor's to check."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is int:
+        return _is_integer(value)
+    if kind is float:
+        return isinstance(value, float) or _is_integer(value)
+    return kind not in (bool, str, type(None)) or isinstance(value, kind)
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

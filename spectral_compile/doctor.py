@@ -16,7 +16,8 @@ from typer import Argument, Option
 from spectral_compile import models
 from spectral_compile.backend import examine
 from spectral_compile.codec.layout import Layout
-from spectral_compile.generate import fail, output, parse_options, phases
+from spectral_compile.command import output, parse_options, phases
+from spectral_compile.errors import Refused
 from spectral_compile.kernels.buffers import allocate
 from spectral_compile.report import GraphReport, first_refusal
 from spectral_compile.store import Timeline
@@ -28,7 +29,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def doctor(
     model: Annotated[str | None, Argument(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
-    tokens: Annotated[int, Option(min=1, help="Cached tokens that bytes are given for")] = 32768,
+    tokens: Annotated[int, Option(min=1, max=10**12, help="Cached tokens that bytes are given for")] = 32768,
     preset: Annotated[str, Option(help="Codec: quality, balanced, compact, seed or exact")] = "balanced",
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of the dense cache")] = "bfloat16",
     options: Annotated[list[str] | None, Option(help="key=value, of SpectralConfig or Inductor; repeatable")] = None,
@@ -42,16 +43,13 @@ def doctor(
     transformers.logging.set_verbosity_error()
     with phases(screen) as display:
         task = display.add_task("building the model with random weights")
-        try:
-            built = sketch(model, kind)
-        except (OSError, ValueError) as error:
-            fail(screen, str(error))
+        built = sketch(model, kind)
         display.update(task, description="tracing")
         found = examine(built, options=vars(config) | {"inner": "eager"}, input_ids=torch.ones(1, PROMPT, dtype=torch.int64))
     out = output()
     decode = next((graph for graph in found if graph.kind == "decode"), None)
     if decode is None:
-        fail(screen, f"nothing would be compressed: {first_refusal(found)}")
+        raise Refused(f"nothing would be compressed: {first_refusal(found)}")
     out.print(table(decode, tokens, kind, model or models.DEFAULT))
     for graph in found:
         out.print(str(graph).splitlines()[0].partition(" (")[0], markup=False)
@@ -61,13 +59,14 @@ def doctor(
 
 def sketch(model: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """A model whose attention is that of ``model``, with random weights and small matrices elsewhere."""
-    config = AutoConfig.from_pretrained(model or models.smollm2())
-    for name, size in _SMALL.items():
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, size)
-    for name in _SPECIAL:
-        setattr(config, name, None)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with models.cannot_load(model):
+        config = AutoConfig.from_pretrained(**models.locate(model))
+        for name, size in _SMALL.items():
+            if isinstance(getattr(config, name, None), int):
+                setattr(config, name, size)
+        for name in _SPECIAL:
+            setattr(config, name, None)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def table(graph: GraphReport, tokens: int, dtype: torch.dtype, title: str) -> Table:
@@ -107,6 +106,6 @@ def rope(layout: Layout) -> str:
 
 def stored(layout: Layout, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of one layer for one text: of a dense cache, and of a store that a prompt of ``tokens`` has filled on a CPU."""
-    capacity = Timeline(layout, 1, tokens, tokens, torch.device("cpu")).capacity
+    capacity = Timeline(layout, 1, tokens, tokens, torch.device("meta")).capacity  # which takes no memory
     buffers = allocate(layout, 1, capacity, dtype, "meta")
     return 2 * layout.kv_heads * layout.head_dim * tokens * dtype.itemsize, sum(buffer.nbytes for buffer in buffers)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import transformers
-import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn
 from rich.table import Table
 from torch._dynamo.utils import calculate_time_spent, counters
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -25,12 +22,13 @@ from typer import Option
 
 from spectral_compile import models
 from spectral_compile.backend import reset, spectral
-from spectral_compile.config import SpectralConfig
+from spectral_compile.command import output, parse_options, phases
+from spectral_compile.errors import Mistake, Refused
+from spectral_compile.files import read_text
 from spectral_compile.kernels import append
 from spectral_compile.report import GraphReport, first_refusal, reports
 from spectral_compile.stats import MemoryStats, memory_stats
 
-WIDTH = 200  # of tables that go to a file
 WARM_UP = 4  # tokens: prefill, a first decode step, and one more for compilers that then ask for a dynamic length
 
 
@@ -38,7 +36,7 @@ def generate(
     model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
     preset: Annotated[str, Option(help="Codec: quality, balanced, compact, seed or exact")] = "balanced",
     prompt: Annotated[str | None, Option(help="Text to continue", show_default="English prose")] = None,
-    prompt_file: Annotated[Path | None, Option(exists=True, dir_okay=False, help="File with the text to continue")] = None,
+    prompt_file: Annotated[Path | None, Option(help="File with the text to continue")] = None,
     prompt_tokens: Annotated[int, Option(min=1, help="Length of the built-in prompt")] = 4200,
     new_tokens: Annotated[int, Option(min=1, help="Tokens to generate")] = 128,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and dense cache")] = "bfloat16",
@@ -52,23 +50,20 @@ def generate(
     Each run is preceded by one of a few tokens on the same prompt, so that no graph is compiled while the clock runs.
     """
     if prompt is not None and prompt_file is not None:
-        raise typer.BadParameter("give --prompt or --prompt-file, not both")
+        raise Mistake("give --prompt or --prompt-file, not both")
     config = parse_options({"preset": preset, "inner": inner}, options or [])
     where = models.device_of(device)
+    text = read_text(prompt_file) if prompt_file else prompt
     transformers.logging.disable_progress_bar()
     screen = Console(stderr=True)
-    text = prompt_file.read_text(encoding="utf-8") if prompt_file else prompt
 
-    try:
-        with phases(screen) as display:
-            display.add_task(f"loading {model or models.DEFAULT}")
-            loaded, tokenizer = models.load(model, getattr(torch, dtype))
-            loaded.to(where)
-            ids = models.prompt(tokenizer, prompt_tokens) if text is None else tokenizer(text, return_tensors="pt").input_ids
-    except (OSError, ValueError) as error:
-        fail(screen, str(error))
+    with phases(screen) as display:
+        display.add_task(f"loading {model or models.DEFAULT}")
+        loaded, tokenizer = models.load(model, getattr(torch, dtype))
+        loaded.to(where)
+        ids = models.prompt(tokenizer, prompt_tokens) if text is None else tokenizer(text, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
-        fail(screen, "the prompt is empty: give at least one token to continue")
+        raise Mistake("the prompt is empty: give at least one token to continue")
 
     session = Session(loaded, tokenizer, ids.to(where), new_tokens, screen)
     runs = {"spectral": session.run(f"spectral ({config.preset})", spectral, config)}
@@ -76,39 +71,6 @@ def generate(
         # the same inner compiler, so that the columns differ in the cache alone
         runs = {"dense": session.run("dense", config.inner, dict(config.inductor)), **runs}
     output().print(table(runs, ids.shape[1]))
-
-
-def parse_options(given: dict[str, Any], pairs: list[str]) -> SpectralConfig:
-    """The config of ``--preset``, ``--inner`` and every ``key=value``."""
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--options takes key=value, not {pair!r}")
-        try:
-            given[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            given[key] = value
-    try:
-        return SpectralConfig.parse(given)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def output() -> Console:
-    """Where tables go: a terminal, as wide as it is, or a file."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
-
-
-def fail(screen: Console, sentence: str) -> None:
-    """Say what is wrong and leave with exit code 1."""
-    screen.print(f"error: {sentence}", style="red", markup=False, soft_wrap=True)
-    raise typer.Exit(1)
-
-
-def phases(screen: Console, *columns: ProgressColumn) -> Progress:
-    """A display of what is going on and since when, which disappears afterwards."""
-    shown = (SpinnerColumn(), TextColumn("{task.description}"), *columns, TimeElapsedColumn())
-    return Progress(*shown, console=screen, transient=True)
 
 
 class Clock(BaseStreamer):
@@ -194,7 +156,7 @@ class Session:
             warm = Clock(lambda: display.update(task, description="warming up: compiling the decode step"))
             self.generate(WARM_UP, warm)
         if backend is spectral and not any(report.matched for report in reports()):
-            fail(self.screen, f"nothing was compressed: {first_refusal(reports())}")
+            raise Refused(f"nothing was compressed: {first_refusal(reports())}")
         with phases(self.screen, BarColumn()) as display:
             # a bar of layers where the compressed cache tells of them; a dense prefill is one call that says nothing
             layers = sum(report.matched for report in reports() if report.kind == "prefill")
@@ -211,7 +173,7 @@ class Session:
             reports(),
             counters["stats"]["unique_graphs"],
             compile_seconds() - before,
-            memory_stats(out.past_key_values),
+            memory_stats(out),
             clock.first,
             clock.rate,
         )

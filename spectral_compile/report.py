@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from spectral_compile.asked import being_compiled, misdirected, passed_by
 from spectral_compile.codec.layout import Layout
 
 UNSLOTH = (
@@ -80,8 +81,11 @@ _ever = False
 
 
 def reports() -> list[GraphReport]:
-    """The reports of all graphs compiled since the last ``reset()``, oldest first."""
-    return list(_reports)
+    """The reports of all graphs compiled since the last ``reset()``, oldest first.
+
+    Where there was no graph, a module that was compiled with the backend though its ``generate`` never calls it has a line.
+    """
+    return list(_reports) or [GraphReport("other", 0, 0, (Refusal("graph", reason),)) for reason in misdirected()]
 
 
 def record(report: GraphReport) -> None:
@@ -126,7 +130,10 @@ def clear() -> None:
 
 
 def expect_a_graph() -> None:
-    """Warn at exit if the backend was looked up and no graph ever came."""
+    """The backend is being looked up: warn at once if no graph can come, and at exit if none ever came."""
+    module = being_compiled()
+    if module is not None and (reason := passed_by(module)) is not None:
+        warnings.warn(reason, SpectralWarning, stacklevel=2)
     atexit.register(_warn_if_unused)
 
 
@@ -149,6 +156,7 @@ def _warn_if_unused() -> None:
     if not _ever:
         warnings.warn(
             why_no_graph()
+            or next(iter(misdirected()), None)
             or 'the backend "spectral" was asked for but never given a graph, so nothing was compressed:'
             " torch.compile(model).generate() runs the uncompiled model;"
             ' call model.compile(backend="spectral") and then model.generate()',

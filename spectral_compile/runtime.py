@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -13,7 +14,7 @@ from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.passes.clean_up import shape_of
 from spectral_compile.passes.rewrite import Plan
 from spectral_compile.replay import Replay
-from spectral_compile.report import count_decode
+from spectral_compile.report import GraphReport, Refusal, SpectralWarning, count_decode, record
 from spectral_compile.store import SpectralStore, Timeline, View
 from spectral_compile.tensor import Kind, SpectralTensor
 
@@ -52,10 +53,13 @@ class BoundGraph:
         compiled: Callable[..., Any],
         config: SpectralConfig,
         examples: list[Any],
+        dense: Callable[..., Any],
         replay: Replay | None = None,
     ) -> None:
-        """``replay`` is called instead of ``compiled`` where steps are recorded."""
-        self.plan, self.compiled, self.config, self.replay = plan, compiled, config, replay
+        """``replay`` is called instead of ``compiled`` where steps are recorded, and ``dense``, the graph as it came, once it
+        is known that no step would be compressed."""
+        self.plan, self.compiled, self.config, self.dense, self.replay = plan, compiled, config, dense, replay
+        self.stays_dense = False
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)
@@ -69,6 +73,8 @@ class BoundGraph:
                 tables(site.layout.rotary, site.device, site.dtype)
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        if self.stays_dense:
+            return self.dense(*arguments)
         count = self.count(arguments)
         if self.plan.kind == "prefill":
             stores, valid = self._begin(arguments, count)
@@ -88,6 +94,14 @@ class BoundGraph:
             self._settle(timeline, stores)
         return self._wrap(results, stores)
 
+    def stay_dense(self, refusal: Refusal) -> None:
+        """Compress no more prompts, since decode steps are not compressed for a reason, and say so."""
+        if not self.stays_dense:
+            self.stays_dense = True
+            why = Refusal(refusal.where, f"its decode steps are not compressed, so prompts stay dense too: {refusal.reason}")
+            record(GraphReport("prefill", len(self.plan.sites), 0, (why,)))
+            warnings.warn(str(why), SpectralWarning, stacklevel=2)
+
     def _begin(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
         """Empty stores for a prompt, and which of its columns are tokens."""
         sites = self.plan.sites
@@ -96,17 +110,17 @@ class BoundGraph:
         if valid is not None:
             tokens = int(valid.sum(1).min())
         timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device, self.config.headroom)
-        timeline.padded, timeline.unread = tokens < count, self.plan.masked and self.plan.padding is None
+        timeline.padded, timeline.prefill = tokens < count, self
         return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
 
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
         """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
         keys, values = ([arguments[site.past[role]] for site in self.plan.sites] for role in range(2))
-        view, length, timeline = keys[0].view, keys[0].length, keys[0].store.timeline
+        view, length, timeline = keys[0].reach, keys[0].length, keys[0].store.timeline
         stores = [key.store for key in keys]
         # what the step before has returned is one view of stores on one timeline; all else is looked at closely
         alike = (
-            {x.view for x in keys + values} == {view}
+            {x.reach for x in keys + values} == {view}
             and stores == [value.store for value in values]
             and {store.timeline for store in stores} == {timeline}
         )
@@ -122,6 +136,9 @@ class BoundGraph:
             timeline = timeline.map(torch.clone)
             for store in stores:
                 store.join(timeline)
+        if len(set(stores)) < len(stores):  # what two layers were given grows for each of them by itself
+            seen: set[SpectralStore] = set()
+            stores = [s.map(timeline, torch.clone) if s in seen or seen.add(s) else s for s in stores]
         if length != timeline.length or any(store.pending for store in stores):
             if self._static:
                 raise RuntimeError("keys were written to this static cache and values were not: start with a new cache")
@@ -130,17 +147,15 @@ class BoundGraph:
         if timeline.reserve(count):
             for store in stores:
                 store.resize()
-        # comparing masks waits for the GPU, so a lenient decode goes without it where it can
-        compare = self.plan.kind == "extend" or self.config.strict or not self._on_gpu or timeline.unread
-        past = self._valid(arguments, 0, length) if compare else None
-        if past is not None and not torch.equal(past, timeline.columns[:, :length]):
-            raise RuntimeError("attention_mask differs from that of earlier calls on this cache: start with a new cache")
+        wait = self.plan.kind == "extend" or self.config.strict or not self._on_gpu  # which a lenient decode does not
+        if self.plan.padding is not None:
+            timeline.hide(arguments[self.plan.padding][:, :length], wait)
         if timeline.padded and not self.plan.masked and self.plan.padding is None:
             raise RuntimeError(
                 "earlier calls on this cache masked tokens and this one does not: pass the mask of all tokens so far"
             )
         valid = self._valid(arguments, length, count)
-        if compare and valid is not None:
+        if wait and valid is not None:
             timeline.padded |= not bool(valid.all())
         return stores, valid
 
@@ -178,7 +193,7 @@ class BoundGraph:
     def _feed(self, arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None) -> tuple[Any, ...]:
         """The inputs of the compiled graph, which are hundreds at every step."""
         timeline = stores[0].timeline
-        given = [timeline.ledger, timeline.positions, timeline.columns, valid]
+        given = [timeline.ledger, timeline.positions, timeline.columns, timeline.visible, valid]
         for store in stores:
             given += store.buffers
         given += arguments
@@ -213,7 +228,7 @@ class BoundGraph:
 def _places(plan: Plan) -> tuple[list[int], list[tuple[int, Callable[[Any, Timeline], Any]]]]:
     """Where the inputs of a compiled graph stand among the books, the stores' buffers and the arguments, in this order, and
     which of the arguments are converted first."""
-    books, fields = ("ledger", "positions", "columns", "valid"), Buffers._fields
+    books, fields = ("ledger", "positions", "columns", "visible", "valid"), Buffers._fields
     places, converted = [], []
     for source in plan.inputs.values():
         match source:
@@ -229,13 +244,25 @@ def _places(plan: Plan) -> tuple[list[int], list[tuple[int, Callable[[Any, Timel
 
 
 class DenseGraph:
-    """A compiled graph that was not rewritten but is given compressed tensors: it gets them decoded."""
+    """A compiled graph that was not rewritten but is given compressed tensors: decoded, or those at ``shapes`` as shapes.
 
-    def __init__(self, compiled: Callable[..., Any]) -> None:
-        self.compiled = compiled
+    Where it is a decode step, ``refused`` for a reason, the graph that compressed the prompt does so no more: each conversation
+    would be decoded.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], shapes: set[int], refused: Refusal | None) -> None:
+        self.compiled, self.shapes, self.refused = compiled, shapes, refused
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.compiled(*(densely(a) if isinstance(a, SpectralTensor) else a for a in arguments))
+        return self.compiled(*(self._given(i, x) if isinstance(x, SpectralTensor) else x for i, x in enumerate(arguments)))
+
+    def _given(self, i: int, tensor: SpectralTensor) -> torch.Tensor:
+        if i in self.shapes:
+            return shape_of(tensor)
+        dense = densely(tensor)
+        if self.refused and (prefill := tensor.store.timeline.prefill) is not None:
+            prefill.stay_dense(self.refused)
+        return dense
 
 
 def densely(tensor: SpectralTensor) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from spectral_compile.kernels.buffers import PART, Buffers
+from spectral_compile.outputs import cache_of
 from spectral_compile.tensor import SpectralTensor
 
 
@@ -15,9 +18,10 @@ from spectral_compile.tensor import SpectralTensor
 class MemoryStats:
     """Bytes of a cache.
 
-    ``logical_bytes`` is what dense keys and values of this shape and dtype take, ``stored_bytes`` what is alive for them, and
-    ``ratio`` the quotient. ``parts`` splits the stored bytes into codes, bases, scales, windows, dense and other;
-    ``layers`` holds the stored bytes of each layer (what layers share is counted with the first).
+    ``logical_bytes`` is what dense keys and values of this shape and dtype take, and states as they are, ``stored_bytes`` what
+    is alive for them, and ``ratio`` the quotient. ``parts`` splits the stored bytes into codes, bases, scales, windows, dense,
+    states and other; states are what layers hold whatever the number of tokens, such as those of linear attention and
+    convolutions. ``layers`` holds the stored bytes of each layer (what layers share is counted with the first).
     """
 
     logical_bytes: int
@@ -28,13 +32,16 @@ class MemoryStats:
 
 
 def memory_stats(cache: Any) -> MemoryStats:
-    """The ``MemoryStats`` of a transformers cache, compressed or not, or of a sequence of (keys, values).
+    """The ``MemoryStats`` of a transformers cache, compressed or not, of a sequence of (keys, values), or of an output's cache.
 
-    Every storage is counted once and whole, with its spare capacity. TypeError where there is no cache.
+    A layer of an encoder-decoder's cache is the decoder's own and what it keeps of the encoder, together. Every storage is
+    counted once and whole, with its spare capacity. TypeError where there is no cache.
     """
+    if isinstance(cache, Mapping):  # as outputs are
+        cache = cache_of(cache)
     if cache is None:
         raise TypeError("there is no cache to measure: call the model with use_cache=True")
-    parts = dict.fromkeys(("codes", "bases", "scales", "windows", "dense", "other"), 0)
+    parts = dict.fromkeys(("codes", "bases", "scales", "windows", "dense", "states", "other"), 0)
     seen: set[int] = set()
     logical, layers = 0, []
 
@@ -46,10 +53,11 @@ def memory_stats(cache: Any) -> MemoryStats:
         parts[part] += storage.nbytes()
         return storage.nbytes()
 
-    for pair in _pairs(cache):
-        stored = 0
-        for tensor in pair:
+    for pair, states, rest in _layers(cache):
+        stored = sum(add(x, "states") for x in states) + sum(add(x, "other") for x in rest)
+        for tensor in (*pair, *states, *rest):
             logical += tensor.numel() * tensor.element_size()
+        for tensor in pair:
             if not isinstance(tensor, SpectralTensor):
                 stored += add(tensor, "dense")
                 continue
@@ -63,7 +71,34 @@ def memory_stats(cache: Any) -> MemoryStats:
     return MemoryStats(logical, total, logical / total if total else 1.0, parts, tuple(layers))
 
 
-def _pairs(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    layers = getattr(cache, "layers", cache)
-    pairs = [(layer.keys, layer.values) if hasattr(layer, "keys") else tuple(layer) for layer in layers]
-    return [(k, v) for k, v in pairs if isinstance(k, torch.Tensor)]
+def tensors(*roots: Any) -> Iterator[torch.Tensor]:
+    """All plain tensors within nested containers and tensor subclasses."""
+    for x in roots:
+        if isinstance(x, Mapping):
+            yield from tensors(*x.values())
+        elif isinstance(x, (list, tuple)):
+            yield from tensors(*x)
+        elif hasattr(x, "__tensor_flatten__"):
+            yield from tensors(*(getattr(x, name) for name in x.__tensor_flatten__()[0]))
+        elif isinstance(x, torch.Tensor):
+            yield x
+
+
+def storage_bytes(*roots: Any) -> int:
+    """Bytes of all tensors within nested containers and tensor subclasses, every storage once and whole."""
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors(*roots)}
+    return sum(storages.values())
+
+
+def _layers(cache: Any) -> list[tuple[list[torch.Tensor], ...]]:
+    """What is alive of each layer: keys and values, constant states, and what else there is, such as keys of an indexer."""
+    if hasattr(cache, "cross_attention_cache"):
+        both = zip_longest(*map(_layers, (cache.self_attention_cache, cache.cross_attention_cache)), fillvalue=([], [], []))
+        return [tuple(own + cross for own, cross in zip(*layer, strict=True)) for layer in both]
+    found, linear = [], getattr(cache, "linear_cache", [])  # MiniMax's states, which do not lie in its layers
+    for i, layer in enumerate(getattr(cache, "layers", cache)):
+        held = dict(zip(("keys", "values"), layer, strict=False)) if isinstance(layer, (list, tuple)) else dict(vars(layer))
+        pair = [x for name in ("keys", "values") if isinstance(x := held.pop(name, None), torch.Tensor)]
+        states = list(tensors(held.pop("conv_states", None), held.pop("recurrent_states", None), linear[i : i + 1]))
+        found.append((pair, states, list(tensors(held))))
+    return found

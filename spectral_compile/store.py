@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from spectral_compile.codec.layout import Layout
+from spectral_compile.foreign import remember
 from spectral_compile.kernels import advance, append, reference
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
+from spectral_compile.kernels.hide import REVEALS, hide
 
 # coded slots that a new log has to spare, which double whenever they are used up: a GPU must then record its graphs again
 HEADROOM = {"cpu": 64, "cuda": 1024}
@@ -61,7 +63,8 @@ class Timeline:
     """What is the same in every layer of a cache: columns, positions, and how many tokens are coded.
 
     ``length`` counts columns as transformers does, padding included; it lives on the host. ``ledger`` int64 [B, 6],
-    ``positions`` int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device.
+    ``positions`` int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device, and
+    ``visible`` uint8 [B, slots + 1]: what the mask of a step lets be seen of the tokens before it (see ``hide``).
     """
 
     def __init__(
@@ -78,11 +81,13 @@ class Timeline:
         self.next_due = 0  # the least length at which a row may have a segment to begin, as far as the host knows
         self.offered = False  # a chunk was long enough for a basis of its own
         self.padded = False  # columns of padding were left out
-        self.unread = False  # a mask that could not be classified may have hidden padding, which is stored as if it were tokens
         self.capacity = Capacity(coded=0, window=0 if self.waiting else layout.recent + layout.block, segments=0)
         self.ledger = torch.tensor([[0, 0, 0, 0, 1, 0]], device=device).repeat(batch, 1)
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        self.visible = torch.zeros(batch, 0, dtype=torch.uint8, device=device)
+        self._flags: torch.Tensor | None = None  # of the last step's mask, on their way from a GPU
+        self.prefill: Any = None  # the bound graph that began it, where one did
         self.derived = Shared()
         self.source: Timeline | None = None  # kept while the layers of a cache are appended to one by one
         self.entered: torch.Tensor | None = None  # and the ledger of their step, before it was caught up with
@@ -122,7 +127,7 @@ class Timeline:
         self.capacity = capacity
         columns = self.layout.sinks + capacity.coded + capacity.window + self.layout.block
         self.positions = _widen(self.positions, columns + 1)
-        self.columns = _widen(self.columns, columns)
+        self.columns, self.visible = _widen(self.columns, columns), _widen(self.visible, columns + 1)
 
     def settle(self) -> bool:
         """Drop the wide window of a young log once every row has a basis; whether capacities changed."""
@@ -139,6 +144,29 @@ class Timeline:
         self.length += count
         self.source = self.entered = None
         self.derived.clear()
+
+    def hide(self, shown: torch.Tensor, wait: bool) -> None:
+        """Note what the mask of a step says of the columns before it, [B, length], where 0 hides.
+
+        RuntimeError where it shows one that no token was stored of; without ``wait`` that may come a step late on a GPU.
+        """
+        if self._flags is not None:
+            self._refuse_revealed(self._flags)
+        hide(self.visible, self.columns, shown)
+        if wait or not self.visible.is_cuda:
+            self._refuse_revealed(self.visible[:, -1])
+            return
+        if self._flags is None:
+            self._flags = torch.zeros(self.batch, dtype=torch.uint8, pin_memory=True)
+        self._flags.copy_(self.visible[:, -1], non_blocking=True)
+
+    @staticmethod
+    def _refuse_revealed(flags: torch.Tensor) -> None:
+        if max(flags.tolist()) >= REVEALS:
+            raise RuntimeError(
+                "attention_mask shows tokens that earlier calls on this cache masked, of which nothing was kept: start with a"
+                " new cache"
+            )
 
     def due(self) -> bool:
         """Whether steps of one column have left a row with enough tokens to begin a segment; reads the device only then."""
@@ -164,7 +192,8 @@ class Timeline:
     def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Timeline:
         """A timeline of its own with ``move`` applied to every tensor."""
         new = copy.copy(self)
-        new.ledger, new.positions, new.columns = move(self.ledger), move(self.positions), move(self.columns)
+        new.ledger, new.positions, new.columns, new.visible = map(move, self.tensors())
+        new._flags = None
         new.derived, new.source, new.entered, new.users = Shared(), None, None, weakref.WeakSet()
         return new
 
@@ -196,7 +225,7 @@ class Timeline:
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.ledger, self.positions, self.columns]
+        return [self.ledger, self.positions, self.columns, self.visible]
 
 
 class SpectralStore:
@@ -212,6 +241,7 @@ class SpectralStore:
         self.pending: dict[str, torch.Tensor] = {}
         self.derived = Shared()
         self.handle = torch.empty(0, device=self.device)
+        remember(self.handle, self)
 
     @property
     def buffers(self) -> Buffers:
@@ -295,10 +325,11 @@ class SpectralStore:
             for part in parts:
                 part.widen(most)
             new = parts[0].map(torch.clone)
-            for flag in ("padded", "unread", "waiting"):
+            for flag in ("padded", "waiting"):
                 setattr(new, flag, any(getattr(part, flag) for part in parts))
             new.next_due = min(part.next_due for part in parts)
-            new.ledger, new.positions, new.columns = (torch.cat(x) for x in zip(*(p.tensors() for p in parts), strict=True))
+            books = zip(*(part.tensors() for part in parts), strict=True)
+            new.ledger, new.positions, new.columns, new.visible = map(torch.cat, books)
             return new
 
         key = ("stack", *(id(store.timeline) for store in stores))
@@ -342,7 +373,10 @@ class SpectralStore:
         starts.masked_fill_(starts > self.timeline.ledger[:, 3:4], UNUSED)
 
     def dense(self, role: str, length: int) -> torch.Tensor:
-        """Keys as attention would see them, or values: [B, H, length, D] in the model's dtype, zeros where there is padding."""
+        """Keys as attention would see them, or values: [B, H, length, D] in the model's dtype.
+
+        Zeros where there is padding, and behind the last column.
+        """
         timeline = self.timeline
         b, (h, d) = timeline.batch, (self.layout.kv_heads, self.layout.head_dim)
         out = torch.zeros(b, h, length, d, dtype=self.dtype, device=self.device)
@@ -351,8 +385,9 @@ class SpectralStore:
             both = reference.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
             places = timeline.columns[row, :known].nonzero().flatten()
             out[row, :, places] = both[role == "value"][:, : len(places)]
-        if length > known:
-            out[:, :, known:] = self.pending[role][:, :, : length - known]
+        if (new := self.pending.get(role)) is not None:
+            new = new[:, :, : length - known]
+            out[:, :, known : known + new.shape[2]] = new
         return out
 
     def append_eagerly(self, role: str, x: torch.Tensor) -> SpectralStore:

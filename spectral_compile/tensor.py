@@ -6,14 +6,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map
 
 from spectral_compile.codec.layout import Layout
+from spectral_compile.foreign import decoded
 from spectral_compile.report import count_decode
 from spectral_compile.store import SpectralStore, Timeline, View
 
 aten = torch.ops.aten
 
+_WRITES = "this would write to a compressed cache, which only grows: start with a new cache, or write to keys.dense()"
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_IN_PLACE.add("__setitem__")
 _INNER = ["handle"]  # the one list of every tensor's inner ones, which Dynamo asks for at every call
 
 
@@ -41,7 +46,7 @@ class SpectralTensor(torch.Tensor):
     handle: torch.Tensor
     kind: Kind
     store: SpectralStore | None
-    view: View | None
+    reach: View | None
 
     @staticmethod
     def __new__(
@@ -53,13 +58,18 @@ class SpectralTensor(torch.Tensor):
         view: View | None = None,
     ) -> SpectralTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=handle.device)
-        self.handle, self.kind, self.store, self.view = handle, kind, store, view
+        self.handle, self.kind, self.store, self.reach = handle, kind, store, view
         return self
 
     @property
     def length(self) -> int:
         """The columns that are there."""
         return self.store.timeline.length if self.kind.static else self.shape[2]
+
+    @property
+    def shape_only(self) -> bool:
+        """Whether Dynamo traces with this tensor, which then has no store and is asked for no values."""
+        return self.store is None and isinstance(self.handle, FakeTensor)
 
     def __tensor_flatten__(self) -> tuple[list[str], Kind]:
         return _INNER, self.kind
@@ -68,13 +78,17 @@ class SpectralTensor(torch.Tensor):
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> SpectralTensor:
         return SpectralTensor(inner["handle"], size, context)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache of graphs knows this tensor by."""
+        return repr((tuple(self.shape), self.kind))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"SpectralTensor({self.kind.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def dense(self) -> torch.Tensor:
         """The tensor that this stands for, decoded: keys rotated as attention sees them, padding as zeros."""
-        if self.store is None:  # traced: only the shape matters
-            return self.handle.new_empty(self.shape, dtype=self.dtype)
+        if self.store is None:  # traced, by Dynamo for the shape alone, by other compilers for what the graph is to compute
+            return decoded(self.handle, self.kind.role, list(self.shape), self.dtype, self.kind.strict)
         return self.store.dense(self.kind.role, self.shape[2])
 
     def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
@@ -126,8 +140,25 @@ class SpectralTensor(torch.Tensor):
         memo[id(self)] = new = self._on(store)
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a compressed cache cannot be pickled; copy.deepcopy(cache) copies it")
+    def __copy__(self) -> SpectralTensor:
+        return self._on(self.store)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(_WRITES)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the handle, which holds no bytes: PyTorch's own stands for all of the dense tensor, and has no memory."""
+        return self.handle.untyped_storage()
+
+    def _refuse(self, *given: Any, **more: Any) -> Any:
+        raise TypeError(
+            "a compressed tensor has no memory of its own to share, save or hand to other libraries: call .dense() for the"
+            " tensor that it stands for; copy.deepcopy(cache) copies a cache"
+        )
+
+    # of these PyTorch's own would read the memory that there is none of, or lose what it cannot pickle
+    share_memory_ = is_shared = storage = data_ptr = numpy = tolist = _refuse
+    __array__ = __dlpack__ = __reduce_ex__ = _refuse
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -141,8 +172,8 @@ class SpectralTensor(torch.Tensor):
             if result is not NotImplemented:
                 return result
 
-        if func._schema.is_mutable and isinstance(first, SpectralTensor) and first.store is not None:
-            raise RuntimeError(f"{func} would write to a compressed cache, which only grows: start with a new cache")
+        if func._schema.is_mutable and isinstance(first, SpectralTensor) and not first.shape_only:
+            raise RuntimeError(f"{func}: {_WRITES}")
 
         def plain(x: Any) -> Any:
             if not isinstance(x, SpectralTensor):
@@ -152,8 +183,31 @@ class SpectralTensor(torch.Tensor):
             return x.dense()
 
         if func in (aten.detach.default, aten.alias.default):
-            return SpectralTensor(first.handle, first.shape, first.kind, first.store, first.view)
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+            return SpectralTensor(first.handle, first.shape, first.kind, first.store, first.reach)
+        out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        views = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns)
+        if views and isinstance(first, SpectralTensor) and first.store is not None:
+            out = tree_map(lambda x: x.as_subclass(Decoded) if isinstance(x, torch.Tensor) else x, out)
+        return out
+
+
+class Decoded(torch.Tensor):
+    """What a view of a compressed tensor comes to, decoded: to be read, since what is written to it would reach no cache."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if (in_place and isinstance(args[0], Decoded)) or isinstance(kwargs.get("out"), Decoded):
+            raise RuntimeError(_WRITES)
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            given = args[0] if args else None
+            if isinstance(out, torch.Tensor) and isinstance(given, Decoded) and out.untyped_storage()._cdata == (
+                given.untyped_storage()._cdata
+            ):
+                return out.as_subclass(Decoded)
+        return out
 
 
 def _only_cut(index: Any, ndim: int) -> tuple[int, slice] | None:
@@ -176,6 +230,11 @@ def _traced(args: Any) -> bool:
 
 def _write(x: SpectralTensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> SpectralTensor:
     """What a static cache does with new tokens, which can only come after those that are there."""
+    if x.store is None and not x.shape_only:
+        raise RuntimeError(
+            'a graph of another compiler than backend="spectral" would write to a compressed static cache: compile with that'
+            " backend whatever is given this cache, or use the default DynamicCache"
+        )
     if x.store is not None:
         if dim % 4 != 2 or index.tolist() != list(range(x.length, x.length + len(index))):
             raise RuntimeError("a compressed static cache is only written to behind its last token: start with a new cache")

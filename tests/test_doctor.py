@@ -47,9 +47,32 @@ def test_nothing_to_compress_is_an_error(name: str, reason: str, tmp_path: Path)
     assert "nothing would be compressed" in result.stderr and reason in result.stderr
 
 
-def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
-    result = invoke(tmp_path / "nowhere")
-    assert result.exit_code == 1 and "error: " in result.stderr
+@pytest.mark.parametrize(
+    "option, sentence",
+    [
+        ("head_group=3", "head_group=3 does not divide the 2 KV heads"),
+        ("key_ranks=(9,9,9)", "key_ranks (9, 9, 9) sum to more than head_dim 16: lower them"),
+    ],
+)
+def test_options_that_no_layer_can_have_are_one_sentence(option: str, sentence: str, tmp_path: Path) -> None:
+    result = invoke(saved("llama", tmp_path), "--options", option)
+    assert result.exit_code == 2 and result.stderr.strip() == f"error: {sentence}"
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "seed"])
+def test_sizes_of_a_trillion_tokens_take_no_memory(preset: str) -> None:
+    layout = sc.SpectralConfig(preset).layout(8, 128, None)
+    dense, compressed = stored(layout, 10**12, torch.bfloat16)
+    assert dense == 2 * 8 * 128 * 10**12 * 2
+    few = stored(layout, 10**6, torch.bfloat16)
+    assert compressed / dense == pytest.approx(few[1] / few[0], rel=0.02)
+
+
+def test_the_verb_takes_a_trillion_tokens_and_no_more(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    result = invoke(folder, "--tokens", 10**12)
+    assert result.exit_code == 0 and "2 of 2 layers" in result.stdout
+    assert invoke(folder, "--tokens", 10**12 + 1).exit_code == 2
 
 
 @pytest.mark.parametrize("preset", ["exact", "quality", "balanced", "compact", "seed"])

@@ -19,7 +19,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from spectral_compile import models
 from spectral_compile.codec import PRESETS as CODECS
 from spectral_compile.codec import Profile
-from spectral_compile.evaluation import contenders, simulated, size, tasks
+from spectral_compile.config import SpectralConfig
+from spectral_compile.errors import Mistake, Refused
+from spectral_compile.evaluation import contenders, simulated, tasks
 from spectral_compile.evaluation import texts as built_in
 from spectral_compile.evaluation.calibrate import calibrate
 from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched, split
@@ -27,9 +29,11 @@ from spectral_compile.evaluation.measure import Agreement, Result, compare, read
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.evaluation.trace import Step, show, trace
 from spectral_compile.evaluation.verb import table
-from spectral_compile.report import GraphReport
+from spectral_compile.report import GraphReport, SpectralWarning
+from spectral_compile.stats import storage_bytes
 from tests.shell import invoke
-from tests.tiny import GROUPED, tokens
+from tests.test_stats import HYBRIDS
+from tests.tiny import GROUPED, WINDOWS, build, tokens
 
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding if
 WINDOW = {"recent": 64, "block": 32}
@@ -51,7 +55,7 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def results(llama: PreTrainedModel) -> dict[str, Result]:
     options = {json.dumps({"preset": name, **WINDOW}): name for name in ("quality", "balanced", "compact")}
-    rivals = ("kivi-4", "turbo-2", *(name for name in contenders.installed_rivals(llama.config) if name == "fp8"))
+    rivals = ("kivi-4", "turbo-2", *(() if contenders.obstacle("fp8", llama.config) else ("fp8",)))
     made = compare(llama, None, ("exact", *options, "seed", *rivals), TEXTS, PROMPT, DECODED)
     named = (replace(result, name=options.get(result.name, result.name)) for result in made)
     return {result.name: result for result in named}
@@ -109,7 +113,7 @@ def test_bytes_are_those_that_are_held(results: dict[str, Result], llama: PreTra
 
 def test_storages_are_counted_once_and_whole() -> None:
     base = torch.zeros(10, dtype=torch.int16)
-    assert size.storage_bytes({"a": (base[:2], [base[3:]]), "b": 7, "c": torch.zeros(3)}) == 20 + 12
+    assert storage_bytes({"a": (base[:2], [base[3:]]), "b": 7, "c": torch.zeros(3)}) == 20 + 12
 
 
 def dense_cache(llama: PreTrainedModel) -> DynamicCache:
@@ -150,16 +154,21 @@ def test_a_graph_that_is_missing_fails_loudly(llama: PreTrainedModel) -> None:
         require_matched({"prefill", "extend", "decode"})
 
 
+def test_a_model_of_which_nothing_is_compressed_is_said(llama: PreTrainedModel) -> None:
+    with pytest.raises(Refused, match=r"nothing was compressed: .*keys are float64"), pytest.warns(SpectralWarning):
+        read(contender(copy.deepcopy(llama).double(), "exact"), tokens(1, 30), 20)
+
+
 def test_a_cache_that_stays_dense_fails_loudly(llama: PreTrainedModel) -> None:
     uncompiled = replace(contender(llama, "exact"), model=llama)
     with pytest.raises(RuntimeError, match="exact: the cache is dense"):
         read(uncompiled, tokens(1, 30), 20)
 
 
-def test_a_site_that_does_not_match_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "reports", lambda: [GraphReport("prefill", 2, 1)])
-    with pytest.raises(RuntimeError, match="prefill: 1 of 2 attention sites compressed"):
-        require_matched({"prefill"})
+def test_a_site_that_matches_in_one_graph_alone_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "reports", lambda: [GraphReport("prefill", 2, 2), GraphReport("decode", 2, 1)])
+    with pytest.raises(RuntimeError, match="decode: 1 of 2 attention sites compressed"):
+        require_matched({"prefill", "decode"})
 
 
 def test_built_in_texts_do_not_overlap_and_are_of_three_kinds(tiny_folder: Path) -> None:
@@ -170,12 +179,10 @@ def test_built_in_texts_do_not_overlap_and_are_of_three_kinds(tiny_folder: Path)
     assert len(set(pieces)) == 3 and all(len(piece) == len(pieces[0]) for piece in pieces)
 
 
-def test_a_text_that_is_too_short_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_is_named(tiny_folder: Path) -> None:
     _, tokenizer = models.load(str(tiny_folder))
-    file = tmp_path / "short.txt"
-    file.write_text("w2 w3")
-    with pytest.raises(ValueError, match=r"short\.txt has only 2 of 100 tokens"):
-        built_in.texts(tokenizer, 1, 100, [file])
+    with pytest.raises(Mistake, match=r"short\.txt has only 2 of 100 tokens"):
+        built_in.texts(tokenizer, 1, 100, {"short.txt": "w2 w3"})
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -242,23 +249,6 @@ def test_the_verb_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Pa
     assert all(cache["tasks"]["key 3000"]["cases"] == 16 for cache in written["caches"])
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert set(written["caches"][1]["texts"]) == {"text.txt"}
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (("--presets", "balance"), "unknown cache 'balance'"),
-        (("--presets", "balanced+profile"), "needs --profile"),
-        (("--tasks", "riddle"), "unknown task 'riddle'"),
-        (("--scored", "4", "--decode", "5"), "cannot exceed --scored"),
-    ],
-)
-def test_bad_options_leave_before_a_model_is_loaded(
-    options: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
-    result = invoke("eval", *options)
-    assert result.exit_code == 2 and sentence in result.stderr
 
 
 def test_a_preset_can_go_without_an_ingredient() -> None:
@@ -349,9 +339,68 @@ def test_the_verb_traces(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_rival_that_is_not_installed_is_named(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "installed_rivals", lambda config: [])
+    monkeypatch.setattr(contenders, "obstacle", lambda name, config: f"no {name}")
     text = tmp_path / "text.txt"
     text.write_text("w2 w3 " * 40)
     work = ("--presets", "", "--rivals", "quanto-4", "--device", "cpu", "--tokens", 20, "--scored", 4)
     result = invoke("eval", "--model", tiny_folder, "--text", text, *work)
-    assert result.exit_code == 1 and "quanto-4 needs a package that is not installed" in result.stderr
+    assert result.exit_code == 2 and "quanto-4 cannot be used here, so leave it out: no quanto-4" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["gemma3", "cohere2", "gpt-oss"])
+def test_layers_that_stay_dense_are_dense_in_every_cache_and_count(name: str) -> None:
+    """Of two layers the first keeps a window of 24 tokens."""
+    model, texts = build(name), {"one": tokens(1, 210)}
+    options = json.dumps({"preset": "exact", **WINDOWS})
+    dense, exact, turbo = compare(model, None, (options, "turbo-4"), texts, 200)
+    assert abs(exact.mean().kl) < 1e-6 and exact.mean().top1 == 1
+    window, whole = (storage_bytes(vars(layer)) for layer in dense_after(model, texts["one"][:, :200]).layers)
+    assert dense.dense_bytes == dense.size.stored_bytes == whole + window
+    assert exact.size.parts["codes"] > 0 and exact.size.parts["dense"] + exact.size.parts["other"] > window
+    assert window + whole < exact.size.stored_bytes < window + 2 * whole
+    assert window < turbo.size.stored_bytes < dense.size.stored_bytes
+
+
+def dense_after(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
+    plain = contender(model, "dense")
+    cache = plain.empty()
+    plain.feed(cache, ids)
+    return cache
+
+
+def test_a_model_with_states_is_compared_too() -> None:
+    options = json.dumps({"preset": "exact", **WINDOWS})
+    dense, exact = compare(HYBRIDS["qwen3.5"]().eval(), None, (options,), {"one": tokens(1, 60)}, 48)
+    assert abs(exact.mean().kl) < 1e-5
+    assert exact.size.parts["states"] > 0 and dense.dense_bytes > exact.size.parts["states"]
+
+
+def test_eval_and_calibrate_take_a_model_of_which_some_layers_stay_dense(tiny_folder: Path, tmp_path: Path) -> None:
+    folder, text, out = tmp_path / "gemma3", tmp_path / "text.txt", tmp_path / "profile.json"
+    build("gemma3").save_pretrained(folder)
+    models.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
+    work = ("--model", folder, "--text", text, "--tokens", 1260, "--scored", 8, "--device", "cpu", "--dtype", "float32")
+    calibrated = invoke("calibrate", out, *work)
+    assert calibrated.exit_code == 0, calibrated.output
+    known = Profile.load(out)
+    assert (known.kv_heads, known.head_dim) == (2, 16)
+    for side in (known.key, known.value, known.coarse_key, known.coarse_value):
+        assert side[0] is None and side[1] > 0
+    shown = invoke("eval", *work, "--presets", "compact+profile", "--rivals", "", "--profile", out)
+    assert shown.exit_code == 0, shown.output
+    assert "compact+profile" in shown.stdout
+    assert "full attention" in contenders.obstacle("quanto-4", build("gemma3").config)
+
+
+def test_a_profile_divides_bytes_among_layers_that_have_losses_alone() -> None:
+    losses = (0.5, 0.001, 0.02)
+    alone = Profile(3, 64, losses, losses, losses, losses)
+    mixed = (None, losses[0], None, *losses[1:])
+    among = Profile(3, 64, mixed, mixed, mixed, mixed)
+    layout = SpectralConfig("balanced").layout(3, 64, None)
+    assert [among.apply(layout, layer) for layer in (1, 3, 4)] == [alone.apply(layout, layer) for layer in range(3)]
+    assert among.apply(layout, 0) == among.apply(layout, 2) == layout
+    for wrong in ((mixed, losses, losses, losses), (mixed, mixed, mixed, (0.5, None, *mixed[2:])), ((None,),) * 4):
+        with pytest.raises(ValueError, match="a profile holds finite losses"):
+            Profile(3, 64, *wrong)

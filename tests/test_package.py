@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import spectral_compile
+
 pytestmark = pytest.mark.xdist_group("package")  # the wheels are built in the source tree
 ROOT = Path(__file__).parents[1]
 SITE = sysconfig.get_path("purelib")
@@ -26,6 +28,16 @@ from transformers import LlamaForCausalLM
 from transformers.utils import is_kernels_available
 import kernels
 print(is_kernels_available(), kernels.__file__)
+"""
+PROFILE = """
+from spectral_compile import SpectralConfig
+print(len(SpectralConfig.parse({"profile": "smollm2-135m-instruct"}).profile.key))
+"""
+IMPORTED = """
+import sys
+import spectral_compile
+slow = ("torch._inductor", "torch._inductor.compile_fx", "torch._dynamo", "transformers", "typer", "rich")
+print([name for name in slow if name in sys.modules])
 """
 BACKEND = """
 import torch
@@ -55,7 +67,7 @@ def pip(*arguments: Path | str) -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, so that builds leave nothing behind in it."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("spectral_compile", "kernels", "passes"):
+    for name in ("spectral_compile", "kernels", "passes", "profiles"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -109,6 +121,29 @@ def test_every_module_of_the_checkout_is_in_the_wheel(source: Path, wheel: Path)
         packed = {name for name in archive.namelist() if name.endswith(".py")}
     modules = [path.relative_to(source) for path in source.rglob("*.py") if "build" not in path.parts]
     assert packed == {str(p if p.parts[0] == "spectral_compile" else Path("spectral_compile") / p) for p in modules}
+
+
+def test_the_wheel_is_typed_and_has_the_profiles(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    profiles = {f"spectral_compile/profiles/{path.name}" for path in (ROOT / "profiles").iterdir()}
+    assert profiles and packed >= profiles | {"spectral_compile/py.typed"}
+
+
+@pytest.mark.parametrize("where", ["checkout", "wheel"])
+def test_a_profile_is_found_by_its_name(where: str, installed: Path, tmp_path: Path) -> None:
+    found = python(PROFILE, tmp_path, ROOT if where == "checkout" else installed)
+    assert output(found) == ["30"]
+
+
+def test_importing_the_package_imports_neither_compilers_nor_transformers(tmp_path: Path) -> None:
+    """They take seconds, which nobody should wait for who only asks for an option."""
+    assert output(python(IMPORTED, tmp_path, ROOT)) == ["[]"]
+
+
+def test_every_public_name_is_there() -> None:
+    assert "SpectralWarning" in spectral_compile.__all__
+    assert all(hasattr(spectral_compile, name) for name in spectral_compile.__all__)
 
 
 def test_kernels_and_passes_are_no_regular_packages() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +15,13 @@ from hypothesis import strategies as st
 
 import spectral_compile as sc
 from spectral_compile.codec import Layout, Profile
-from spectral_compile.codec.profile import GRADES
+from spectral_compile.codec.profile import GRADES, shipped
 from spectral_compile.config import SpectralConfig
 from spectral_compile.report import SpectralWarning
 from tests.tiny import GREEDY, build, tokens
 
 LOSSES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+GOOD = {"kv_heads": 1, "head_dim": 2, "key": [1], "value": [1], "coarse_key": [1], "coarse_value": [1]}
 WITH_PROFILE = ("quality", "balanced", "compact")
 
 
@@ -78,13 +81,74 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         "no",
         "[]",
         '{"key": [1]}',
-        '{"kv_heads": 1, "head_dim": 2, "key": [1], "value": [], "coarse_key": [1], "coarse_value": [1]}',
+        json.dumps(GOOD | {"value": []}),
+        json.dumps(GOOD | {"more": 1}),
+        json.dumps(GOOD | {"kv_heads": True}),
+        json.dumps(GOOD | {"head_dim": 2.0}),
+        json.dumps(GOOD | {"kv_heads": 0}),
+        json.dumps(GOOD | {"key": [True]}),
+        json.dumps(GOOD | {"key": [None]}),
+        json.dumps(GOOD | {"key": [[1]]}),
+        json.dumps(GOOD | {"key": ["1"]}),
+        json.dumps(GOOD | {"key": "1"}),
+        json.dumps(GOOD | {"key": 1}),
+        json.dumps(GOOD | {"key": [float("inf")]}),
+        json.dumps(GOOD | {"key": [float("nan")]}),
+        json.dumps(GOOD | {"key": [-1]}),
+        json.dumps(GOOD | {"key": [10**400]}),
+        json.dumps(GOOD).replace("[1]", "[1e999]"),
+        json.dumps(GOOD).replace("[1]", f"[{'1' * 5000}]"),
+        "[" * 10**5,
+        '{"key": ' * 10**5,
+        b"\x80\x04binary\xff\x00",
+        b"\xff\xfe",
+        b"",
+        json.dumps(GOOD) + " " * 2**20,
     ],
+    ids=lambda content: str(content)[:40],
 )
-def test_what_is_no_profile_is_said(content: str, tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text(content)
-    with pytest.raises(ValueError, match="profile"):
+def test_what_is_no_profile_is_said(content: str | bytes, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="profile") as raised:
         SpectralConfig(profile=tmp_path / "p.json")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_dictionary_is_a_profile_or_is_not() -> None:
+    assert SpectralConfig(profile=GOOD).profile == Profile(1, 2, (1,), (1,), (1,), (1,))
+    with pytest.raises(ValueError, match="this dictionary is no profile"):
+        SpectralConfig(profile={1: 2})
+
+
+def test_a_file_without_an_end_is_not_read_to_its_end() -> None:
+    with pytest.raises(ValueError, match="/dev/zero is no profile"):
+        Profile.load("/dev/zero")
+
+
+def test_a_profile_that_comes_with_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = shipped()
+    known = SpectralConfig.parse({"profile": name}).profile
+    assert (known.kv_heads, known.head_dim, len(known.key)) == (3, 64, 30)
+    monkeypatch.chdir(tmp_path)
+    other = profile((2, 16), (0.5,))
+    other.save(name)
+    assert SpectralConfig.parse({"profile": name}).profile == other
+
+
+def test_a_profile_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.json"
+    profile((2, 16), (0.5,)).save(path)
+    before = path.read_bytes()
+
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match=r"cannot write to .*: No space left on device"):
+        profile((2, 16), (0.25,)).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_profile_that_is_not_there_is_said() -> None:

@@ -35,6 +35,7 @@ from spectral_compile.bench.measure import (
 from spectral_compile.evaluation.contenders import options_of, require_matched
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.generate import compile_seconds
+from spectral_compile.outputs import cache_of
 from spectral_compile.report import recordings as recorded_steps
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor
@@ -117,7 +118,7 @@ class Run:
             **how,
         )
         steps = [b - a for a, b in pairwise(clock.moments)]
-        return cls(clock.moments[0] - started, steps, out.sequences[0, prompt.shape[1] :].tolist(), out.past_key_values)
+        return cls(clock.moments[0] - started, steps, out.sequences[0, prompt.shape[1] :].tolist(), cache_of(out))
 
 
 def prepare(model: PreTrainedModel, settings: Settings, variant: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from spectral_compile.backend import reset
 from spectral_compile.bench.generation import SPECTRAL, matched_sites, prepare, random_prompt, recordings, static_config
 from spectral_compile.bench.measure import GEOMETRIES, Column, Geometry, Measurement, Row, Settings, build, fixed, table, wait
+from spectral_compile.outputs import cache_argument
 
 DEFAULT = ("smollm2",)
 WARM_UP = 8  # steps
@@ -55,7 +56,7 @@ def host(geometry: Geometry, settings: Settings, cached: int, variant: str, opti
         forward = model.get_compiled_call(static_config(settings))
 
     def inputs(length: int, new: int | None) -> dict[str, Any]:
-        given = {"past_key_values": cache, "attention_mask": mask[:, :length], "use_cache": True, "logits_to_keep": 1}
+        given = {**cache_argument(cache), "attention_mask": mask[:, :length], "use_cache": True, "logits_to_keep": 1}
         return model.prepare_inputs_for_generation(
             ids[:, :length], next_sequence_length=new, is_first_iteration=new is None, **given
         )

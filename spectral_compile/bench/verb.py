@@ -8,13 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import transformers
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
@@ -23,9 +21,11 @@ from typer import Option
 from spectral_compile.bench import attention, encode, generation, host
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
 from spectral_compile.codec import PRESETS
+from spectral_compile.command import count, need_matplotlib, output, phases, save_figure
 from spectral_compile.config import SpectralConfig
+from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation.contenders import options_of, split
-from spectral_compile.generate import fail, output, phases
+from spectral_compile.files import check_writable, write_whole
 from spectral_compile.models import device_of
 
 
@@ -71,8 +71,10 @@ def bench(
     device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
     inner: Annotated[str, Option(help="Compiler of graphs: inductor, aot_eager or eager")] = "inductor",
     seed: Annotated[int, Option(help="Of weights, keys, values and prompts")] = 0,
-    json_: Annotated[Path | None, Option("--json", help="File to write every figure to, after each measurement")] = None,
-    plot: Annotated[Path | None, Option(help="PNG file to draw the figures in")] = None,
+    json_: Annotated[
+        Path | None, Option("--json", callback=check_writable, help="File to write every figure to, after each measurement")
+    ] = None,
+    plot: Annotated[Path | None, Option(callback=check_writable, help="PNG file to draw the figures in")] = None,
 ) -> None:
     """Measure the time and memory of the compressed cache beside dense ones, with random weights.
 
@@ -94,13 +96,11 @@ def bench(
         inner=inner,
         seed=seed,
     )
-    try:
+    with mistakes(ValueError):
         for preset in settings.presets:
             SpectralConfig.parse({**(options_of(preset) or {"preset": preset}), "inner": inner})
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-    if plot and find_spec("matplotlib") is None:
-        fail(screen, "--plot needs matplotlib: pip install 'spectral-compile[bench]'")
+    if plot:
+        need_matplotlib()
     transformers.logging.set_verbosity_error()
 
     facts = header(settings)
@@ -111,7 +111,7 @@ def bench(
 
     def write() -> None:
         if json_:
-            json_.write_text(json.dumps({"header": facts, "parts": measured}, indent=1))
+            write_whole(json_, json.dumps({"header": facts, "parts": measured}, indent=1).encode())
 
     for name in chosen:
         part = PARTS[name]
@@ -141,25 +141,19 @@ def by_comma(what: str, given: str, known: Iterable[str], others: bool = False) 
     names = split(given)
     for name in names:
         if not others and name not in known:
-            raise typer.BadParameter(f"unknown {what} {name!r}: choose from {', '.join(known)}")
+            raise Mistake(f"unknown {what} {name!r}: choose from {', '.join(known)}")
     if not names:
-        raise typer.BadParameter(f"name at least one {what}: choose from {', '.join(known)}")
+        raise Mistake(f"name at least one {what}: choose from {', '.join(known)}")
     return names
-
-
-def count(text: str) -> int:
-    """A count of tokens."""
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is no count of tokens, such as 4096")
-    return int(text)
 
 
 def pair(text: str) -> tuple[int, int]:
     """Batch and cached tokens, out of such as 8x16384."""
     batch, _, cached = text.partition("x")
-    if not (batch.isdecimal() and cached.isdecimal() and int(batch) and int(cached)):
-        raise typer.BadParameter(f"{text!r} is no batch and count of tokens, such as 8x16384")
-    return int(batch), int(cached)
+    try:
+        return count(batch), count(cached)
+    except Mistake:
+        raise Mistake(f"{text!r} is no batch and count of tokens, such as 8x16384") from None
 
 
 def header(settings: Settings) -> dict[str, str]:
@@ -183,4 +177,4 @@ def draw(path: Path, measured: dict[str, list[Row]], facts: dict[str, str]) -> N
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     figure.suptitle(f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}", fontsize="small")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

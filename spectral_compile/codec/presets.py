@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..errors import Mistake
 from .layout import Layout, Rotary, Tiers
 
 _JOINT_WIDTH = 192  # wider groups cost attention more than they save: every key is rebuilt from all of its group's codes
@@ -56,7 +57,7 @@ class Preset:
         """The layout of a layer with ``kv_heads`` heads of ``head_dim`` channels."""
         head_group = self.head_group or largest_group(kv_heads, head_dim, _JOINT_WIDTH)
         if kv_heads % head_group:
-            raise ValueError(f"head_group={head_group} does not divide the {kv_heads} KV heads")
+            raise Mistake(f"head_group={head_group} does not divide the {kv_heads} KV heads")
         width = head_group * head_dim
         sides = {"key": tiers(self.key, width), "value": tiers(self.value, width)}
         geometry = {"kv_heads": kv_heads, "head_dim": head_dim, "head_group": head_group, "rotary": rotary}

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
+import importlib.resources
 import json
 import math
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..files import write_whole
 from .layout import Layout, Tiers
 from .presets import tiers
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 _MOST = 4  # grades in one model: kernels are compiled for each
 _TOKENS = 4096  # over which the bytes of a basis are spread
 _HALVINGS = 40
+_LARGEST = 2**20  # bytes of a file; a hundred layers take ten thousand
 
 
 @dataclass(frozen=True)
@@ -49,26 +57,33 @@ class Profile:
     """How much a model suffers where the keys, or the values, of one attention layer alone are compressed.
 
     ``key`` and ``value`` hold the mean KL divergence from the dense model under ``USUAL``, in nats a token, for each layer
-    in the order of the graph, ``coarse_key`` and ``coarse_value`` under the cheapest grade. Layers of one model differ by
-    orders of magnitude, and losses of several layers nearly add up.
+    in the order of the graph, ``coarse_key`` and ``coarse_value`` under the cheapest grade, and None where a layer stays dense.
+    Layers of one model differ by orders of magnitude, and losses of several layers nearly add up.
     """
 
     kv_heads: int
     head_dim: int
-    key: tuple[float, ...]
-    value: tuple[float, ...]
-    coarse_key: tuple[float, ...]
-    coarse_value: tuple[float, ...]
+    key: tuple[float | None, ...]
+    value: tuple[float | None, ...]
+    coarse_key: tuple[float | None, ...]
+    coarse_value: tuple[float | None, ...]
 
     def __post_init__(self) -> None:
         sides = self.key, self.value, self.coarse_key, self.coarse_value
-        if not self.key or len(set(map(len, sides))) > 1 or any(not x >= 0 for side in sides for x in side):
-            raise ValueError("a profile holds losses of keys and of values, not negative, for each attention layer")
+        if any(type(count) is not int or count < 1 for count in (self.kv_heads, self.head_dim)):
+            raise ValueError("a profile holds a number of KV heads and one of channels a head")
+        if (
+            any(not isinstance(side, tuple) or len(side) != len(self.key) or not side for side in sides)
+            or any(type(x) not in (int, float) or not 0 <= x <= sys.float_info.max for x in chain(*map(_known, sides)))
+            or any(len({x is None for x in layer}) > 1 for layer in zip(*sides, strict=True))
+            or not _known(self.key)
+        ):
+            raise ValueError("a profile holds finite losses of keys and of values, not negative, for each attention layer")
 
     def losses(self) -> list[list[float]]:
-        """What each layer is expected to lose at each grade."""
-        coarse = zip(self.coarse_key, self.coarse_value, strict=True)
-        fine = zip(self.key, self.value, strict=True)
+        """What each layer that does not stay dense is expected to lose at each grade."""
+        coarse = zip(_known(self.coarse_key), _known(self.coarse_value), strict=True)
+        fine = zip(_known(self.key), _known(self.value), strict=True)
         return [
             [
                 _loss(k, most_k, g.key_loss, GRADES[0].key_loss) + _loss(v, most_v, g.value_loss, GRADES[0].value_loss)
@@ -79,18 +94,24 @@ class Profile:
 
     @classmethod
     def load(cls, source: str | Path | dict) -> Profile:
-        """What ``save`` wrote to a file, or the same as a dictionary; ValueError where it is something else."""
+        """What ``save`` wrote to a file, the same as a dictionary, or a profile that comes with the package, by its name.
+
+        A file goes before the name of a profile. ValueError where it is something else.
+        """
         try:
-            fields = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
-            return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+            found = source if isinstance(source, dict) else json.loads(_read(source))
         except OSError as error:
             raise ValueError(f"cannot read the profile {source}: {error.strerror}") from None
-        except (AttributeError, TypeError, json.JSONDecodeError):
-            raise ValueError(f"{source} is no profile: write one with `spectral-compile calibrate`") from None
+        except (TypeError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or set(found) != {field.name for field in fields(cls)}:
+            what = "this dictionary" if isinstance(source, dict) else source
+            raise ValueError(f"{what} is no profile: write one with `spectral-compile calibrate`")
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in found.items()})
 
     def save(self, path: str | Path) -> None:
         """Write a file that the option ``profile`` takes."""
-        Path(path).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_whole(Path(path), json.dumps(asdict(self)).encode())
 
     def misfit(self, kv_heads: int, head_dim: int, layers: int) -> str | None:
         """Why this is not the profile of a model with ``layers`` attention layers like this, if so."""
@@ -100,9 +121,34 @@ class Profile:
         return f"the profile is of another model, with {made}: write one for this model with `spectral-compile calibrate`"
 
     def apply(self, layout: Layout, layer: int) -> Layout:
-        """``layout``, which every layer would have, with the tiers of this layer."""
-        grade = GRADES[_allot(self, layout.key, layout.value, layout.width)[layer]]
+        """``layout``, which every layer would have, with the tiers of this layer; as it is where the profile has none."""
+        if self.key[layer] is None:
+            return layout
+        place = len(_known(self.key[:layer]))
+        grade = GRADES[_allot(self, layout.key, layout.value, layout.width)[place]]
         return replace(layout, key=tiers(grade.key, layout.width), value=tiers(grade.value, layout.width))
+
+
+def _known(side: tuple[float | None, ...]) -> list[float]:
+    return [x for x in side if x is not None]
+
+
+def shipped() -> dict[str, Traversable]:
+    """The profiles that come with the package, by name."""
+    files = importlib.resources.files("spectral_compile.profiles").iterdir()
+    return {file.name.removesuffix(".json"): file for file in files if file.name.endswith(".json")}
+
+
+def _read(source: str | Path) -> bytes:
+    """What the file holds, or the profile of that name where there is no such file."""
+    path = Path(source)
+    if not path.exists() and (known := shipped().get(str(source))) is not None:
+        return known.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError(f"{path} is larger than any profile")
+    return content
 
 
 def _loss(fine: float, coarse: float, usual: float, most: float) -> float:
@@ -114,7 +160,7 @@ def _loss(fine: float, coarse: float, usual: float, most: float) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _allot(profile: Profile, key: Tiers, value: Tiers, width: int) -> tuple[int, ...]:
-    """The grade of each layer that loses least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
+    """The grade of each layer with losses: least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
 
     Lagrangian relaxation over each choice of ``_MOST`` grades: of all that a price of a byte makes best, the last that fits.
     """

@@ -16,11 +16,15 @@ from transformers import PreTrainedModel
 from typer import Option
 
 from spectral_compile import models
-from spectral_compile.codec import GRADES, USUAL, Preset, Profile
+from spectral_compile.codec import GRADES, USUAL, Layout, Preset, Profile
+from spectral_compile.command import phases
+from spectral_compile.errors import Mistake
 from spectral_compile.evaluation.contenders import DENSE, Contender, contender, require_matched
 from spectral_compile.evaluation.measure import Agreement
-from spectral_compile.evaluation.texts import calibration, take
-from spectral_compile.generate import fail, phases
+from spectral_compile.evaluation.texts import calibration
+from spectral_compile.files import check_writable, read_texts
+from spectral_compile.report import reports
+from spectral_compile.tensor import SpectralTensor
 
 _PRESETS = [Preset(grade.key, grade.value) for grade in (USUAL, GRADES[0])]  # a profile interpolates between them
 _LEAST = 1e-9  # nats
@@ -36,19 +40,30 @@ def calibrate(
     """The profile of ``model`` from texts int64 [1, n + 1]: the first ``prompt`` tokens are cached, the others predicted.
 
     Each layer's keys, and then its values, are taken from a compressed cache and all else from a dense one. What rounding alone
-    changes is taken off, as far as the least that any layer changes shows it: best in float32.
+    changes is taken off, as far as the least that any layer changes shows it: best in float32. Layers that stay dense have no
+    losses. ``Refused`` where all do, and ``Mistake`` where those that do not differ in shape.
     """
     dense = contender(model, DENSE)
-    found = torch.tensor([_lost(dense, ids, prompt, step) for ids in passages], dtype=torch.float64).mean(0)
+    runs = [_lost(dense, ids, prompt, step) for ids in passages]
+    found = torch.tensor([losses for _, losses in runs], dtype=torch.float64).mean(0)
     found = (found - found.amin((-2, -1), keepdim=True)).clamp(min=_LEAST)
-    cache = dense.empty()
-    dense.feed(cache, passages[0][:, :1])
-    _, kv_heads, _, head_dim = cache.layers[0].keys.shape
-    return Profile(kv_heads, head_dim, *map(tuple, found.flatten(0, 1).tolist()))
+    layouts, _ = runs[0]
+    if len(layouts) - layouts.count(None) != found.shape[-1]:
+        raise Mistake("a profile is for models each of whose layers has a cache of its own, and some of this one share theirs")
+    shapes = {(layout.kv_heads, layout.head_dim) for layout in layouts if layout}
+    if len(shapes) > 1:
+        raise Mistake(f"a profile is for layers of one shape, and these have KV heads and channels {sorted(shapes)}")
+    columns = (iter(column) for column in found.flatten(0, 1).tolist())
+    return Profile(*shapes.pop(), *(tuple(next(column) if layout else None for layout in layouts) for column in columns))
 
 
-def _lost(dense: Contender, ids: torch.Tensor, prompt: int, step: Callable[[str], None]) -> list[list[list[float]]]:
-    """KL divergences under each of ``_PRESETS`` with one layer's keys, and with one layer's values, from a compressed cache."""
+def _lost(
+    dense: Contender, ids: torch.Tensor, prompt: int, step: Callable[[str], None]
+) -> tuple[list[Layout | None], list[list[list[float]]]]:
+    """Attention layers, None where they stay dense, and for each other one KL divergences under each of ``_PRESETS``.
+
+    First those with that layer's keys from a compressed cache, then with its values.
+    """
     exact = dense.empty()
     dense.feed(exact, ids[:, :prompt], keep=1)
     targets = ids[0, prompt + 1 :].to(dense.model.device)
@@ -59,43 +74,42 @@ def _lost(dense: Contender, ids: torch.Tensor, prompt: int, step: Callable[[str]
         held = ours.empty()
         ours.feed(held, ids[:, :prompt], keep=1)
         require_matched({"prefill"})
+        layouts = [site.layout for site in reports()[-1].layers]
         losses: list[list[float]] = [[], []]
-        for layer in range(len(exact.layers)):
+        for layer, part in enumerate(held.layers):
+            if not isinstance(getattr(part, "keys", None), SpectralTensor):
+                continue
             for side, name in enumerate(("keys", "values")):
                 step(f"{name} of layer {layer}")
-                trial = copy.copy(exact)
-                trial.layers = [copy.copy(part) for part in exact.layers]
-                setattr(trial.layers[layer], name, getattr(held.layers[layer], name).dense())
+                trial = copy.deepcopy(exact)
+                setattr(trial.layers[layer], name, getattr(part, name).dense())
                 losses[side].append(Agreement.of(dense.feed(trial, ids[:, prompt:-1]), expected, targets).kl)
         found.append(losses)
-    return found
+    return layouts, found
 
 
 def verb(
-    out: Annotated[Path, typer.Argument(help="File to write the profile to")],
+    out: Annotated[Path, typer.Argument(callback=check_writable, help="File to write the profile to")],
     model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
-    text: Annotated[list[Path] | None, Option(exists=True, dir_okay=False, help="A text to use instead; repeatable")] = None,
+    text: Annotated[list[Path] | None, Option(help="A text to use instead; repeatable")] = None,
     tokens: Annotated[int, Option(min=1, help="Tokens of a text that are cached")] = 4096,
     scored: Annotated[int, Option(min=1, help="Tokens that are then predicted")] = 512,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and cache")] = "float32",
     device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
 ) -> None:
     """Measure which layers of a model need how many bytes, once a model."""
+    where = models.device_of(device)
+    given = read_texts(text or ())
     screen = Console(stderr=True)
     transformers.logging.disable_progress_bar()
     with phases(screen, BarColumn(), MofNCompleteColumn()) as display:
         task = display.add_task(f"loading {model or models.DEFAULT}")
-        try:
-            loaded, tokenizer = models.load(model, getattr(torch, dtype))
-            count = tokens + scored + 1
-            if text:
-                passages = [take(tokenizer, path.read_text(encoding="utf-8"), count, path.name) for path in text]
-            else:
-                passages = list(calibration(tokenizer, count).values())
-        except (OSError, ValueError) as error:
-            fail(screen, str(error))
-        loaded.to(models.device_of(device))
+        loaded, tokenizer = models.load(model, getattr(torch, dtype))
+        passages = calibration(tokenizer, tokens + scored + 1, given)
+        loaded.to(where)
         display.update(task, total=2 * len(_PRESETS) * loaded.config.get_text_config().num_hidden_layers * len(passages))
-        profile = calibrate(loaded, passages, tokens, lambda what: display.update(task, description=what, advance=1))
+        profile = calibrate(
+            loaded, list(passages.values()), tokens, lambda what: display.update(task, description=what, advance=1)
+        )
     profile.save(out)
     print(f"{out}: give it as options={{'profile': {str(out)!r}}}")

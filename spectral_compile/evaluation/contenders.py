@@ -15,9 +15,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from spectral_compile.backend import reset, spectral
 from spectral_compile.codec import PRESETS, Preset, Profile
+from spectral_compile.config import SpectralConfig
+from spectral_compile.errors import Refused
 from spectral_compile.evaluation.simulated import RECENT, SIMULATED, SimulatedCache
-from spectral_compile.report import reports
-from spectral_compile.tensor import SpectralTensor
+from spectral_compile.evaluation.size import compressed_keys
+from spectral_compile.outputs import cache_argument
+from spectral_compile.report import first_refusal, reports
 
 DENSE = "dense"
 PROFILED = "+profile"
@@ -57,10 +60,9 @@ class Contender:
         """What the model returns for ``ids`` [B, n], which are appended to ``cache``."""
         ids, start = ids.to(self.model.device), cache.get_seq_length()
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, **options)
-        if self.compressed and not all(isinstance(layer.keys, SpectralTensor) for layer in cache.layers):
-            # also when Dynamo gave up at its recompile limit, of which no report tells
-            raise RuntimeError(f"{self.name}: the cache is dense, so its figures would be those of another cache")
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache), **options)
+        if self.compressed:
+            require_compressed(self.name, cache)
         return out
 
 
@@ -71,7 +73,10 @@ def options_of(name: str, profile: Profile | None = None) -> dict[str, Any] | No
     (``balanced+profile``), or options as JSON. ValueError where the name asks for a profile and there is none.
     """
     if name.startswith("{"):
-        return json.loads(name)
+        try:
+            return json.loads(name)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name} is no JSON") from None
     base, *without = name.removesuffix(PROFILED).split("-")
     if base not in PRESETS or any(ingredient not in WITHOUT for ingredient in without):
         return None
@@ -107,30 +112,39 @@ def contender(model: PreTrainedModel, name: str | Preset, inner: str = "eager", 
     return Contender(DENSE, model, empty)
 
 
-def check(names: Iterable[str], profile: Profile | None = None) -> None:
-    """ValueError for a name that no contender has."""
+def check(names: Iterable[str], profile: Profile | None = None, inner: str = "eager") -> None:
+    """ValueError for a name that no contender has, or options that the backend does not take."""
     for name in names:
-        if name not in RIVALS and name not in SIMULATED and options_of(name, profile) is None:
+        if name in RIVALS or name in SIMULATED:
+            continue
+        if (options := options_of(name, profile)) is None:
             known = ", ".join((*PRESETS, *RIVALS, *SIMULATED))
             raise ValueError(f"unknown cache {name!r}: choose from {known}, or give options as JSON")
+        SpectralConfig.parse({**options, "inner": inner})
 
 
-def installed_rivals(config: transformers.PreTrainedConfig) -> list[str]:
-    """The rivals whose package is there and whose back end this transformers knows."""
-
-    def runs(backend: str, bits: int | None) -> bool:
-        try:
-            QuantizedCache(backend, config, nbits=bits)
-        except (ImportError, ValueError):
-            return False
-        return True
-
-    return [name for name, (backend, bits) in RIVALS.items() if runs(backend, bits)]
+def obstacle(rival: str, config: transformers.PreTrainedConfig) -> str | None:
+    """Why a rival cannot be used: its package is missing, or transformers lacks its back end, or not for such a model."""
+    backend, bits = RIVALS[rival]
+    try:
+        QuantizedCache(backend, config, nbits=bits)
+    except (ImportError, ValueError) as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def require_matched(kinds: set[str]) -> None:
-    """Raise RuntimeError unless graphs of just these ``kinds`` were compiled, with every attention site compressed."""
+    """Raise RuntimeError unless graphs of just these ``kinds`` were compiled, with equally many attention sites compressed."""
     made = reports()
-    if {report.kind for report in made} != kinds or any(report.matched < report.sites for report in made):
+    if {report.kind for report in made} != kinds or len({report.matched for report in made}) > 1:
         found = "; ".join(map(str, made)) or "no graph at all"
-        raise RuntimeError(f"expected {', '.join(sorted(kinds))} graphs with every site compressed, but got {found}")
+        raise RuntimeError(f"expected {', '.join(sorted(kinds))} graphs with the same sites compressed, but got {found}")
+
+
+def require_compressed(name: str, cache: Cache) -> None:
+    """Raise ``Refused`` where no graph compresses anything, and RuntimeError where ``cache`` is dense nevertheless."""
+    made = reports()
+    if made and not any(report.matched for report in made):
+        raise Refused(f"nothing was compressed: {first_refusal(made)}")
+    if not compressed_keys(cache):  # also when Dynamo gave up at its recompile limit, of which no report tells
+        raise RuntimeError(f"{name}: the cache is dense, so its figures would be those of another cache")

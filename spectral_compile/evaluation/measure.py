@@ -168,7 +168,8 @@ def compare(
 
     ``batch`` texts are read at a time; all have the same number of tokens.
 
-    A cache of this backend whose graphs do not match at every site is a RuntimeError.
+    Layers that this backend leaves dense are dense in its caches, and count. RuntimeError where its graphs do not compress the
+    same ones, ``Refused`` where they compress none.
     """
     dense: dict[str, Reading] = {}
     kinds = {"prefill", "extend"} | ({"decode"} if decode or asked else set())

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
+from spectral_compile.stats import storage_bytes
+
 _SINKS = 4  # tokens
 RECENT = 96  # tokens, which in 16 bits take the bytes of ``balanced``'s window
 _GROUP = 32  # numbers with one scale and one zero; as many tokens are coded at a time
@@ -66,12 +68,15 @@ SIMULATED = {
 
 
 class SimulatedCache(DynamicCache):
-    """A dense cache that loses what a codec would lose of all tokens between its first and its last."""
+    """A dense cache that loses what a codec would lose of all tokens between its first and its last.
+
+    Layers that keep only a window of their tokens, or states alone, stay as they are.
+    """
 
     def __init__(self, codecs: tuple[Codec, Codec], config: PreTrainedConfig) -> None:
         super().__init__(config=config)
         self.codecs = codecs
-        self.coded: list[int] = []  # by layer: where its exact window begins
+        self.coded: dict[int, int] = {}  # by layer: where its exact window begins
         self.coded_bytes = 0.0
 
     @property
@@ -79,18 +84,19 @@ class SimulatedCache(DynamicCache):
         """What codes, scales and exact tokens would take."""
         exact = (
             x[:, :, :1].nbytes * (x.shape[2] - coded + _SINKS)
-            for layer, coded in zip(self.layers, self.coded, strict=True)
-            for x in (layer.keys, layer.values)
+            for i, coded in self.coded.items()
+            for x in (self.layers[i].keys, self.layers[i].values)
         )
-        return self.coded_bytes + sum(exact)
+        others = (vars(layer) for i, layer in enumerate(self.layers) if i not in self.coded)
+        return self.coded_bytes + sum(exact) + storage_bytes(*others)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
         """Tokens attend to each other as they come, and to what is left of those before them."""
         attended = super().update(key, value, layer_idx, *rest, **more)
         layer = self.layers[layer_idx]
-        if layer_idx == len(self.coded):
-            self.coded.append(_SINKS)
-        begin = self.coded[layer_idx]
+        if layer.is_sliding:
+            return attended
+        begin = self.coded.setdefault(layer_idx, _SINKS)
         end = begin + max(0, layer.keys.shape[2] - RECENT - begin) // _GROUP * _GROUP
         if end > begin:
             layer.keys, layer.values = (

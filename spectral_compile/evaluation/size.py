@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from transformers import Cache, DynamicCache
 
 from spectral_compile.evaluation.simulated import SimulatedCache
-from spectral_compile.stats import memory_stats
+from spectral_compile.stats import memory_stats, storage_bytes
 from spectral_compile.tensor import SpectralTensor
 
 
@@ -32,9 +30,9 @@ def weigh(cache: Cache) -> Size:
     if isinstance(cache, SimulatedCache):
         stored = round(cache.stored_bytes)
         return Size(stored, {"simulated": stored})
-    keys = [layer.keys for layer in cache.layers]
-    if not isinstance(keys[0], SpectralTensor):
-        stored = storage_bytes([vars(layer) for layer in cache.layers])
+    keys = compressed_keys(cache)
+    if not keys:
+        stored = storage_bytes(*map(vars, cache.layers))
         return Size(stored, {"dense" if isinstance(cache, DynamicCache) else "quantised": stored})
     stats = memory_stats(cache)
     row_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in keys)
@@ -43,20 +41,6 @@ def weigh(cache: Cache) -> Size:
     return Size(stats.stored_bytes, stats.parts, coded * row_bytes / coded_bytes if coded else None)
 
 
-def storage_bytes(root: Any) -> int:
-    """Bytes of all tensors within nested containers and tensor subclasses, every storage once and whole."""
-    seen: dict[int, int] = {}
-
-    def visit(x: Any) -> None:
-        if isinstance(x, dict):
-            x = list(x.values())
-        if isinstance(x, (list, tuple)):
-            for item in x:
-                visit(item)
-        elif hasattr(x, "__tensor_flatten__"):
-            visit([getattr(x, name) for name in x.__tensor_flatten__()[0]])
-        elif isinstance(x, torch.Tensor):
-            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-
-    visit(root)
-    return sum(seen.values())
+def compressed_keys(cache: Cache) -> list[SpectralTensor]:
+    """The keys of the layers that this backend has compressed."""
+    return [keys for layer in cache.layers if isinstance(keys := getattr(layer, "keys", None), SpectralTensor)]

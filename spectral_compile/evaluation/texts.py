@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from spectral_compile.errors import Mistake
 
 SOURCES = ("argparse", "inspect", "typing", "tarfile", "doctest", "difflib", "turtle", "imaplib")  # each has over 20 000 tokens
 UNSEEN = ("pickletools", "subprocess")  # and these are for calibration alone
@@ -42,11 +44,12 @@ def dialogue(tokenizer: PreTrainedTokenizerBase, start: int) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def texts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, files: Sequence[Path] = ()) -> dict[str, torch.Tensor]:
-    """Texts of ``tokens`` tokens, int64 [1, tokens] by name: ``files``, or else prose, source and dialogue in turn."""
-    if files:
-        found = {path.name: path.read_text(encoding="utf-8") for path in files}
-    else:
+def texts(
+    tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, given: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Texts of ``tokens`` tokens, int64 [1, tokens] by name: those ``given``, or else prose, source and dialogue in turn."""
+    found = dict(given or {})
+    if not found:
         kinds = [range(i, count, 3) for i in range(3)]
         found = {f"topics {i}": text for i, text in enumerate(prose(len(kinds[0])))}
         found |= {f"{module}.py": source(module) for module in SOURCES[: len(kinds[1])]}
@@ -54,16 +57,18 @@ def texts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, files: Se
     return {name: take(tokenizer, text, tokens, name) for name, text in found.items()}
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, torch.Tensor]:
-    """Texts of ``tokens`` tokens of prose and source, none of which ``texts`` gives among the first twenty."""
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, tokens: int, given: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Texts of ``tokens`` tokens: those ``given``, or else prose and source that ``texts`` has not among the first twenty."""
     last = prose(4)[-1]
-    found = {"prose": last[-len(last) // 2 :], **{module: source(module) for module in UNSEEN}}
+    found = given or {"prose": last[-len(last) // 2 :], **{module: source(module) for module in UNSEEN}}
     return {name: take(tokenizer, text, tokens, name) for name, text in found.items()}
 
 
 def take(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, name: str) -> torch.Tensor:
-    """The first ``tokens`` tokens of ``text``, int64 [1, tokens]."""
+    """The first ``tokens`` tokens of ``text``, int64 [1, tokens]; ``Mistake`` where it has fewer."""
     ids = tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt").input_ids
     if ids.shape[1] < tokens:
-        raise ValueError(f"{name} has only {ids.shape[1]} of {tokens} tokens: ask for fewer, or pass a longer --text")
+        raise Mistake(f"{name} has only {ids.shape[1]} of {tokens} tokens: ask for fewer, or pass a longer --text")
     return ids

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import transformers
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
@@ -18,12 +16,14 @@ from typer import Option
 
 from spectral_compile import models
 from spectral_compile.codec import PRESETS, Profile
+from spectral_compile.command import count, need_matplotlib, output, phases, save_figure
+from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation import contenders
 from spectral_compile.evaluation.measure import Result, compare
 from spectral_compile.evaluation.tasks import TASKS, questions
 from spectral_compile.evaluation.texts import texts
 from spectral_compile.evaluation.trace import show, trace
-from spectral_compile.generate import fail, output, phases
+from spectral_compile.files import check_writable, read_texts, write_whole
 
 _WIDEST = 24  # characters of a cache's name in one line; no name is cut off
 
@@ -61,7 +61,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
     labels = {"xlabel": "dense bytes over all bytes held", "ylabel": "KL to dense, nats a token"}
     axes.set(title=title, xscale="log", yscale="log", **labels)
     axes.grid(which="both", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def evaluate(
@@ -70,16 +70,14 @@ def evaluate(
         str, Option(help="Caches of this backend, by comma: presets, without an ingredient (balanced-margin), JSON options")
     ] = ",".join(PRESETS),
     rivals: Annotated[str | None, Option(help="Other caches, by comma", show_default="those of transformers here")] = None,
-    profile: Annotated[
-        Path | None, Option(exists=True, dir_okay=False, help="Profile for caches such as balanced+profile")
-    ] = None,
+    profile: Annotated[str | None, Option(help="Profile for caches such as balanced+profile: a file or a name")] = None,
     tokens: Annotated[int, Option(min=1, help="Tokens that are cached before scoring")] = 4096,
     scored: Annotated[int, Option(min=1, help="Tokens that are then scored")] = 512,
     chunk: Annotated[int, Option(min=1, help="How many of those are fed at a time, so that they see each other exactly")] = 8,
     decode: Annotated[int, Option(min=0, help="How many of those to score token by token too")] = 0,
     texts_: Annotated[int, Option("--texts", min=1, help="Number of built-in texts: prose, source and dialogue")] = 8,
     batch: Annotated[int | None, Option(min=1, help="Texts at a time", show_default="all on a GPU, else 1")] = None,
-    text: Annotated[list[Path] | None, Option(exists=True, dir_okay=False, help="A text to use instead; repeatable")] = None,
+    text: Annotated[list[Path] | None, Option(help="A text to use instead; repeatable")] = None,
     tasks: Annotated[str, Option(help=f"Questions to ask too, by comma: {', '.join(TASKS)}")] = "",
     task_tokens: Annotated[str, Option(help="Lengths of their prompts, by comma")] = "3000",
     cases: Annotated[int, Option(min=1, help="Questions a task and length")] = 16,
@@ -91,27 +89,28 @@ def evaluate(
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and dense cache")] = "bfloat16",
     device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
     inner: Annotated[str, Option(help="Compiler of the rewritten graph: inductor, aot_eager or eager")] = "eager",
-    json_: Annotated[Path | None, Option("--json", help="File to write every figure to, after each cache")] = None,
-    plot: Annotated[Path | None, Option(help="PNG file to draw loss against bytes in")] = None,
+    json_: Annotated[
+        Path | None, Option("--json", callback=check_writable, help="File to write every figure to, after each cache")
+    ] = None,
+    plot: Annotated[Path | None, Option(callback=check_writable, help="PNG file to draw loss against bytes in")] = None,
 ) -> None:
     """Compare caches by quality and bytes on one model and the same texts."""
     screen = Console(stderr=True)
     transformers.logging.disable_progress_bar()
     names = [*contenders.split(presets), *contenders.split(rivals or "")]
-    wanted = [(task, int(length)) for length in contenders.split(task_tokens) for task in contenders.split(tasks)]
-    try:
+    wanted = [(task, count(length)) for length in contenders.split(task_tokens) for task in contenders.split(tasks)]
+    with mistakes(ValueError):
         known = Profile.load(profile) if profile else None
-        contenders.check(names, known)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        contenders.check(names, known, inner)
     if unknown := [task for task, _ in wanted if task not in TASKS]:
-        raise typer.BadParameter(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
+        raise Mistake(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
     if decode > scored:
-        raise typer.BadParameter("--decode counts scored tokens: it cannot exceed --scored")
-    if plot and find_spec("matplotlib") is None:
-        fail(screen, "--plot needs matplotlib: pip install 'spectral-compile[bench]'")
+        raise Mistake("--decode counts scored tokens: it cannot exceed --scored")
+    if plot:
+        need_matplotlib()
     where = models.device_of(device)
-    batch = batch or (1 if where.type == "cpu" else len(text or ()) or texts_)
+    given = read_texts(text or ())
+    batch = batch or (1 if where.type == "cpu" else len(given) or texts_)
     settings = {
         "model": model or models.DEFAULT, "tokens": tokens, "scored": scored, "chunk": chunk, "decode": decode,
         "batch": batch, "dtype": dtype, "inner": inner, "seed": seed,
@@ -120,17 +119,14 @@ def evaluate(
     results: list[Result] = []
     with phases(screen, BarColumn(), MofNCompleteColumn()) as display:
         task = display.add_task(f"loading {model or models.DEFAULT}")
-        try:
-            loaded, tokenizer = models.load(model, getattr(torch, dtype))
-            passages = texts(tokenizer, texts_, tokens + scored + 1, text or ())
-            asked = [question for what, length in wanted for question in questions(tokenizer, what, length, cases, seed)]
-        except (OSError, ValueError) as error:
-            fail(screen, str(error))
+        loaded, tokenizer = models.load(model, getattr(torch, dtype))
+        passages = texts(tokenizer, texts_, tokens + scored + 1, given)
+        asked = [question for what, length in wanted for question in questions(tokenizer, what, length, cases, seed)]
         loaded.to(where)
-        installed = contenders.installed_rivals(loaded.config)
-        if missing := [name for name in names if name in contenders.RIVALS and name not in installed]:
-            fail(screen, f"{missing[0]} needs a package that is not installed, such as optimum-quanto or hqq: leave it out")
-        names += installed if rivals is None else []
+        obstacles = {name: contenders.obstacle(name, loaded.config) for name in contenders.RIVALS}
+        if barred := [name for name in names if obstacles.get(name)]:
+            raise Mistake(f"{barred[0]} cannot be used here, so leave it out: {obstacles[barred[0]]}")
+        names += [name for name, reason in obstacles.items() if rivals is None and reason is None]
         display.update(task, total=len(names) if steps else (1 + len(names)) * (len(passages) + len(asked)))
 
         def step(what: str) -> None:
@@ -145,7 +141,8 @@ def evaluate(
         for result in compare(loaded, tokenizer, names, passages, tokens, decode, chunk, asked, inner, known, batch, step):
             results.append(result)
             if json_:
-                json_.write_text(json.dumps({"settings": settings, "caches": [r.summary() for r in results]}, indent=1))
+                written = {"settings": settings, "caches": [r.summary() for r in results]}
+                write_whole(json_, json.dumps(written, indent=1).encode())
     title = f"{model or models.DEFAULT} in {dtype}: {tokens} tokens cached, {scored} scored, {len(passages)} texts"
     output().print(table(results, title))
     if plot:

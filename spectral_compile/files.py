@@ -1,0 +1,73 @@
+"""Files that are read whole, and written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from spectral_compile.errors import Mistake
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; ``Mistake`` where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{path} is no text in UTF-8: its byte {error.start} is none") from None
+
+
+def read_texts(paths: Iterable[Path]) -> dict[str, str]:
+    """The same of several files, by name, or by path where there was such a name."""
+    found: dict[str, str] = {}
+    for path in paths:
+        found[str(path) if path.name in found else path.name] = read_text(path)
+    return found
+
+
+def check_writable(path: Path | None) -> Path | None:
+    """``path``, if ``write_whole`` can write to it now; else a ``Mistake``."""
+    if path is None:
+        return None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not _is_special(path):
+            scratch = _beside(path)
+            scratch.touch()
+            scratch.unlink()
+    except OSError as error:
+        raise Mistake(f"cannot write to {path}: {error.strerror}") from None
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never there in part: what was there stays until all of ``content`` is on disk.
+
+    ``Mistake`` where that cannot be done.
+    """
+    scratch = path if _is_special(path) else _beside(path)
+    try:
+        scratch.write_bytes(content)
+        if scratch != path:
+            os.replace(scratch, path.resolve())
+    except OSError as error:
+        if scratch != path:
+            scratch.unlink(missing_ok=True)
+        raise Mistake(f"cannot write to {path}: {error.strerror}") from None
+
+
+def _is_special(path: Path) -> bool:
+    """Whether this is a device or a pipe, which is written to and must not be replaced by a file."""
+    return path.exists() and not path.is_file()
+
+
+def _beside(path: Path) -> Path:
+    """A file in the folder of ``path``, or of what it links to, that no other process writes to."""
+    whole = path.resolve()
+    return whole.with_name(f".{whole.name}.{os.getpid()}")

@@ -1,0 +1,110 @@
+"""Dynamo's limit on graphs: of this backend's functions it counts those that the safety cap counts, and who meets it is told.
+
+Past ``torch._dynamo.config.recompile_limit`` graphs of one function, 8 by default, Dynamo runs that function as it came and
+asks no backend again. All models of transformers share one function since 5.24, and one conversation of two turns takes three
+graphs or more. Just before Dynamo looks at its limits it asks the hooks of ``register_hook_for_recompile_user_context`` for a
+remark, which is where this backend raises the first limit to the second, ``accumulated_recompile_limit``, for its functions.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+from typing import Any
+
+from torch._dynamo import config
+from torch._dynamo.cache_size import exceeds_recompile_limit
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.types import FrameAction, FrameExecStrategy
+from torch._dynamo.utils import get_hook_for_recompile_user_context, register_hook_for_recompile_user_context
+
+from spectral_compile import report
+from spectral_compile.config import SpectralConfig
+from spectral_compile.report import GraphReport, Refusal, SpectralWarning
+
+_usual: int | None = None  # the limit of other backends, while it is raised
+_told: set[tuple[int, int]] = set()  # functions, and what they were compiled by, of which a report says that they run densely
+
+
+def watch(backend: Any) -> None:
+    """See to it that functions compiled by ``backend`` are counted by the safety cap alone, and runs past it are told of."""
+    if not any(isinstance(hook, _Hook) for hook in get_hook_for_recompile_user_context() or ()):
+        register_hook_for_recompile_user_context(_Hook(backend))
+
+
+def restore() -> None:
+    """Give other backends their limit back: Dynamo has looked at it."""
+    global _usual
+    if _usual is not None:
+        config.recompile_limit, _usual = _usual, None
+
+
+def clear() -> None:
+    """Tell again of what has been told."""
+    _told.clear()
+
+
+class _Hook:
+    """What Dynamo calls before it looks at its limits."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def __call__(self) -> str:
+        restore()
+        attempt = _attempt(sys._getframe())
+        asked = None if attempt is None else _innermost(attempt["compiler_fn"])
+        if asked is None or getattr(asked, "compiler_fn", asked) is not self.backend:
+            return ""
+        _raise()
+        exceeded, name = exceeds_recompile_limit(attempt["cache_size"], attempt["compile_id"])
+        if exceeded:
+            _tell(asked, attempt["compile_id"].frame_id, f"torch._dynamo.config.{name} = {getattr(config, name)}")
+        return "spectral"
+
+
+def _attempt(frame: FrameType | None) -> dict[str, Any] | None:
+    """What Dynamo knows of the function that it is about to compile: the variables of its own ``_compile``."""
+    while frame is not None:
+        known = frame.f_locals
+        if {"compiler_fn", "cache_size", "compile_id"} <= known.keys():
+            return known
+        frame = frame.f_back
+    return None
+
+
+def _innermost(backend: Any) -> Any:
+    """What the user asked for: ``torch.compile``'s own wrapper, which has the options, or the backend itself."""
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return backend
+
+
+def _raise() -> None:
+    global _usual
+    if config.recompile_limit < config.accumulated_recompile_limit:
+        _usual = config.recompile_limit
+        config.recompile_limit = config.accumulated_recompile_limit
+
+
+def _tell(asked: Any, function: int, limit: str) -> None:
+    """Report and warn that a call runs densely, or raise an error where the options are strict.
+
+    What is raised otherwise makes Dynamo run this call as it came, and ask again at the next one: if it took its own way, who
+    meets the limit after the first one would never be heard of.
+    """
+    reason = (
+        f"Dynamo has compiled this function too often ({limit}), so this call runs densely: raise that limit, or call"
+        " spectral_compile.reset() to forget graphs that are no longer needed"
+    )
+    if SpectralConfig.parse(getattr(asked, "kwargs", {}).get("options")).strict:
+        raise RuntimeError(f"strict: {reason}")
+    if (function, id(asked)) not in _told:
+        _told.add((function, id(asked)))
+        report.record(GraphReport("other", 0, 0, (Refusal("graph", reason),)))
+        warnings.warn(f"nothing in this call was compressed; {reason}", SpectralWarning, stacklevel=2)
+    restore()
+    stop = Unsupported(reason)
+    stop.frame_exec_strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP)
+    raise stop
