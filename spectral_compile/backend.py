@@ -54,6 +54,7 @@ def spectral(
     ``options`` are the fields of ``SpectralConfig``, and options of Inductor; ``mode`` is Inductor's. A graph with gradients,
     without a cache, or in which nothing matches goes to the inner compiler as it came. Bad options raise ValueError.
     """
+    limit.watch(spectral)
     limit.restore()
     config = SpectralConfig.parse(options, mode)
     started = time.perf_counter()
@@ -93,9 +94,6 @@ def spectral(
     seconds = {"passes": passed - started, "inner": done - passed}
     report.record(make_report(trace, refusal, seconds))
     return compiled
-
-
-limit.watch(spectral)
 
 
 def refuse_graph(gm: GraphModule) -> Refusal | None:
