@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 from spectral_compile.kernels.operation import operation
 
 ROWS = 2048  # tokens in a slice at most: enough to fill a GPU, and few enough that what lies between hardly counts
-PARTS: dict[str, Callable[..., Any]] = {}  # compiled, by what they compute
+
+
+class CompiledPart:
+    """A part as it runs, which the graphs that it was cut from keep alive."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+
+PARTS: weakref.WeakValueDictionary[str, CompiledPart] = weakref.WeakValueDictionary()  # by what they compute
 
 
 def _fake(x, weights, part, width, dtype) -> torch.Tensor:
@@ -19,7 +29,7 @@ def _fake(x, weights, part, width, dtype) -> torch.Tensor:
 
 @operation(_fake)
 def sliced(x: torch.Tensor, weights: list[torch.Tensor], part: str, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """``PARTS[part]`` of [..., C] and the weights, as [..., width] in ``dtype``.
+    """What ``PARTS[part]`` runs, of [..., C] and the weights, as [..., width] in ``dtype``.
 
     A part takes contiguous [1, n, C] with n of two and more and returns a tuple of one [1, n, width].
     """
@@ -27,5 +37,5 @@ def sliced(x: torch.Tensor, weights: list[torch.Tensor], part: str, width: int, 
     out = x.new_empty((1, tokens.shape[1], width), dtype=dtype)
     count = -(-tokens.shape[1] // ROWS)
     for given, place in zip(tokens.tensor_split(count, 1), out.tensor_split(count, 1), strict=True):
-        place.copy_(PARTS[part](given.contiguous(), *weights)[0])
+        place.copy_(PARTS[part].run(given.contiguous(), *weights)[0])
     return out.view(*x.shape[:-1], width)

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from spectral_compile import limit, report
 from spectral_compile.config import SpectralConfig
-from spectral_compile.kernels.sliced import PARTS
+from spectral_compile.kernels.sliced import PARTS, CompiledPart
 from spectral_compile.outputs import cache_argument, cache_of
 from spectral_compile.passes.attention import canonicalise_attention
 from spectral_compile.passes.clean_up import clean_up, is_asked_for_its_shape, stand_in
@@ -56,6 +56,7 @@ def spectral(
     ``options`` are the fields of ``SpectralConfig``, and options of Inductor; ``mode`` is Inductor's. A graph with gradients,
     without a cache, or in which nothing matches goes to the inner compiler as it came. Bad options raise ValueError.
     """
+    limit.watch(spectral)
     limit.restore()
     config = SpectralConfig.parse(options, mode)
     started = time.perf_counter()
@@ -72,9 +73,7 @@ def spectral(
         compiled = compile_densely(gm, example_inputs, config, next(steps, None))
     else:
         examples = [trace.examples[node] for node in trace.plan.inputs]
-        for name, part in trace.parts.items():
-            if name not in PARTS:
-                PARTS[name] = compile_part(part, config)
+        parts = [part_of(name, part, config) for name, part in trace.parts.items()]
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
         patches = {"size_asserts": False, "triton.cudagraphs": False}
         if trace.kind != "decode":
@@ -89,15 +88,12 @@ def spectral(
                 trace.notes.append(Refusal("graph", why))
             else:
                 replay = Replay(inner, *moving_and_staying(trace.plan), trace.plan.sites[0].device)
-        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)], gm.forward, replay)
+        compiled = BoundGraph(trace.plan, inner, config, [fake(node) for node in _placeholders(gm)], gm.forward, parts, replay)
     done = time.perf_counter()
 
     seconds = {"passes": passed - started, "inner": done - passed}
     report.record(make_report(trace, refusal, seconds))
     return compiled
-
-
-limit.watch(spectral)
 
 
 def refuse_graph(gm: GraphModule) -> Refusal | None:
@@ -134,6 +130,13 @@ def compile_inner(
     from torch._inductor.compile_fx import compile_fx  # here, since to import it takes seconds
 
     return compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
+
+
+def part_of(name: str, part: Part, config: SpectralConfig) -> CompiledPart:
+    """A piece as it runs; one that another live graph has too is compiled once."""
+    if (made := PARTS.get(name)) is None:
+        made = PARTS[name] = CompiledPart(compile_part(part, config))
+    return made
 
 
 def compile_part(part: Part, config: SpectralConfig) -> Callable[..., Any]:

@@ -13,11 +13,7 @@ import warnings
 from types import FrameType
 from typing import Any
 
-from torch._dynamo import config
-from torch._dynamo.cache_size import exceeds_recompile_limit
-from torch._dynamo.exc import Unsupported
-from torch._dynamo.types import FrameAction, FrameExecStrategy
-from torch._dynamo.utils import get_hook_for_recompile_user_context, register_hook_for_recompile_user_context
+import torch
 
 from spectral_compile import report
 from spectral_compile.config import SpectralConfig
@@ -28,16 +24,20 @@ _told: set[tuple[int, int]] = set()  # functions, and what they were compiled by
 
 
 def watch(backend: Any) -> None:
-    """See to it that functions compiled by ``backend`` are counted by the safety cap alone, and runs past it are told of."""
-    if not any(isinstance(hook, _Hook) for hook in get_hook_for_recompile_user_context() or ()):
-        register_hook_for_recompile_user_context(_Hook(backend))
+    """See to it that functions compiled by ``backend`` are counted by the safety cap alone, and runs past it are told of.
+
+    Whoever asks for the backend calls this: to import Dynamo, which knows the hooks, takes seconds.
+    """
+    hooks = torch._dynamo.utils.get_hook_for_recompile_user_context() or ()
+    if not any(isinstance(hook, _Hook) for hook in hooks):
+        torch._dynamo.utils.register_hook_for_recompile_user_context(_Hook(backend))
 
 
 def restore() -> None:
     """Give other backends their limit back: Dynamo has looked at it."""
     global _usual
     if _usual is not None:
-        config.recompile_limit, _usual = _usual, None
+        torch._dynamo.config.recompile_limit, _usual = _usual, None
 
 
 def clear() -> None:
@@ -58,9 +58,10 @@ class _Hook:
         if asked is None or getattr(asked, "compiler_fn", asked) is not self.backend:
             return ""
         _raise()
-        exceeded, name = exceeds_recompile_limit(attempt["cache_size"], attempt["compile_id"])
+        exceeded, name = torch._dynamo.cache_size.exceeds_recompile_limit(attempt["cache_size"], attempt["compile_id"])
         if exceeded:
-            _tell(asked, attempt["compile_id"].frame_id, f"torch._dynamo.config.{name} = {getattr(config, name)}")
+            limit = f"torch._dynamo.config.{name} = {getattr(torch._dynamo.config, name)}"
+            _tell(asked, attempt["compile_id"].frame_id, limit)
         return "spectral"
 
 
@@ -83,6 +84,7 @@ def _innermost(backend: Any) -> Any:
 
 def _raise() -> None:
     global _usual
+    config = torch._dynamo.config
     if config.recompile_limit < config.accumulated_recompile_limit:
         _usual = config.recompile_limit
         config.recompile_limit = config.accumulated_recompile_limit
@@ -105,6 +107,7 @@ def _tell(asked: Any, function: int, limit: str) -> None:
         report.record(GraphReport("other", 0, 0, (Refusal("graph", reason),)))
         warnings.warn(f"nothing in this call was compressed; {reason}", SpectralWarning, stacklevel=2)
     restore()
-    stop = Unsupported(reason)
-    stop.frame_exec_strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP)
+    stop = torch._dynamo.exc.Unsupported(reason)
+    types = torch._dynamo.types
+    stop.frame_exec_strategy = types.FrameExecStrategy(types.FrameAction.DEFAULT, types.FrameAction.SKIP)
     raise stop

@@ -54,12 +54,13 @@ class BoundGraph:
         config: SpectralConfig,
         examples: list[Any],
         dense: Callable[..., Any],
+        parts: Sequence[object] = (),
         replay: Replay | None = None,
     ) -> None:
         """``replay`` is called instead of ``compiled`` where steps are recorded, and ``dense``, the graph as it came, once it
-        is known that no step would be compressed."""
+        is known that no step would be compressed. ``parts`` of ``compiled`` live as long as this."""
         self.plan, self.compiled, self.config, self.dense, self.replay = plan, compiled, config, dense, replay
-        self.stays_dense = False
+        self.stays_dense, self._parts = False, parts
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)

@@ -146,10 +146,6 @@ class SpectralTensor(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(_WRITES)
 
-    def untyped_storage(self) -> torch.UntypedStorage:
-        """That of the handle, which holds no bytes: PyTorch's own stands for all of the dense tensor, and has no memory."""
-        return self.handle.untyped_storage()
-
     def _refuse(self, *given: Any, **more: Any) -> Any:
         raise TypeError(
             "a compressed tensor has no memory of its own to share, save or hand to other libraries: call .dense() for the"

@@ -15,8 +15,10 @@ import torch
 
 SHARED = 232448  # bytes of shared memory that a program may have on an H100
 FORMS = itertools.product(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
+HIDING = itertools.product(("balanced", "seed", "exact"), (32,), (1, 3), ("hidden tokens",))
 DECODE, CHUNK = ("balanced", 64, 1, "window"), ("compact", 64, 40, "window")  # in 16 bits; the first is compiled to the end
-CASES = {f"{form[0]}, RoPE of {form[1]} of 64 channels, {form[2]} queries, {form[3]}": form for form in (*FORMS, DECODE, CHUNK)}
+ALL = (*FORMS, *HIDING, DECODE, CHUNK)
+CASES = {f"{form[0]}, RoPE of {form[1]} of 64 channels, {form[2]} queries, {form[3]}": form for form in ALL}
 
 
 @dataclass
@@ -88,7 +90,7 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     from spectral_compile.codec import PRESETS, Rotary
     from spectral_compile.kernels import fused
     from spectral_compile.kernels.buffers import Capacity, allocate
-    from spectral_compile.kernels.encode import Tokens
+    from spectral_compile.kernels.encode import Tokens, hide_triton
 
     dtype = torch.bfloat16 if hidden == "window" else torch.float32
     rotary = Rotary(tuple(1e4 ** (-2 * i / 64) for i in range(turned // 2))) if turned else None
@@ -96,12 +98,15 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     buffers = allocate(layout, 1, Capacity(512, 64, 4 if layout.segment else 1), dtype, "cpu")
     query, key = torch.zeros(1, 8, count, 64, dtype=dtype), torch.zeros(1, 2, count, 64, dtype=dtype)
     ledger, positions = torch.tensor([[190, 160, 190 + count, 160, 0, 0]]), torch.zeros(1, 512, dtype=torch.int32)
-    mask = columns = None
+    mask = columns = visible = None
+    if hidden == "hidden tokens":
+        visible = torch.ones(1, 512, dtype=torch.uint8)
+        hide_triton(visible, torch.ones(1, 190, dtype=torch.bool), torch.ones(1, 190, dtype=torch.int64))
     if hidden == "mask":
         mask, columns = torch.ones(1, 1, count, 190 + count, dtype=torch.bool), torch.ones(1, 190, dtype=torch.bool)
     slide = {"window": 30, "softcap": 20.0} if hidden == "window" else {"window": 0}
     chunk = (query, key, key, mask, columns, ledger, positions, None, buffers, layout, 0.125)
-    fused.attend(*chunk, **slide, enters=count == 1)
+    fused.attend(*chunk, **slide, visible=visible, enters=count == 1)
     if count > 1:
         tokens = Tokens(query, key, key, ledger, None, buffers, layout)
         tokens.add_moment()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import spectral_compile as sc
 from spectral_compile import backend
 from spectral_compile.kernels import sliced as operation
-from spectral_compile.kernels.sliced import PARTS, sliced
+from spectral_compile.kernels.sliced import PARTS, CompiledPart, sliced
 from spectral_compile.passes import slices
 from tests.tiny import GREEDY, GROUPED, SMALL, tokens
 
@@ -173,7 +174,24 @@ def test_slices_give_what_the_whole_gives(batch: int, count: int, transposed: bo
     weight = torch.randint(-9, 9, (5, 8), generator=draw).float()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(operation, "ROWS", ROWS)
-        monkeypatch.setitem(PARTS, "a test's", lambda x, weight: (torch.nn.functional.linear(x, weight).double(),))
+        part = CompiledPart(lambda x, weight: (torch.nn.functional.linear(x, weight).double(),))
+        monkeypatch.setitem(PARTS, "a test's", part)
         out = sliced(x, [weight], "a test's", 5, torch.float64)
     assert torch.equal(out, torch.nn.functional.linear(x, weight).double())
     assert out.is_contiguous()
+
+
+def test_parts_die_with_the_graphs_that_they_were_cut_from() -> None:
+    """They used to survive a reset, and to grow by every model that was ever loaded."""
+    sc.reset()
+    gc.collect()
+    before = set(PARTS)
+    for width in (256, 320):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "intermediate_size": width})).eval()
+        generate(model, tokens(1, 2100))
+    assert len(set(PARTS) - before) == 2
+    del model
+    sc.reset()
+    gc.collect()
+    assert set(PARTS) == before

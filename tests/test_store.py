@@ -77,7 +77,7 @@ def append_in_graph(
         return ()
 
     given = [*arguments, mask] if mask is not None else arguments
-    flat = BoundGraph(plan, compiled, SpectralConfig(strict=strict), [])(*given)
+    flat = BoundGraph(plan, compiled, SpectralConfig(strict=strict), [], compiled)(*given)
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
