@@ -72,22 +72,20 @@ def _advance_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "slots"])
-def _hide_kernel(visible, columns, shown, n, slots, columns_b, shown_b, shown_n, TILE: tl.constexpr):
-    """One row of ``hide.hide``."""
-    b = tl.program_id(0).to(tl.int64)
-    token = tl.zeros([], tl.int32)
-    hides, reveals = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
-    for start in range(0, n, TILE):
-        column = start + tl.arange(0, TILE)
-        held = tl.load(columns + b * columns_b + column, mask=column < n, other=0) != 0
-        seen = tl.load(shown + b * shown_b + column * shown_n, mask=column < n, other=0) != 0
-        slot = token + tl.cumsum(held.to(tl.int32), 0) - 1
-        tl.store(visible + b * (slots + 1) + slot, seen.to(tl.uint8), mask=held)
-        token += tl.sum(held.to(tl.int32), 0)
-        hides |= (held & ~seen).to(tl.int32)
-        reveals |= (seen & ~held).to(tl.int32)
-    flags = tl.max(hides, 0) + 2 * tl.max(reveals, 0)
-    tl.store(visible + b * (slots + 1) + slots, flags.to(tl.uint8))
+def _hide_kernel(visible, flags, columns, shown, n, slots, columns_b, shown_b, shown_n, TILE: tl.constexpr):
+    """``hide.hide`` of ``TILE`` columns of a row, of which a program counts the tokens before its own by itself."""
+    b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
+    t = tl.arange(0, TILE)
+    before = tl.zeros([TILE], tl.int32)
+    for start in range(0, first, TILE):
+        before += tl.load(columns + b * columns_b + start + t).to(tl.int32)
+    column = first + t
+    held = tl.load(columns + b * columns_b + column, mask=column < n, other=0) != 0
+    seen = tl.load(shown + b * shown_b + column * shown_n, mask=column < n, other=0) != 0
+    slot = tl.sum(before, 0) + tl.cumsum(held.to(tl.int32), 0) - 1
+    tl.store(visible + b * slots + slot, seen.to(tl.uint8), mask=held)
+    found = tl.max((held & (seen == 0)).to(tl.int32), 0) + 2 * tl.max((seen & (held == 0)).to(tl.int32), 0)
+    tl.atomic_or(flags + b, found)
 
 
 @triton.jit
@@ -434,12 +432,13 @@ def advance_triton(
     )  # fmt: skip
 
 
-def hide_triton(visible: torch.Tensor, columns: torch.Tensor, shown: torch.Tensor) -> None:
-    """``hide.hide`` in one launch."""
-    shown = shown.view(torch.uint8) if shown.dtype == torch.bool else shown
-    _hide_kernel[(len(visible),)](
-        visible, columns.view(torch.uint8), shown, shown.shape[1], visible.shape[1] - 1, columns.stride(0), *shown.stride(),
-        TILE=2048, num_warps=8,
+def hide_triton(visible: torch.Tensor, flags: torch.Tensor, columns: torch.Tensor, shown: torch.Tensor) -> None:
+    """``hide.hide`` in one launch, and one that clears ``flags``."""
+    shown, tile = shown.view(torch.uint8) if shown.dtype == torch.bool else shown, 2048
+    flags.zero_()
+    _hide_kernel[(len(visible), max(1, triton.cdiv(shown.shape[1], tile)))](
+        visible, flags, columns.view(torch.uint8), shown, shown.shape[1], visible.shape[1], columns.stride(0), *shown.stride(),
+        TILE=tile, num_warps=8,
     )  # fmt: skip
 
 

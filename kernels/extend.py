@@ -16,7 +16,6 @@ from spectral_compile.kernels import reference
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.causal import askers
-from spectral_compile.kernels.hide import HIDES
 from spectral_compile.kernels.ledger import on_host
 
 LEAST = 512  # queries for which decoding costs less than rebuilding keys tile by tile
@@ -60,7 +59,7 @@ def attend(
                 if after > before:
                     own = _attention(q[:, asking], k[:, :seen], v[:, :seen], scale, causal=seen is None)
                     mixed[:, asking], total[:, asking] = own[0].float(), own[1]
-        shown = None if visible is None or not on_host(visible[:, -1:])[row][0] & HIDES else visible[row].bool()
+        shown = None if visible is None or visible[row, :before].all() else visible[row].bool()
         for k, v in _past(row, before, coded, positions[row], buffers, layout, shown):
             if k.shape[1] == 0:
                 continue

@@ -139,14 +139,14 @@ def _key_basis(
 
 
 @triton.jit
-def _ahead(norms, visible_row, hides, slots, end, NORMALISED: tl.constexpr, HIDES: tl.constexpr):
+def _ahead(norms, visible_row, slots, end, NORMALISED: tl.constexpr, HIDES: tl.constexpr):
     """Of tokens [N]: what their scores lose, all where none is seen, and what their values are times."""
     ok = slots < end
     size = 0.0
     if NORMALISED:
         size = tl.exp2((tl.load(norms + slots, mask=ok, other=128).to(tl.float32) - 128) * 0.125)
     if HIDES:
-        ok = ok & (tl.load(visible_row + slots, mask=slots < end * hides, other=1) != 0)
+        ok = ok & (tl.load(visible_row + slots, mask=ok, other=0) != 0)
     return tl.where(ok, 0.0, float("-inf")), size
 
 
@@ -187,7 +187,7 @@ def _distances(table, P: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, N:
 @triton.jit
 def _past(
     queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine,
-    v_affine, starts, row_positions, seen_row, visible_row, hides, coded_cap, segments, slide,
+    v_affine, starts, row_positions, seen_row, visible_row, coded_cap, segments, slide,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PQ: tl.constexpr,
     PARTS: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
     K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, SCALED: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
@@ -269,7 +269,7 @@ def _past(
                 r3 = (q3[0] * even).to(K_DTYPE)
             # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
             v_rows = load(v_codes + first_row * V_ROW, low + t, low + t < end, V_ROW, V_PIECES)
-            gone, size = _ahead(v_norms + first_row, visible_row, hides, low + t, end, NORMALISED, HIDES)
+            gone, size = _ahead(v_norms + first_row, visible_row, low + t, end, NORMALISED, HIDES)
             for start in tl.range(low, end, N, num_stages=STAGES):
                 slots = start + t
                 ok = slots < end
@@ -308,7 +308,7 @@ def _past(
                 total += weights
                 if NORMALISED:
                     weights = weights * size[:, None]
-                gone, size = _ahead(v_norms + first_row, visible_row, hides, slots + N, end, NORMALISED, HIDES)
+                gone, size = _ahead(v_norms + first_row, visible_row, slots + N, end, NORMALISED, HIDES)
                 mixing = tl.trans(weights.to(V_DTYPE))
                 if V_DTYPE != DTYPE:
                     lost = tl.trans((weights - weights.to(V_DTYPE).to(tl.float32)).to(V_DTYPE))
@@ -407,7 +407,7 @@ def _values(
 @triton.jit
 def _present(
     q_row, head, live, own, part, parts, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes, k_exact, v_exact,
-    k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, visible_row, hides, turns, coded_cap, exact_cap,
+    k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, visible_row, turns, coded_cap, exact_cap,
     slide, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALING: tl.constexpr, LOSSLESS: tl.constexpr, SINKS: tl.constexpr,
@@ -456,7 +456,7 @@ def _present(
         else:
             token = tl.where(is_new, before + column, token)
         if HIDES:
-            ok = ok & (tl.load(visible_row + token, mask=ok & (e < new_first * hides), other=1) != 0)
+            ok = ok & (tl.load(visible_row + token, mask=ok & (e < new_first), other=1) != 0)
         in_bytes = ok & (e >= ring_first) & ~is_new
         exact = ok & ~in_bytes if BYTES else ok
         if P > 0:
@@ -554,10 +554,9 @@ def _attend_kernel(
     seen_row = qi
     if HAS_SEEN:
         seen_row = seen + (b * n + qi) * seen_cap
-    visible_row, hides = positions, 0
+    visible_row = positions
     if HIDES:
         visible_row = visible + b * slots_cap
-        hides = tl.load(visible_row + slots_cap - 1).to(tl.int32) & 1
 
     q_row = q_ptr + b * q_b + (g * ROWS + qh) * q_h + qi * q_n
     scale = scale * _LOG2E
@@ -582,7 +581,7 @@ def _attend_kernel(
         if gaps == 0:
             sums, highest, total = _past(
                 queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
-                k_affine, v_affine, starts, row_positions + SINKS, seen_row, visible_row + SINKS, hides, coded_cap, segments,
+                k_affine, v_affine, starts, row_positions + SINKS, seen_row, visible_row + SINKS, coded_cap, segments,
                 slide, GROUPS, HEADS, D, DP, P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK,
                 RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN, HIDES, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED,
                 V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE, STAGES, LATE, CAP, False,
@@ -590,7 +589,7 @@ def _attend_kernel(
         else:
             sums, highest, total = _past(
                 queries, distances, basis, head, live, own, low, high, b, g, k_codes, v_codes, v_norms, k_basis, v_basis,
-                k_affine, v_affine, starts, row_positions + SINKS, seen_row, visible_row + SINKS, hides, coded_cap, segments,
+                k_affine, v_affine, starts, row_positions + SINKS, seen_row, visible_row + SINKS, coded_cap, segments,
                 slide, GROUPS, HEADS, D, DP, P, PQ, PARTS, RESTP, INTERLEAVED, K_PIECES, V_PIECES, K_TIERS, V_TIERS, SCALED, RK,
                 RV, K_ROW, V_ROW, NORMALISED, SINKS, HAS_SEEN, HIDES, HAS_SEGMENTS, SLIDES, M, N, DTYPE, K_DTYPE, K_SCALED,
                 V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE, STAGES, LATE, CAP, True,
@@ -600,7 +599,7 @@ def _attend_kernel(
     if part >= 0 and part < exact_splits:
         own_sums, own_highest, own_total = _present(
             q_row, head, live, own, part, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
-            k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, visible_row, hides, turns,
+            k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, row_positions, index, seen_row, visible_row, turns,
             coded_cap, exact_cap, slide, k_b, k_h, k_n, v_b, v_h, v_n, GROUPS, HEADS, D, DP, P, PP, RESTP, INTERLEAVED, SCALING,
             LOSSLESS, SINKS, HAS_INDEX, HAS_SEEN, HIDES, SLIDES, M, EXACT_N, DTYPE, PRECISION, CAP, BYTES,
         )  # fmt: skip

@@ -306,7 +306,7 @@ def attend(
     this step. A bool ``mask`` [B or 1, Hq or 1, n, columns] replaces causality, ``columns`` bool [B, N] then says which
     columns hold stored tokens. ``window`` > 0 hides keys that are that many tokens or more behind. With ``softcap`` > 0
     a score s becomes ``softcap * tanh(s / softcap)``; ``sink`` [Hq] is one more score of each head, of no value. Stored tokens
-    whose place in uint8 ``visible`` [B, N + 1] is 0 are hidden. Returns [B, Hq, n, D]; a query that may see nothing gives
+    whose place in uint8 ``visible`` [B, N] is 0 are hidden. Returns [B, Hq, n, D]; a query that may see nothing gives
     zeros.
     """
     batch, q_heads, count, dim = query.shape

@@ -64,7 +64,7 @@ class Timeline:
 
     ``length`` counts columns as transformers does, padding included; it lives on the host. ``ledger`` int64 [B, 6],
     ``positions`` int32 [B, slots + 1] and ``columns`` bool [B, columns] (which ones are tokens) live on the device, and
-    ``visible`` uint8 [B, slots + 1]: what the mask of a step lets be seen of the tokens before it (see ``hide``).
+    ``visible`` uint8 [B, slots + 1] and ``flags`` int32 [B]: what the mask of a step says of the tokens before it (``hide``).
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class Timeline:
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self.visible = torch.zeros(batch, 0, dtype=torch.uint8, device=device)
-        self._flags: torch.Tensor | None = None  # of the last step's mask, on their way from a GPU
+        self.flags = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._told: torch.Tensor | None = None  # the flags of the step before, on their way from a GPU
         self.prefill: Any = None  # the bound graph that began it, where one did
         self.derived = Shared()
         self.source: Timeline | None = None  # kept while the layers of a cache are appended to one by one
@@ -150,15 +151,15 @@ class Timeline:
 
         RuntimeError where it shows one that no token was stored of; without ``wait`` that may come a step late on a GPU.
         """
-        if self._flags is not None:
-            self._refuse_revealed(self._flags)
-        hide(self.visible, self.columns, shown)
-        if wait or not self.visible.is_cuda:
-            self._refuse_revealed(self.visible[:, -1])
+        if self._told is not None:
+            self._refuse_revealed(self._told)
+        hide(self.visible, self.flags, self.columns, shown)
+        if wait or not self.flags.is_cuda:
+            self._refuse_revealed(self.flags)
             return
-        if self._flags is None:
-            self._flags = torch.zeros(self.batch, dtype=torch.uint8, pin_memory=True)
-        self._flags.copy_(self.visible[:, -1], non_blocking=True)
+        if self._told is None:
+            self._told = torch.zeros(self.batch, dtype=torch.int32, pin_memory=True)
+        self._told.copy_(self.flags, non_blocking=True)
 
     @staticmethod
     def _refuse_revealed(flags: torch.Tensor) -> None:
@@ -192,8 +193,8 @@ class Timeline:
     def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Timeline:
         """A timeline of its own with ``move`` applied to every tensor."""
         new = copy.copy(self)
-        new.ledger, new.positions, new.columns, new.visible = map(move, self.tensors())
-        new._flags = None
+        new.ledger, new.positions, new.columns, new.visible, new.flags = map(move, self.tensors())
+        new._told = None
         new.derived, new.source, new.entered, new.users = Shared(), None, None, weakref.WeakSet()
         return new
 
@@ -225,7 +226,7 @@ class Timeline:
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.ledger, self.positions, self.columns, self.visible]
+        return [self.ledger, self.positions, self.columns, self.visible, self.flags]
 
 
 class SpectralStore:
@@ -329,7 +330,7 @@ class SpectralStore:
                 setattr(new, flag, any(getattr(part, flag) for part in parts))
             new.next_due = min(part.next_due for part in parts)
             books = zip(*(part.tensors() for part in parts), strict=True)
-            new.ledger, new.positions, new.columns, new.visible = map(torch.cat, books)
+            new.ledger, new.positions, new.columns, new.visible, new.flags = map(torch.cat, books)
             return new
 
         key = ("stack", *(id(store.timeline) for store in stores))

@@ -152,9 +152,13 @@ class SpectralTensor(torch.Tensor):
             " tensor that it stands for; copy.deepcopy(cache) copies a cache"
         )
 
-    # of these PyTorch's own would read the memory that there is none of, or lose what it cannot pickle
-    share_memory_ = is_shared = storage = data_ptr = numpy = tolist = _refuse
-    __array__ = __dlpack__ = __reduce_ex__ = _refuse
+    # of these PyTorch's own would read the memory that there is none of
+    share_memory_ = is_shared = storage = data_ptr = numpy = tolist = __array__ = __dlpack__ = _refuse
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.store is not None:
+            self._refuse()
+        return str, (self._stable_hash_for_caching(),)  # what torch before 2.13 knows a graph by with such an input
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -113,8 +113,7 @@ def test_kernels_hide_what_the_reference_hides(preset: str, count: int) -> None:
     books.append(past)
     books.advance(step)
     visible = (torch.rand(2, books.positions.shape[1], generator=draw) < 0.6).to(torch.uint8)
-    visible[:, -1] = torch.tensor([HIDES, 0], dtype=torch.uint8)
-    visible[1, :-1] = 1
+    visible[1] = 1
     expected = books.attend(step, 0.3, visible=visible)
     got = fused_attend(books, step, 0.3, visible=visible.to(DEVICE))
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-2)
@@ -129,16 +128,17 @@ def test_what_a_mask_hides_and_reveals(batch: int, count: int, more: int, seed: 
     columns[:, count:] = False
     shown = (torch.rand(batch, count, generator=draw) < 0.7).long()
     ours, theirs = (torch.full((batch, count + more + 1), 7, dtype=torch.uint8) for _ in range(2))
-    hide(ours, columns, shown)
-    on_device = theirs.to(DEVICE)
-    hide_triton(on_device, columns.to(DEVICE), shown.to(DEVICE))
+    our_flags, their_flags = (torch.full((batch,), 7, dtype=torch.int32) for _ in range(2))
+    hide(ours, our_flags, columns, shown)
+    theirs, their_flags = theirs.to(DEVICE), their_flags.to(DEVICE)
+    hide_triton(theirs, their_flags, columns.to(DEVICE), shown.to(DEVICE))
     for row in range(batch):
         known = columns[row, :count]
         stored = shown[row][known]
-        for visible in (ours[row], on_device[row].cpu()):
-            assert visible[: len(stored)].tolist() == stored.tolist()
-            flags = HIDES * bool((stored == 0).any()) + REVEALS * bool((shown[row][~known] != 0).any())
-            assert visible[-1] == flags
+        expected = HIDES * bool((stored == 0).any()) + REVEALS * bool((shown[row][~known] != 0).any())
+        for visible, flags in ((ours, our_flags), (theirs.cpu(), their_flags.cpu())):
+            assert visible[row, : len(stored)].tolist() == stored.tolist()
+            assert flags[row] == expected
 
 
 SHARED = {

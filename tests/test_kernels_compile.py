@@ -101,7 +101,8 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     mask = columns = visible = None
     if hidden == "hidden tokens":
         visible = torch.ones(1, 512, dtype=torch.uint8)
-        hide_triton(visible, torch.ones(1, 190, dtype=torch.bool), torch.ones(1, 190, dtype=torch.int64))
+        flags = torch.zeros(1, dtype=torch.int32)
+        hide_triton(visible, flags, torch.ones(1, 190, dtype=torch.bool), torch.ones(1, 190, dtype=torch.int64))
     if hidden == "mask":
         mask, columns = torch.ones(1, 1, count, 190 + count, dtype=torch.bool), torch.ones(1, 190, dtype=torch.bool)
     slide = {"window": 30, "softcap": 20.0} if hidden == "window" else {"window": 0}

@@ -336,7 +336,7 @@ def held(layers: list[Pair]) -> dict[int, int]:
     for key, value in layers:
         for store in (key.store, value.store):
             timeline = store.timeline
-            tensors += [*store.buffers, *store.pending.values(), timeline.ledger, timeline.positions, timeline.columns]
+            tensors += [*store.buffers, *store.pending.values(), *timeline.tensors()]
     return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
 
 
