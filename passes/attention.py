@@ -67,15 +67,31 @@ def _per_kv_head(site: Site) -> Site:
 
 def unwrap_repeat(node: Node) -> Node:
     """The keys or values before each head was repeated for its group of queries (``repeat_kv``), or ``node`` itself."""
-    if is_call(node, "contiguous", "clone"):
-        return unwrap_repeat(node.args[0])
+    node = _before_copies(node)
+    repeated = _repeated(node)
+    return node if repeated is None else _before_copies(repeated)
+
+
+def _before_copies(node: Node) -> Node:
+    """``node`` before it was copied, or moved to where it is already in the dtype that it has."""
+    while is_call(node, "contiguous", "clone") or (is_call(node, "to") and _alike(node, node.args[0])):
+        node = node.args[0]
+    return node
+
+
+def _alike(a: Node, b: Node) -> bool:
+    return is_float(b) and (fake(a).dtype, fake(a).device) == (fake(b).dtype, fake(b).device)
+
+
+def _repeated(node: Node) -> Node | None:
+    """What ``node`` has with each head repeated, in one of the ways to write that; None where it is not so."""
     if is_call(node, "repeat_interleave") and argument(node, 2, "dim") == 1:
         return node.args[0]
     if not is_call(node, "reshape", "view", "flatten"):
-        return node
+        return None
     expanded = node.args[0]
     if not is_call(expanded, "expand") or fake(expanded).ndim != 5:
-        return node
+        return None
     inserted = expanded.args[0]
     if is_call(inserted, "unsqueeze") and argument(inserted, 1, "dim") in (2, -3):
         return inserted.args[0]
@@ -88,7 +104,7 @@ def unwrap_repeat(node: Node) -> Node:
             and all(_whole(i) for i in (*index[:2], *index[3:]))
         ):
             return inserted.args[0]
-    return node
+    return None
 
 
 def _whole(index: object) -> bool:

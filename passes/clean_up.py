@@ -38,6 +38,9 @@ def clean_up(trace: Trace) -> None:
         inputs[node] = trace.plan.inputs[node]
         if isinstance(fake(node), SpectralTensor):
             inputs[node] = ("shape" if is_asked_for_its_shape(node) else "dense", inputs[node][1])
+            if trace.kind == "decode" and inputs[node][0] == "dense" and _is_past(trace, inputs[node][1]):
+                _refuse_all(trace)
+                return
             trace.examples[node] = stand_in(node)
         elif trace.kind == "decode" and isinstance(fake(node), torch.SymInt) and _counts(node):
             inputs[node] = ("number", inputs[node][1])
@@ -45,6 +48,17 @@ def clean_up(trace: Trace) -> None:
     trace.plan = replace(trace.plan, inputs=inputs)
     graph.lint()
     trace.gm.recompile()
+
+
+def _is_past(trace: Trace, argument: int) -> bool:
+    return any(argument in site.past for site in trace.plan.sites if site.past)
+
+
+def _refuse_all(trace: Trace) -> None:
+    """Leave a decode step as it came that reads a compressed past outside of attention too: it would be decoded every time."""
+    trace.plan = None
+    for site in trace.matched:
+        site.refusal = "what is cached is read by something else than its attention, too"
 
 
 def _live(graph: Graph) -> set[Node]:
