@@ -16,6 +16,7 @@ from spectral_compile import report
 from spectral_compile.bench.generation import recordings
 from spectral_compile.store import SpectralStore
 from spectral_compile.tensor import SpectralTensor
+from tests.budget import examples
 from tests.tiny import EXACT, GREEDY, build, tokens
 
 MOST_ROWS, MOST_TOKENS = 4, 160
@@ -112,7 +113,8 @@ class Caches(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_no_sequence_of_operations_tells_the_caches_apart() -> None:
-    run_state_machine_as_test(Caches, settings=settings(max_examples=8, stateful_step_count=40, deadline=None))
+    amount = {"max_examples": examples(4, full=8), "stateful_step_count": examples(30, full=40)}
+    run_state_machine_as_test(Caches, settings=settings(deadline=None, **amount))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from spectral_compile import backend
 from spectral_compile.kernels import sliced as operation
 from spectral_compile.kernels.sliced import PARTS, sliced
 from spectral_compile.passes import slices
+from tests.budget import examples
 from tests.tiny import GREEDY, GROUPED, SMALL, tokens
 
 ROWS = 16
@@ -163,7 +164,7 @@ def test_inductor_compiles_a_part_for_any_number_of_tokens(transposed: bool, see
     assert counts == [13, 13, 12, 12] * 2 + [11, 11, 11] * 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(15, full=30), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 70), st.booleans(), st.integers(0, 2**31))
 def test_slices_give_what_the_whole_gives(batch: int, count: int, transposed: bool, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
