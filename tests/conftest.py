@@ -1,6 +1,7 @@
 """Fixtures that several files share."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -28,6 +29,16 @@ from tests.budget import PROFILE
 settings.register_profile("full", deadline=None, derandomize=True)  # machines differ in speed, runs should not
 settings.register_profile("repeatable", settings.get_profile("full"), max_examples=25)
 settings.load_profile(PROFILE)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now, millions of objects, is no garbage: a search for some took a second or more."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries tell of leaks when the process ends
 
 
 @pytest.fixture(scope="session")
