@@ -8,7 +8,15 @@ ONE_THREAD := OMP_NUM_THREADS=1
 PARALLEL := -n 2 --dist loadgroup
 PIP := -m pip install -qq --disable-pip-version-check
 
-.PHONY: setup demo test test-5.17 lint clean
+# what compiles most, runs kernels in the interpreter or needs a process of its own
+LONG := $(addprefix --ignore=tests/test_,bench.py cli.py equivalence.py evaluate.py kernels_append.py kernels_attend.py \
+	kernels_compile.py memory.py modalities.py package.py readme.py slices.py smollm2.py unsloth.py usage.py)
+# what hardly depends on transformers
+APART := $(addprefix --ignore=tests/test_,bench.py cli.py codec.py eigen.py equivalence.py evaluate.py extend.py importance.py \
+	kernels_append.py kernels_attend.py kernels_compile.py memory.py operations.py package.py profile.py readme.py reference.py \
+	replay.py slices.py smollm2.py store.py)
+
+.PHONY: setup demo test test-fast test-full test-5.17 lint clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -26,10 +34,17 @@ demo: .venv/.stamp
 test: .venv/.stamp
 	$(ONE_THREAD) .venv/bin/python -m pytest $(PARALLEL) $(PYTEST)
 
-# the oldest transformers writes other masks; files that hardly depend on transformers are left to `test`
+# for the inner loop: the codec, the store, and whether graphs are matched and right
+test-fast: .venv/.stamp
+	$(ONE_THREAD) .venv/bin/python -m pytest $(PARALLEL) -m "not slow" $(LONG) $(PYTEST)
+
+# all examples and combinations, of which `test` takes some; an issue is resolved when this passes
+test-full: .venv/.stamp
+	SPECTRAL_TESTS=full $(ONE_THREAD) .venv/bin/python -m pytest $(PARALLEL) $(PYTEST)
+
+# the oldest transformers writes other masks and caches
 test-5.17: .venv-5.17/.stamp
-	$(ONE_THREAD) .venv-5.17/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST) \
-		$(addprefix --ignore=tests/test_,bench.py cli.py codec.py eigen.py equivalence.py evaluate.py extend.py importance.py kernels_append.py kernels_attend.py kernels_compile.py operations.py package.py profile.py reference.py store.py)
+	$(ONE_THREAD) .venv-5.17/bin/python -m pytest $(PARALLEL) -m "not slow and not newest" $(APART) $(PYTEST)
 
 lint: .venv/.stamp
 	.venv/bin/ruff check .

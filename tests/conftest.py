@@ -1,7 +1,17 @@
 """Fixtures that several files share."""
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and other children inherit it
+    # a process that is killed leaves half a library behind, which is to harm neither the next run nor anybody else
+    COMPILED = tempfile.mkdtemp(prefix="spectral-tests-")
+    os.environ |= {f"{name}_CACHE_DIR": os.path.join(COMPILED, name.lower()) for name in ("TORCHINDUCTOR", "TRITON")}
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 import pytest
 import torch
@@ -14,9 +24,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from spectral_compile.models import load
+from tests.budget import PROFILE
 
-settings.register_profile("repeatable", deadline=None, derandomize=True)  # machines differ in speed, runs should not
-settings.load_profile("repeatable")
+settings.register_profile("full", deadline=None, derandomize=True)  # machines differ in speed, runs should not
+settings.register_profile("repeatable", settings.get_profile("full"), max_examples=25)
+settings.load_profile(PROFILE)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now, millions of objects, is no garbage: a search for some took a second or more."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries tell of leaks when the process ends
 
 
 @pytest.fixture(scope="session")

@@ -365,6 +365,7 @@ def test_the_default_model_is_the_real_one(smollm2: tuple[PreTrainedModel, PreTr
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
 
 
+@pytest.mark.xdist_group("examples")  # the second finds what was compiled for the first
 @pytest.mark.skipif("spectral" not in list_backends(()), reason="needs an installed spectral-compile")
 @pytest.mark.parametrize("example", ["generate.py", "unsloth_generate.py"])
 def test_an_example_runs(example: str, tiny_folder: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from spectral_compile.codec import (
     window_code,
     window_value,
 )
+from tests.budget import examples
 
 counts = st.integers(0, 17)
 tiers_strategy = st.builds(Tiers, counts, counts, counts)
@@ -103,7 +104,7 @@ def test_more_bits_mean_less_error() -> None:
 
 
 @given(st.integers(1, 80), st.sampled_from([32, 48, 80]), st.integers(0, 2**31))
-@settings(max_examples=30)
+@settings(max_examples=examples(10, full=30))
 def test_decode_is_latent_times_synthesis(n: int, width: int, seed: int) -> None:
     x = correlated(2, n, width, seed=seed)
     tiers = Tiers(1, 6, width // 2)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_compile.kernels.eigen import eigenbasis
+from tests.budget import combinations, examples
 
 FLOOR = 1e-5  # of the largest eigenvalue: below a tenth of it, eigenvectors may be mixed
 SPECTRA = {
@@ -59,8 +60,7 @@ def assert_codes_as_well(gram: Tensor, basis: Tensor) -> None:
     assert (lost <= 2e-3 * exact.sum(-1)).all()
 
 
-@pytest.mark.parametrize("width", [64, 128, 192, 256])
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("spectrum", "width"), combinations(list(SPECTRA), [64, 128, 192, 256]))
 def test_codes_as_well_as_eigh(spectrum: str, width: int) -> None:
     gram = with_spectrum(SPECTRA[spectrum](torch.arange(width, dtype=torch.float64) / width), 2, seed=width)
     for rank in (width // 2, width):
@@ -88,7 +88,7 @@ def test_any_tokens(shape: list[int], tokens: int, width: int, share: float, fac
 
 
 @given(st.sampled_from([16, 64, 128]), st.floats(0, 12), st.integers(0, 2**31))
-@settings(max_examples=30)
+@settings(max_examples=examples(10, full=30))
 def test_columns_fall(width: int, decades: float, seed: int) -> None:
     gram = with_spectrum(torch.logspace(0, -decades, width, dtype=torch.float64), 2, seed)
     held, _ = energies(gram, eigenbasis(gram, width))
@@ -96,7 +96,7 @@ def test_columns_fall(width: int, decades: float, seed: int) -> None:
 
 
 @given(st.integers(2, 9), st.integers(0, 2**31))
-@settings(max_examples=30)
+@settings(max_examples=examples(10, full=30))
 def test_distinct_eigenvectors_are_found(width: int, seed: int) -> None:
     gram = with_spectrum(4.0 ** -torch.arange(width, dtype=torch.float64), 1, seed)
     basis, exact = eigenbasis(gram, width), torch.linalg.eigh(gram).eigenvectors.flip(-1)

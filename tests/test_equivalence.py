@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 import spectral_compile
 from spectral_compile import SpectralConfig, SpectralTensor, backend, reports
 from spectral_compile.report import SpectralWarning
+from tests.budget import examples
 
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
@@ -244,7 +245,7 @@ def assert_all_matched(case: Case) -> None:
     assert {r.kind for r in made} == {kind_of(i, chunk) for i, chunk in enumerate(case.chunks)}
 
 
-@settings(PROPERTY, max_examples=48)
+@settings(PROPERTY, max_examples=examples(14, full=48))
 @given(cases())
 def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
     model = Decoder(case.shape)
@@ -259,7 +260,7 @@ def test_exact_graph_equals_the_graph_as_it_came(case: Case) -> None:
     assert_all_matched(case)
 
 
-@settings(PROPERTY, max_examples=48)
+@settings(PROPERTY, max_examples=examples(14, full=48))
 @given(cases(dims=(16, 32)), st.sampled_from(["quality", "balanced", "compact", "seed"]))
 def test_lossy_graph_equals_decoding_and_then_attending(case: Case, preset: str) -> None:
     model = Decoder(case.shape)
@@ -472,7 +473,7 @@ def test_a_mask_of_no_known_kind_still_tells_which_columns_are_padding() -> None
     assert stored[0][0].store.timeline.ledger[:, 2].tolist() == [23, 18]
 
 
-@settings(PROPERTY, max_examples=10)
+@settings(PROPERTY, max_examples=examples(4, full=10))
 @given(window=st.integers(1, 12), counts=st.lists(st.sampled_from([1, 4]), min_size=1, max_size=4))
 def test_a_window_in_the_mask_equals_dense(window: int, counts: list[int]) -> None:
     class Windowed(Decoder):

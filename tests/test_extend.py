@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import spectral_compile as sc
 from spectral_compile.kernels import extend
+from tests.budget import examples
 from tests.test_kernels_attend import DEVICE, on_device, store
 from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 from tests.tiny import GREEDY, build, tokens
@@ -22,7 +23,7 @@ def in_pieces(books: Books, chunk: Chunk, scale: float, dtype: torch.dtype, devi
     return extend.attend(*given, ledger, positions, valid, held, books.layout, scale).float().cpu()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(20, full=100), deadline=None)
 @given(cases(), st.integers(1, 40))
 def test_pieces_give_what_the_reference_gives(case: Case, piece: int) -> None:
     books = Books.blank(case.layout, case.batch, case.columns)

@@ -16,6 +16,7 @@ from spectral_compile import report
 from spectral_compile.bench.generation import recordings
 from spectral_compile.store import SpectralStore
 from spectral_compile.tensor import SpectralTensor
+from tests.budget import examples
 from tests.tiny import EXACT, GREEDY, build, tokens
 
 MOST_ROWS, MOST_TOKENS = 4, 160
@@ -112,17 +113,18 @@ class Caches(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_no_sequence_of_operations_tells_the_caches_apart() -> None:
-    run_state_machine_as_test(Caches, settings=settings(max_examples=8, stateful_step_count=40, deadline=None))
+    amount = {"max_examples": examples(4, full=8), "stateful_step_count": examples(30, full=40)}
+    run_state_machine_as_test(Caches, settings=settings(deadline=None, **amount))
 
 
 @pytest.mark.slow
 def test_many_generations_leave_nothing_behind() -> None:
-    """Two hundred, of other lengths and rows: no more graphs after the first few, and no store that is not the last one's."""
+    """Of other lengths and rows: no more graphs after the first few, and no store that is not the last one's."""
     sc.reset()
     model = build("llama")
     model.compile(backend=sc.spectral, options={**EXACT, "preset": "balanced"})
     graphs = 0
-    for turn in range(200):
+    for turn in range(examples(70, full=200)):
         out = model.generate(tokens(1 + turn % 2, 20 + turn % 37, seed=turn), max_new_tokens=6, **GREEDY)
         if turn == 20:
             graphs = len(sc.reports())

@@ -15,6 +15,7 @@ import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.kernels.encode import hide_triton
 from spectral_compile.kernels.hide import HIDES, REVEALS, hide
+from tests.budget import examples
 from tests.test_kernels_attend import DEVICE, fused_attend
 from tests.test_reference import Books, Chunk
 from tests.tiny import EXACT, GREEDY, TEXT, WINDOWS, build, tokens
@@ -50,7 +51,7 @@ def talk(model: PreTrainedModel, masks: list[torch.Tensor], seed: int) -> torch.
     return torch.cat(out)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6, 25))
 @given(st.data())
 def test_any_mask_is_as_in_dense_attention(pair: tuple[PreTrainedModel, PreTrainedModel], data: st.DataObject) -> None:
     """Each step's mask pads its own columns anywhere, and hides any of the tokens before them."""
@@ -120,7 +121,7 @@ def test_kernels_hide_what_the_reference_hides(preset: str, count: int) -> None:
     assert not torch.allclose(expected[0], books.attend(step, 0.3)[0], atol=1e-2)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15, 60))
 @given(st.integers(1, 3), st.integers(0, 40), st.integers(0, 9), st.integers(0, 1 << 20))
 def test_what_a_mask_hides_and_reveals(batch: int, count: int, more: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectral_compile.kernels import importance as judging
 from spectral_compile.kernels.importance import importance
 from spectral_compile.kernels.shares import shares
+from tests.budget import examples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,7 +32,7 @@ def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Te
     return total.unflatten(0, (-1, head_group)).sum(1) / seen
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(12, full=25))
 @given(
     st.integers(1, 3),
     st.sampled_from([(1, 1, 1), (2, 2, 1), (4, 2, 2), (6, 3, 3)]),

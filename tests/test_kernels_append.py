@@ -18,6 +18,7 @@ from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
 from spectral_compile.kernels import reference
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 from spectral_compile.kernels.encode import advance_triton
+from tests.budget import examples
 
 pytest.importorskip("triton")
 
@@ -133,7 +134,7 @@ def copied(store: Store) -> Buffers:
     return Buffers(*(buffer.clone() for buffer in store.buffers))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(15, full=40))
 @given(cases())
 def test_books(case: Case) -> None:
     ours, truth = Store(case), Store(case)
@@ -144,7 +145,7 @@ def test_books(case: Case) -> None:
         assert torch.equal(ours.positions[:, :-1], truth.positions[:, :-1])  # the last one is scratch
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(8, full=20))
 @given(cases(presets=("exact",)))
 def test_lossless_store(case: Case) -> None:
     ours, truth = Store(case), Store(case)
@@ -159,7 +160,7 @@ def test_lossless_store(case: Case) -> None:
                 assert torch.equal(a, b), name
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(15, full=40))
 @given(cases(presets=BASES, most=45))
 def test_coded_store(case: Case) -> None:
     """Both begin the same segments; bases lose as little, and with the same bases the codes are the same."""
@@ -288,7 +289,7 @@ def lost(coded: Coded, buffers: Buffers) -> float:
 
 
 @given(st.integers(1, 200), st.sampled_from([(1, 5, 9), (0, 2, 30), (3, 0, 0), (0, 16, 2)]), st.integers(0, 2**31))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(8, full=15), deadline=None)
 def test_steps_are_those_of_the_codec(count: int, bits: tuple[int, int, int], seed: int) -> None:
     tiers, generator = Tiers(*bits), torch.Generator().manual_seed(seed)
     x = torch.randn(2, 2, count, tiers.rank, generator=generator) * torch.logspace(1, -3, tiers.rank)

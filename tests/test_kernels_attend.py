@@ -21,11 +21,12 @@ from spectral_compile.kernels.digits import HALFWORDS, INTERPRETED, pieces
 from spectral_compile.kernels.rotary import TILE
 from spectral_compile.models import prompt as real_text
 from spectral_compile.passes.edges import too_wide
+from tests.budget import combinations, examples
 from tests.test_reference import Books, Case, Chunk, cases, tokens_of
 
 Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FEW = settings(max_examples=9, deadline=None)  # the interpreter is slow
+FEW = settings(max_examples=examples(5, full=9), deadline=None)  # the interpreter is slow
 
 
 def stays_dense(layout: Layout) -> str | None:
@@ -35,7 +36,7 @@ def stays_dense(layout: Layout) -> str | None:
     return too_wide(layout, torch.float32, torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin)
 
 
-attended = cases().filter(lambda case: stays_dense(case.layout) is None)
+attended = cases(most=examples(2, full=3), chunks=examples(3, full=6)).filter(lambda case: stays_dense(case.layout) is None)
 
 
 def on_device(books: Books) -> tuple[Tensor, Tensor, Buffers]:
@@ -160,8 +161,7 @@ def keep_one_basis(books: Books) -> None:
     books.buffers = Buffers(*(x.contiguous() for x in parts))
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize(("preset", "dim"), combinations(list(PRESETS), [64, 80, 96, 128, 256]))
 def test_every_head_dim_and_preset(preset: str, dim: int) -> None:
     books, chunk = store(preset, dim, past=190, chunk=1)
     if why := stays_dense(books.layout):
@@ -180,10 +180,9 @@ def test_positions_with_gaps(chunk: int) -> None:
     assert_same(fused_attend(books, step, 0.1), books.attend(step, 0.1), step)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("turned", [0, 32, 64])
-@pytest.mark.parametrize("preset", ["balanced", "seed"])
+@pytest.mark.parametrize(
+    ("preset", "turned", "masked", "chunk"), combinations(["balanced", "seed"], [0, 32, 64], [False, True], [1, 3])
+)
 def test_masks_and_channels_that_rope_leaves_alone(preset: str, turned: int, masked: bool, chunk: int) -> None:
     books, step = store(preset, 64, past=190, chunk=chunk, turned=turned)
     mask = columns = None
@@ -203,7 +202,7 @@ def test_every_split_finds_its_segment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_many_queries_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    books, chunk = store("balanced", 64, past=150, chunk=90, batch=2)
+    books, chunk = store("balanced", 64, past=150, chunk=50, batch=2)
     monkeypatch.setattr(fused, "_SCRATCH", 1)
     assert_same(fused_attend(books, chunk, 0.1), books.attend(chunk, 0.1), chunk)
 
@@ -250,18 +249,16 @@ def attends_and_enters(books: Books, chunk: Chunk) -> None:
         torch.testing.assert_close(mine.cpu(), theirs, msg=name)
 
 
-@pytest.mark.parametrize("past", [190, 211, 214, 216])
-@pytest.mark.parametrize(("preset", "window_bits"), [*((name, 16) for name in PRESETS), ("balanced", 8)])
-def test_a_step_of_one_column_attends_and_enters(preset: str, window_bits: int, past: int) -> None:
+@pytest.mark.parametrize(("preset", "past"), combinations([*PRESETS, "balanced in bytes"], [190, 211, 214, 216]))
+def test_a_step_of_one_column_attends_and_enters(preset: str, past: int) -> None:
+    preset, window_bits = preset.split()[0], 8 if "bytes" in preset else 16
     attends_and_enters(*store(preset, 64, past=past, chunk=1, batch=2, window_bits=window_bits))
 
 
-@pytest.mark.parametrize("coders", [1, 2, 3])
-@pytest.mark.parametrize(("preset", "window_bits"), [("exact", 16), ("quality", 16), ("balanced", 8), ("compact", 16)])
-def test_a_step_that_codes_attends_and_enters(
-    preset: str, window_bits: int, coders: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("preset", "coders"), combinations(["exact", "quality", "balanced", "compact"], [1, 2, 3]))
+def test_a_step_that_codes_attends_and_enters(preset: str, coders: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What leaves the window is coded beside the attention; with ``seed`` it never is, since steps begin segments there."""
+    window_bits = 8 if preset == "balanced" else 16
     books, chunk = store(preset, 64, past=PRESETS[preset].sinks + 211, chunk=1, batch=2, window_bits=window_bits)
     coded = books.ledger[:, 1].clone()
     plan, exact = fused._plan, 2 * coders  # programs for one tile of keys and one of values
@@ -322,9 +319,7 @@ def close_in(dtype: torch.dtype, bound: float, books: Books, chunk: Chunk, scale
     assert (got - expected).norm() < bound * expected.norm()
 
 
-@pytest.mark.parametrize("size", [1e-5, 1.0, 1.2e4])
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("preset", ["seed", "balanced"])
+@pytest.mark.parametrize(("preset", "count", "size"), combinations(["seed", "balanced"], [1, 3], [1e-5, 1.0, 1.2e4]))
 def test_keys_of_any_size_fit_float16(preset: str, count: int, size: float) -> None:
     """Coded keys are computed in float16, in which those of some models would overflow and others be nothing."""
     books, chunk = store(preset, 64, past=190, chunk=count, key_size=size)
@@ -402,8 +397,7 @@ def real_store(
     return books, second
 
 
-@pytest.mark.parametrize("head_group", [1, 3])
-@pytest.mark.parametrize("preset", ["seed", "balanced"])
+@pytest.mark.parametrize(("preset", "head_group"), combinations(["balanced", "seed"], [3, 1]))
 def test_a_step_over_a_real_cache(smollm2: Real, preset: str, head_group: int) -> None:
     books, chunk = real_store(smollm2, preset, 12, past=700, count=1, head_group=head_group)
     if why := stays_dense(books.layout):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -13,9 +12,11 @@ from typing import Any
 
 import torch
 
+from tests.budget import combinations
+
 SHARED = 232448  # bytes of shared memory that a program may have on an H100
-FORMS = itertools.product(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
-HIDING = itertools.product(("balanced", "seed", "exact"), (32,), (1, 3), ("hidden tokens",))
+FORMS = combinations(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
+HIDING = combinations(("balanced", "seed", "exact"), (32,), (1, 3), ("hidden tokens",))
 DECODE, CHUNK = ("balanced", 64, 1, "window"), ("compact", 64, 40, "window")  # in 16 bits; the first is compiled to the end
 ALL = (*FORMS, *HIDING, DECODE, CHUNK)
 CASES = {f"{form[0]}, RoPE of {form[1]} of 64 channels, {form[2]} queries, {form[3]}": form for form in ALL}

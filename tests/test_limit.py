@@ -16,9 +16,10 @@ import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.report import SpectralWarning
 from spectral_compile.tensor import SpectralTensor
+from tests.budget import FULL
 from tests.tiny import EXACT, GREEDY, WINDOWS, build, tokens
 
-NAMES = ("llama", "qwen2", "qwen3", "gpt2", "gpt-neox", "phi3")
+NAMES = ("llama", "qwen2", "qwen3", "gpt2", "gpt-neox", "phi3") if FULL else ("llama", "gpt2")
 HELD = {"return_dict_in_generate": True, "max_new_tokens": 4}
 
 
@@ -75,7 +76,7 @@ KINDS: dict[str, Callable[[PreTrainedModel], object]] = {
 }
 
 
-def test_twelve_kinds_of_calls_of_six_models_in_one_process_are_all_compressed() -> None:
+def test_twelve_kinds_of_calls_of_several_models_in_one_process_are_all_compressed() -> None:
     dense = []
     for name in NAMES:
         model = build(name)
@@ -88,6 +89,7 @@ def test_twelve_kinds_of_calls_of_six_models_in_one_process_are_all_compressed()
     assert not dense
     assert all(graph.matched == graph.sites == 2 for graph in sc.reports())
     assert len(sc.reports()) <= 17 * len(NAMES) < config.accumulated_recompile_limit, "graphs"
+    assert len(sc.reports()) > 8, "as many as Dynamo would have stopped at"
     assert report.decodes() == 0
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
 from spectral_compile.kernels import reference
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
+from tests.budget import examples
 
-PROPERTY = settings(max_examples=120, deadline=None)
+PROPERTY = settings(max_examples=examples(25, full=120), deadline=None)
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 
 
@@ -81,11 +82,14 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), padded: bool = True, batch: int = 1) -> Case:
+def cases(
+    draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), batch: int = 1, most: int = 3, chunks: int = 6
+) -> Case:
+    """Up to ``most`` rows of up to ``chunks`` chunks."""
     layout = draw(layouts(presets))
-    batch, groups = draw(st.integers(batch, 3)), draw(st.integers(1, 3))
-    counts = [draw(st.integers(1, 48)), *draw(st.lists(st.integers(1, 14), max_size=5))]
-    padding = draw(st.sampled_from(["none", "left", "holes"])) if padded else "none"
+    batch, groups = draw(st.integers(batch, most)), draw(st.integers(1, 3))
+    counts = [draw(st.integers(1, 48)), *draw(st.lists(st.integers(1, 14), max_size=chunks - 1))]
+    padding = draw(st.sampled_from(["none", "left", "holes"]))
     numbering = draw(st.sampled_from(["absent", "columns", "tokens"]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     heads, dim = layout.kv_heads, layout.head_dim
@@ -397,7 +401,7 @@ def test_what_is_not_coded_stays_exact_or_is_held_in_bytes(case: Case) -> None:
         assert torch.isfinite(key).all() and torch.isfinite(value).all()
 
 
-@settings(PROPERTY, max_examples=100)
+@settings(PROPERTY, max_examples=examples(25, full=100))
 @given(st.integers(16, 64).flatmap(lambda half: st.tuples(st.just(2 * half), rotaries(2 * half))), st.integers(0, 2**31))
 def test_unrotate_undoes_rotate(case: tuple[int, Rotary | None], seed: int) -> None:
     dim, rotary = case

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import spectral_compile as sc
 from spectral_compile import backend, replay, report
 from spectral_compile.replay import Replay
+from tests.budget import examples
 from tests.tiny import GREEDY, WINDOWS, build, tokens
 
 OPTIONS = {"preset": "balanced", "inner": "eager", "strict": True, "warmup": 16, **WINDOWS}
@@ -50,7 +51,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(3, full=5), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 2), st.integers(20, 60), st.integers(1, 25), st.integers(0, 9)), min_size=1, max_size=3)
 )

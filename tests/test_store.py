@@ -24,6 +24,7 @@ from spectral_compile.passes.rewrite import Plan, SitePlan
 from spectral_compile.report import SpectralWarning
 from spectral_compile.runtime import BoundGraph
 from spectral_compile.store import Timeline
+from tests.budget import examples
 
 HEADS, DIM, LAYERS = 2, 8, 2
 ROTARY = Rotary(tuple(100.0 ** (-i / 4) for i in range(4)))
@@ -341,9 +342,9 @@ def held(layers: list[Pair]) -> dict[int, int]:
 
 
 UNHURRIED = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-for machine, examples in ((CacheMachine, 150), (LossyCacheMachine, 60), (SegmentedCacheMachine, 60)):
+for machine, few, full in ((CacheMachine, 50, 150), (LossyCacheMachine, 20, 60), (SegmentedCacheMachine, 15, 60)):
     machine.TestCase.settings = settings(
-        max_examples=examples, stateful_step_count=12, deadline=None, suppress_health_check=UNHURRIED
+        max_examples=examples(few, full), stateful_step_count=12, deadline=None, suppress_health_check=UNHURRIED
     )
 TestCache = CacheMachine.TestCase
 TestLossyCache = LossyCacheMachine.TestCase

@@ -12,6 +12,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCac
 
 import spectral_compile as sc
 from spectral_compile import report
+from tests.budget import FULL, combinations
 from tests.tiny import EXACT, GREEDY, OLDEST, build, tokens
 
 PROMPT = tokens(2, 40)
@@ -120,7 +121,7 @@ def test_a_chat_of_several_turns_grows_one_cache() -> None:
     assert_compressed("prefill", "decode", "extend")
 
 
-@pytest.mark.parametrize(("headroom", "copied"), [(None, False), (24, False), (3, True)])
+@pytest.mark.parametrize(("headroom", "copied"), [(None, False), (24, False), (3, True)][0 if FULL else 1 :])
 def test_buffers_are_not_replaced_while_there_is_headroom(headroom: int | None, copied: bool) -> None:
     model = build("llama")
     model.compile(backend=sc.spectral, options={**EXACT, "headroom": headroom})
@@ -189,8 +190,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], int]] = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 6])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "count"), combinations(list(CHANGES), [6, 1]))
 def test_a_cache_goes_on_after_it_was_changed(change: str, count: int) -> None:
     """To Dynamo a view is what it was taken of: a changed cache must be none."""
     do, rows = CHANGES[change]
@@ -259,8 +259,7 @@ if OLDEST:
     del COMPILED["static"]  # there decode is not dynamic, as README says
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.parametrize(("way", "context"), combinations(list(COMPILED), [torch.no_grad, torch.inference_mode]))
 def test_every_way_to_compile(way: str, context: Callable[[], Any]) -> None:
     model, prompt = build("llama"), PROMPT[:1]
     expected = model.generate(prompt, max_new_tokens=12, **GREEDY)
