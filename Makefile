@@ -12,9 +12,9 @@ PIP := -m pip install -qq --disable-pip-version-check
 LONG := $(addprefix --ignore=tests/test_,bench.py cli.py equivalence.py evaluate.py kernels_append.py kernels_attend.py \
 	kernels_compile.py memory.py modalities.py package.py readme.py slices.py smollm2.py unsloth.py usage.py)
 # what hardly depends on transformers
-APART := $(addprefix --ignore=tests/test_,bench.py cli.py codec.py eigen.py equivalence.py evaluate.py extend.py importance.py \
-	kernels_append.py kernels_attend.py kernels_compile.py memory.py operations.py package.py profile.py readme.py reference.py \
-	replay.py slices.py smollm2.py store.py)
+APART := $(addprefix --ignore=tests/test_,asked.py bench.py cli.py codec.py eigen.py equivalence.py evaluate.py extend.py \
+	foreign.py importance.py kernels_append.py kernels_attend.py kernels_compile.py limit.py memory.py operations.py package.py \
+	profile.py readme.py reference.py replay.py slices.py smollm2.py store.py tensor.py)
 
 .PHONY: setup demo test test-fast test-full test-5.17 lint clean
 .DELETE_ON_ERROR:

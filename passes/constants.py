@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.guards import install_guard
 from torch._guards import Guard, TracingContext
 from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -43,14 +43,22 @@ def guard_constants(trace: Trace) -> None:
     """Let Dynamo check at each call that what was read as a constant is still the same."""
     if TracingContext.try_get() is None:
         return
+    from torch._dynamo.guards import install_guard  # here, since Dynamo takes seconds to import
+    from torch._dynamo.source import AttrSource
+
     steps = {site.edge.kind for site in trace.sites if site.edge is not None} == {"decode"}
     for node in trace.gm.graph.nodes:
         if node.op == "placeholder" and CONSTANT in node.meta:
             holds = _Holds(node.meta[CONSTANT], trusts=steps)
             install_guard(Guard(node._dynamo_source, functools.partial(_add, holds)))
+            # from Python 3.12 on Dynamo takes a module's tensors for immutable, and skips their guards as long as the module's
+            # dictionaries are the same, unless one of them is asked for an attribute
+            dtype = node.meta[CONSTANT].dtype
+            asked = AttrSource(node._dynamo_source, "dtype")
+            install_guard(Guard(asked, functools.partial(_add, lambda x, is_=dtype: x is is_)))
 
 
-def _add(holds: _Holds, builder: Any, guard: Guard) -> None:
+def _add(holds: Callable[[Any], bool], builder: Any, guard: Guard) -> None:
     said = [f"{guard.name} holds what was read while tracing"]
     builder.get_guard_manager(guard).add_lambda_guard(holds, said, guard.user_stack)
 

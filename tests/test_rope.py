@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from transformers import PreTrainedModel
 
 import spectral_compile as sc
@@ -393,3 +394,22 @@ def test_what_the_call_asks_for_is_the_reason(name: str, given_: dict[str, bool]
     with torch.no_grad(), pytest.warns(report.SpectralWarning, match=reason):
         make(name, sc.spectral, strict=False)(tokens(1, 12), **given_)
     assert any(reason in refusal.reason for graph in sc.reports() for refusal in graph.refusals)
+
+
+def test_guards_of_constants_are_asked_at_every_call() -> None:
+    """From Python 3.12 on Dynamo skips guards of a module's tensors while its dictionaries are the same."""
+    sc.reset()
+    model = build("llama")
+    model.compile(backend=sc.spectral, options=EXACT)
+    model.generate(tokens(1, 20), max_new_tokens=2, **GREEDY)
+    entries = _debug_get_cache_entry_list(type(model).forward.__code__)
+    assert len(entries) == 2
+    for entry in entries:
+        entry.guard_manager.find_tag_safe_roots()
+        lines = str(entry.guard_manager).splitlines()
+        (at,) = (i for i, line in enumerate(lines) if "['inv_freq'] holds what was read" in line)
+        depth = lines[at].index("+-")
+        for line in reversed(lines[:at]):
+            if "+-" in line and line.index("+-") < depth:
+                depth = line.index("+-")
+                assert "tag_safe=(True" not in line

@@ -152,8 +152,11 @@ def heard() -> Iterator[list[str]]:
     """What transformers logs; deprecated names of outputs are logged once a process, other ones are warnings."""
     handler, logger = Heard(), logging.getLogger("transformers")
     logger.addHandler(handler)
+    verbosity = hf.logging.get_verbosity()
+    hf.logging.set_verbosity_warning()  # the command line, whose tests may have run here, turns it down
     hf.logging.get_logger("transformers").warning_once.__func__.cache_clear()
     yield handler.said
+    hf.logging.set_verbosity(verbosity)
     logger.removeHandler(handler)
 
 
