@@ -60,7 +60,8 @@ class BoundGraph:
         """``replay`` is called instead of ``compiled`` where steps are recorded, and ``dense``, the graph as it came, once it
         is known that no step would be compressed. ``parts`` of ``compiled`` live as long as this."""
         self.plan, self.compiled, self.config, self.dense, self.replay = plan, compiled, config, dense, replay
-        self.stays_dense, self._parts = False, parts
+        self.served = self.stays_dense = False  # whether steps on what it stored were compressed; whether it stores no more
+        self._parts = parts
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)
@@ -96,8 +97,8 @@ class BoundGraph:
         return self._wrap(results, stores)
 
     def stay_dense(self, refusal: Refusal) -> None:
-        """Compress no more prompts, since decode steps are not compressed for a reason, and say so."""
-        if not self.stays_dense:
+        """Compress no more prompts if none of their steps has been compressed, and say why."""
+        if not (self.served or self.stays_dense):
             self.stays_dense = True
             why = Refusal(refusal.where, f"its decode steps are not compressed, so prompts stay dense too: {refusal.reason}")
             record(GraphReport("prefill", len(self.plan.sites), 0, (why,)))
@@ -119,6 +120,8 @@ class BoundGraph:
         keys, values = ([arguments[site.past[role]] for site in self.plan.sites] for role in range(2))
         view, length, timeline = keys[0].reach, keys[0].length, keys[0].store.timeline
         stores = [key.store for key in keys]
+        if timeline.prefill is not None:
+            timeline.prefill.served = True
         # what the step before has returned is one view of stores on one timeline; all else is looked at closely
         alike = (
             {x.reach for x in keys + values} == {view}
@@ -247,8 +250,8 @@ def _places(plan: Plan) -> tuple[list[int], list[tuple[int, Callable[[Any, Timel
 class DenseGraph:
     """A compiled graph that was not rewritten but is given compressed tensors: decoded, or those at ``shapes`` as shapes.
 
-    Where it is a decode step, ``refused`` for a reason, the graph that compressed the prompt does so no more: each conversation
-    would be decoded.
+    Where it is a decode step, ``refused`` for a reason, the graph that compressed the prompt does so no more if there are no
+    other steps: each conversation would be decoded.
     """
 
     def __init__(self, compiled: Callable[..., Any], shapes: set[int], refused: Refusal | None) -> None:

@@ -76,3 +76,15 @@ def test_prompts_stay_dense_where_steps_cannot_be_compressed() -> None:
     assert any("prompts stay dense" in str(graph) for graph in sc.reports())
     for _, got in (first, second):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_one_step_that_cannot_be_compressed_costs_other_conversations_nothing() -> None:
+    model, prompt = build("llama"), tokens(1, 40)
+    model.compile(backend=sc.spectral, options={**EXACT, "strict": False})
+    model.generate(prompt, max_new_tokens=3, **GREEDY)
+    with torch.no_grad(), pytest.warns(sc.SpectralWarning, match="its mask adds numbers"):
+        cache = model(prompt, use_cache=True).past_key_values
+        given = {"attention_mask": torch.zeros(1, 1, 1, 41), "position_ids": torch.tensor([[40]])}
+        model(prompt[:, :1], past_key_values=cache, **given)
+    out = model.generate(prompt, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
+    assert all(isinstance(layer.keys, SpectralTensor) for layer in out.past_key_values.layers)
