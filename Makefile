@@ -21,11 +21,18 @@ APART := $(addprefix --ignore=tests/test_,asked.py bench.py cli.py codec.py eige
 
 setup: .venv/.stamp
 
-.venv-5.17/.stamp: PINS := $(OLDEST)
-.venv/.stamp .venv-5.17/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python $(PIP) $(TORCH)
-	$(@D)/bin/python $(PIP) -e '.[demo,test]' $(PINS)
+.venv/.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) $(TORCH)
+	.venv/bin/python $(PIP) -e '.[demo,test]'
+	touch $@
+
+# what is in .venv, but for the oldest transformers and what it needs in another version
+.venv-5.17/.stamp: .venv/.stamp
+	$(PYTHON) -m venv .venv-5.17
+	.venv/bin/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$(.venv-5.17/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth
+	.venv-5.17/bin/python $(PIP) $(OLDEST)
 	touch $@
 
 demo: .venv/.stamp

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spectral_compile.passes.trace import Trace
 
 CONSTANT = "spectral_constant"
+PLANES = "spectral_planes"  # of an argument, which is then guarded to hold the same in each of its planes
 _MOST = 2  # contents of one tensor that graphs are made for
 _contents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -32,6 +33,11 @@ def constant(tensor: torch.Tensor) -> torch.Tensor | None:
     if found is None and len(known) < _MOST:
         known.append(found := tensor.detach().clone())
     return found if found is not None and torch.equal(found, tensor) else None  # what is not a number equals nothing
+
+
+def planes_equal(x: torch.Tensor) -> bool:
+    """Whether positions in time, height and width [3 or 4, batch, tokens] are the same; waits for a GPU."""
+    return x.ndim == 3 and bool((x == x[:1]).all())
 
 
 def name_of(node: Node) -> str:
@@ -48,6 +54,8 @@ def guard_constants(trace: Trace) -> None:
 
     steps = {site.edge.kind for site in trace.sites if site.edge is not None} == {"decode"}
     for node in trace.gm.graph.nodes:
+        if node.op == "placeholder" and PLANES in node.meta:
+            install_guard(Guard(node._dynamo_source, functools.partial(_add, planes_equal)))
         if node.op == "placeholder" and CONSTANT in node.meta:
             holds = _Holds(node.meta[CONSTANT], trusts=steps)
             install_guard(Guard(node._dynamo_source, functools.partial(_add, holds)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from torch.fx import Node
 
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.kernels.reference import rotate
+from spectral_compile.passes.constants import PLANES, planes_equal
 from spectral_compile.passes.lift import Unliftable, arguments_of, computed_from, hint, is_size, lift
 from spectral_compile.passes.trace import Site, Trace, fake, is_call, is_float
 from spectral_compile.passes.writes import memory, writes
@@ -37,7 +39,10 @@ _Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Found(NamedTuple):
-    """A key before RoPE, the tensors of angles mixed into it, and the positions [1 or batch, tokens] that they come from."""
+    """A key before RoPE, the tensors of angles mixed into it, and the positions [1 or batch, tokens] that they come from.
+
+    Positions in time, height and width, [3 or 4, batch, tokens], do if they are equal, as those of a text are.
+    """
 
     source: Node
     angles: tuple[Node, ...]
@@ -98,7 +103,7 @@ def _rotation(
         if isinstance(rotary, Rotary):
             if tokens_first:
                 source = _heads_first(trace, source)
-            site.stored_key, site.positions, site.rotary = source, ids, rotary
+            site.stored_key, site.positions, site.rotary = source, _one_of(ids), rotary
             return rotary
         reason = reason or rotary
     return reason
@@ -169,7 +174,10 @@ def _moves(angles: Node) -> bool:
 
 
 def _positions(trace: Trace, angles: list[Node]) -> Node | None:
-    """The last integer tensor [1 or batch, tokens] on the way to the angles; all of them must come from it."""
+    """The last integer tensor [1 or batch, tokens] on the way to the angles; all of them must come from it.
+
+    Or an argument of several such that were all the same while tracing, which Dynamo is to guard.
+    """
     found, seen, stack = None, set(), list(angles)
     while stack:
         node = stack.pop()
@@ -181,15 +189,37 @@ def _positions(trace: Trace, angles: list[Node]) -> Node | None:
             if found is None or trace.order[node] > trace.order[found]:
                 found = node
             continue
+        if _several_alike(node):
+            return node if found is None and all(node in computed_from(angle) for angle in angles) else None
         stack.extend(node.all_input_nodes)
     return found
+
+
+def _several_alike(node: Node) -> bool:
+    """Whether ``node`` is an argument of integers [3 or 4, batch, tokens] whose planes were equal while tracing."""
+    value, argument = fake(node), node.meta.get("grapharg")
+    if node.op != "placeholder" or argument is None or not isinstance(value, torch.Tensor) or value.is_floating_point():
+        return False
+    return value.ndim == 3 and value.shape[0] in (3, 4) and planes_equal(argument.example)
+
+
+def _one_of(ids: Node) -> Node:
+    """Positions [1 or batch, tokens]: ``ids``, or the first of several that are the same, which are noted to be guarded."""
+    if fake(ids).ndim == 2:
+        return ids
+    if (first := ids.meta.get(PLANES)) is None:
+        with ids.graph.inserting_after(ids):
+            first = ids.graph.call_function(operator.getitem, (ids, 0))
+        first.meta = {"example_value": fake(ids)[0]}
+        ids.meta[PLANES] = first
+    return first
 
 
 def _turn(trace: Trace, site: Site, source: Node, ids: Node, tokens_first: bool) -> _Turn:
     """``turn(x [n, D], positions [n]) -> [n, D]``: what the graph does to keys ``x`` at these positions."""
     run = lift(trace.gm, [source, ids], site.edge.new[0], device=torch.device("cpu"))
     batch, heads, tokens, dim = hint(fake(site.edge.new[0]).shape)
-    rows = hint(fake(ids).shape[0])
+    *planes, rows, _ = hint(fake(ids).shape)
 
     def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         try:  # few tokens are cheap; a graph that has its own number built in needs that number
@@ -204,7 +234,7 @@ def _turn(trace: Trace, site: Site, source: Node, ids: Node, tokens_first: bool)
             where = torch.zeros(rows, columns, dtype=torch.int64)
             key[:, :, : len(part)], where[:, : len(at)] = part, at
             key = key.transpose(1, 2).contiguous() if tokens_first else key
-            out.append(run(key, where)[0, 0, : len(part)].float())
+            out.append(run(key, where.expand(*planes, rows, columns))[0, 0, : len(part)].float())
         return torch.cat(out)
 
     return turn

@@ -36,6 +36,8 @@ from tests.shell import invoke
 from tests.test_stats import HYBRIDS
 from tests.tiny import GROUPED, WINDOWS, build, tokens
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures read long texts, once
+
 PROMPT, SCORED, DECODED = 1124, 40, 24  # the window is exactly full after the prompt, and codes no block while decoding if
 WINDOW = {"recent": 64, "block": 32}
 PRESETS = ("exact", "quality", "balanced", "compact", "seed")

@@ -113,7 +113,7 @@ class Caches(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_no_sequence_of_operations_tells_the_caches_apart() -> None:
-    amount = {"max_examples": examples(4, full=8), "stateful_step_count": examples(30, full=40)}
+    amount = {"max_examples": examples(4, full=8), "stateful_step_count": examples(25, full=40)}
     run_state_machine_as_test(Caches, settings=settings(deadline=None, **amount))
 
 

@@ -19,7 +19,8 @@ from spectral_compile.tensor import SpectralTensor
 from tests.budget import FULL
 from tests.tiny import EXACT, GREEDY, WINDOWS, build, tokens
 
-NAMES = ("llama", "qwen2", "qwen3", "gpt2", "gpt-neox", "phi3") if FULL else ("llama", "gpt2")
+NAMES = ("llama", "qwen2", "qwen3", "gpt2", "gpt-neox", "phi3") if FULL else ("llama",)
+THREADS = 10 if FULL else 5
 HELD = {"return_dict_in_generate": True, "max_new_tokens": 4}
 
 
@@ -106,14 +107,16 @@ def test_presets_and_adapters_each_get_their_graphs() -> None:
     assert kinds == [SpectralTensor] * 6
 
 
-def test_ten_threads_on_a_cold_model_leave_room_for_decode() -> None:
+def test_threads_on_a_cold_model_leave_room_for_decode() -> None:
+    """Each compiles a prefill and a decode step, more than Dynamo allows, and all of the prefills come first."""
     model = build("llama")
     model.compile(backend=sc.spectral, options={"inner": "eager", **WINDOWS})
-    threads = [threading.Thread(target=run, args=(model, tokens(1, 30 + 7 * i))) for i in range(10)]
+    threads = [threading.Thread(target=run, args=(model, tokens(1, 30 + 7 * i))) for i in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(sc.reports()) > 8
     before = report.decodes()
     run(model, tokens(1, 40))
     assert report.decodes() == before

@@ -134,7 +134,7 @@ def test_lossy_presets_compress_every_site(preset: str) -> None:
     assert stats.parts["codes"] > 0 and stats.parts["bases"] > 0 and stats.parts["dense"] == 0
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"] if FULL or OLDEST else ["aot_eager"])  # SmolLM2 has the other
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"] if FULL else ["aot_eager"])  # SmolLM2 has the other
 def test_inner_compilers_give_the_same_tokens(inner: str) -> None:
     prompt = tokens(1, 40)
     expected = build("llama").generate(prompt, max_new_tokens=20, **GREEDY)

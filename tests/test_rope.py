@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 import spectral_compile as sc
 from spectral_compile import report
+from spectral_compile.outputs import cache_of
 from spectral_compile.passes.constants import _Holds
 from spectral_compile.passes.lift import lift
+from tests.budget import examples
 from tests.tiny import EXACT, GREEDY, GROUPED, LONG, OLDEST, TEXT, build, tokens
 
 HOW = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
@@ -127,6 +129,7 @@ def test_frequencies_that_the_graph_changes_equal_dense(prompts: tuple[int, ...]
     assert_compressed()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("prompts", [(40, 100, 40), (60,)], ids=["there-and-back", "across"])
 def test_frequencies_that_grow_with_the_text_equal_dense(prompts: tuple[int, ...]) -> None:
     assert_equal(logits(make("dynamic-ntk", sc.spectral), *prompts), logits(make("dynamic-ntk"), *prompts))
@@ -146,6 +149,7 @@ CHANGES: dict[str, Callable[[torch.nn.Module], object]] = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("how", CHANGES)
 def test_frequencies_changed_between_generations_turn_the_next_cache(how: str) -> None:
     ours, dense = make("llama", sc.spectral), make("llama")
@@ -173,6 +177,7 @@ def turns(model: PreTrainedModel, change: Callable[[PreTrainedModel, int], None]
     return torch.cat(out)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("at", [1, 3])
 def test_keys_keep_the_rotation_that_they_were_cached_with(at: int) -> None:
     """As in the dense cache: the layer then decodes, which is counted, or an error where strict."""
@@ -189,6 +194,7 @@ def test_keys_keep_the_rotation_that_they_were_cached_with(at: int) -> None:
         turns(make("one-layer", sc.spectral), change)
 
 
+@pytest.mark.newest
 def test_models_that_share_code_do_not_share_frequencies() -> None:
     for base in (1e4, 1e2, 1e4):
         ours, dense = (llama(rope_parameters={"rope_type": "default", "rope_theta": base}).eval() for _ in range(2))
@@ -199,6 +205,7 @@ def test_models_that_share_code_do_not_share_frequencies() -> None:
     assert_compressed()
 
 
+@pytest.mark.newest
 def test_frequencies_that_keep_changing_are_no_constants() -> None:
     """Each change would be another graph, of which Dynamo makes few."""
     ours, dense = make("one-layer", sc.spectral), make("one-layer")
@@ -220,7 +227,8 @@ def edits(names: list[str]) -> st.SearchStrategy[Edit]:
     return st.tuples(st.integers(1, 4), st.sampled_from(names), st.sampled_from([0.5, -1.0, 1.25]), st.booleans())
 
 
-@settings(max_examples=5)
+@pytest.mark.newest
+@settings(max_examples=examples(3, 20))
 @given(edits(BUFFERS[:1]), st.lists(edits(BUFFERS + PARAMETERS), max_size=2))
 def test_whatever_is_changed_between_calls_equals_dense(first: Edit, others: list[Edit]) -> None:
     sc.reset()
@@ -321,9 +329,11 @@ def test_a_piece_of_a_graph_runs_what_is_written_on_its_way_and_nothing_later() 
 
 # Forms of RoPE: matched by what they do, or a note says why not.
 
+FORMS = [("gpt-j", 4), ("gemma3n", 8), ("gemma4-proportional", 16), ("qwen3.5", 8), ("qwen3-vl", 8)]
+
 
 @newest
-@pytest.mark.parametrize("name, pairs", [("gpt-j", 4), ("gemma3n", 8), ("gemma4-proportional", 16), ("qwen3.5", 8)])
+@pytest.mark.parametrize("name, pairs", FORMS)
 def test_keys_are_stored_before_rope_of_every_form(name: str, pairs: int) -> None:
     """Keys [B, T, H, D], a table of angles, channels that stand still, and three positions that are one."""
     ours = make(name, sc.spectral)
@@ -348,7 +358,6 @@ def test_a_prompt_of_as_many_tokens_as_heads_leaves_no_doubt(count: int) -> None
 
 WHY = {
     "hunyuan": "parameters are applied to them after it",
-    "qwen3-vl": "positions do not come from one [batch, tokens] tensor",
     "phi3-across-its-border": "the model changes inv_freq while it runs",
 }
 
@@ -360,6 +369,25 @@ def test_a_note_says_why_keys_are_stored_after_rope(name: str) -> None:
     assert notes() == {f"keys are stored after RoPE: {WHY[name]}"}
     assert all(len(graph.notes) == graph.sites for graph in sc.reports())
     assert_compressed()
+
+
+@newest
+@pytest.mark.parametrize("alike_first", [True, False])
+def test_positions_in_time_height_and_width_are_one_while_they_are_equal(alike_first: bool) -> None:
+    """As those of a text are; those of an image differ, and Dynamo then asks for a graph that stores keys after RoPE."""
+    model, dense, prompt = make("qwen3-vl", sc.spectral), make("qwen3-vl"), tokens(1, 40)
+    alike = torch.arange(40).expand(3, 1, 40).contiguous()
+    apart = alike.clone()
+    apart[1:, :, 9:25] -= torch.arange(16) // 2
+    for positions in (alike, apart) if alike_first else (apart, alike):
+        with torch.no_grad():
+            got, want = (m(input_ids=prompt, position_ids=positions, use_cache=True) for m in (model, dense))
+        assert_equal(got.logits, want.logits)
+        rotary = cache_of(got).layers[0].keys.kind.layout.rotary
+        if alike_first or positions is apart:  # what is stored after RoPE may be turned by any positions
+            assert (rotary is None) == (positions is apart)
+        assert_equal(cache_of(got).layers[0].keys.dense(), cache_of(want).layers[0].keys)
+    assert report.decodes() == 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "smollm3-without-rope"])
