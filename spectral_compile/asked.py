@@ -46,6 +46,13 @@ def passed_by(module: torch.nn.Module) -> str | None:
     return None
 
 
+def innermost(backend: Any) -> Any:
+    """What the user asked for: ``torch.compile``'s own wrapper, which has the options, or the backend itself."""
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return backend
+
+
 def _generates(module: torch.nn.Module) -> bool:
     return any(base.__name__ == "GenerationMixin" for base in type(module).__mro__)
 
@@ -54,7 +61,5 @@ def _by_us(module: torch.nn.Module) -> bool:
     call = module.__dict__.get("_compiled_call_impl")
     if call is None or "callback" not in getattr(call, "__code__", _by_us.__code__).co_freevars:
         return False
-    backend: Any = call.__closure__[call.__code__.co_freevars.index("callback")].cell_contents
-    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
-        backend = inner
+    backend = innermost(call.__closure__[call.__code__.co_freevars.index("callback")].cell_contents)
     return getattr(getattr(backend, "compiler_fn", backend), "__module__", "").startswith("spectral_compile.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from spectral_compile import report
+from spectral_compile.asked import innermost
 from spectral_compile.config import SpectralConfig
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning
 
@@ -54,7 +55,7 @@ class _Hook:
     def __call__(self) -> str:
         restore()
         attempt = _attempt(sys._getframe())
-        asked = None if attempt is None else _innermost(attempt["compiler_fn"])
+        asked = None if attempt is None else innermost(attempt["compiler_fn"])
         if asked is None or getattr(asked, "compiler_fn", asked) is not self.backend:
             return ""
         _raise()
@@ -73,13 +74,6 @@ def _attempt(frame: FrameType | None) -> dict[str, Any] | None:
             return known
         frame = frame.f_back
     return None
-
-
-def _innermost(backend: Any) -> Any:
-    """What the user asked for: ``torch.compile``'s own wrapper, which has the options, or the backend itself."""
-    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
-        backend = inner
-    return backend
 
 
 def _raise() -> None:
