@@ -9,8 +9,9 @@ PARALLEL := -n 2 --dist loadgroup
 PIP := -m pip install -qq --disable-pip-version-check
 
 # what compiles most, runs kernels in the interpreter or needs a process of its own
-LONG := $(addprefix --ignore=tests/test_,bench.py cli.py equivalence.py evaluate.py kernels_append.py kernels_attend.py \
-	kernels_compile.py memory.py modalities.py package.py readme.py slices.py smollm2.py unsloth.py usage.py)
+LONG := $(addprefix --ignore=tests/test_,bench.py cli.py equivalence.py evaluate.py foreign.py hidden.py kernels_append.py \
+	kernels_attend.py kernels_compile.py limit.py memory.py modalities.py package.py patched.py readme.py replay.py rope.py \
+	slices.py smollm2.py stats.py unsloth.py usage.py)
 # what hardly depends on transformers
 APART := $(addprefix --ignore=tests/test_,asked.py bench.py cli.py codec.py eigen.py equivalence.py evaluate.py extend.py \
 	foreign.py importance.py kernels_append.py kernels_attend.py kernels_compile.py limit.py memory.py operations.py package.py \
