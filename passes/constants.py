@@ -18,7 +18,7 @@ from torch._guards import Guard, TracingContext
 from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spectral_compile.passes.trace import Trace
+from spectral_compile.passes.trace import Trace, fake
 
 CONSTANT = "spectral_constant"
 PLANES = "spectral_planes"  # of an argument, which is then guarded to hold the same in each of its planes
@@ -49,21 +49,26 @@ def guard_constants(trace: Trace) -> None:
     """Let Dynamo check at each call that what was read as a constant is still the same."""
     if TracingContext.try_get() is None:
         return
-    from torch._dynamo.guards import install_guard  # here, since Dynamo takes seconds to import
-    from torch._dynamo.source import AttrSource
-
     steps = {site.edge.kind for site in trace.sites if site.edge is not None} == {"decode"}
     for node in trace.gm.graph.nodes:
         if node.op == "placeholder" and PLANES in node.meta:
-            install_guard(Guard(node._dynamo_source, functools.partial(_add, planes_equal)))
+            _guard(node, planes_equal)
         if node.op == "placeholder" and CONSTANT in node.meta:
-            holds = _Holds(node.meta[CONSTANT], trusts=steps)
-            install_guard(Guard(node._dynamo_source, functools.partial(_add, holds)))
-            # from Python 3.12 on Dynamo takes a module's tensors for immutable, and skips their guards as long as the module's
-            # dictionaries are the same, unless one of them is asked for an attribute
-            dtype = node.meta[CONSTANT].dtype
-            asked = AttrSource(node._dynamo_source, "dtype")
-            install_guard(Guard(asked, functools.partial(_add, lambda x, is_=dtype: x is is_)))
+            _guard(node, _Holds(node.meta[CONSTANT], trusts=steps))
+
+
+def _guard(node: Node, holds: Callable[[Any], bool]) -> None:
+    """Let Dynamo ask whether the tensor of a placeholder ``holds`` what it did, at every call.
+
+    From Python 3.12 on Dynamo takes a module's tensors for immutable, and skips their guards as long as the module's
+    dictionaries are the same, unless a tensor is asked for an attribute too.
+    """
+    from torch._dynamo.guards import install_guard  # here, since Dynamo takes seconds to import
+    from torch._dynamo.source import AttrSource
+
+    dtype = fake(node).dtype
+    install_guard(Guard(node._dynamo_source, functools.partial(_add, holds)))
+    install_guard(Guard(AttrSource(node._dynamo_source, "dtype"), functools.partial(_add, lambda x: x is dtype)))
 
 
 def _add(holds: Callable[[Any], bool], builder: Any, guard: Guard) -> None:

@@ -21,7 +21,8 @@ from spectral_compile.config import SpectralConfig
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning
 
 _usual: int | None = None  # the limit of other backends, while it is raised
-_told: set[tuple[int, int]] = set()  # functions, and what they were compiled by, of which a report says that they run densely
+# functions, and what they were compiled by, of which a report says that they run densely; held, or another could get its id
+_told: dict[tuple[int, int], Any] = {}
 
 
 def watch(backend: Any) -> None:
@@ -97,7 +98,7 @@ def _tell(asked: Any, function: int, limit: str) -> None:
     if SpectralConfig.parse(getattr(asked, "kwargs", {}).get("options")).strict:
         raise RuntimeError(f"strict: {reason}")
     if (function, id(asked)) not in _told:
-        _told.add((function, id(asked)))
+        _told[function, id(asked)] = asked
         report.record(GraphReport("other", 0, 0, (Refusal("graph", reason),)))
         warnings.warn(f"nothing in this call was compressed; {reason}", SpectralWarning, stacklevel=2)
     restore()
