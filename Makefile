@@ -8,14 +8,16 @@ ONE_THREAD := OMP_NUM_THREADS=1
 PARALLEL := -n 2 --dist loadgroup
 PIP := -m pip install -qq --disable-pip-version-check
 
+without = $(foreach path,$(1),--ignore=tests/$(path))
 # what compiles most, runs kernels in the interpreter or needs a process of its own
-LONG := $(addprefix --ignore=tests/test_,bench.py cli.py equivalence.py evaluate.py foreign.py hidden.py kernels_append.py \
-	kernels_attend.py kernels_compile.py limit.py memory.py modalities.py package.py patched.py readme.py replay.py rope.py \
-	slices.py smollm2.py stats.py unsloth.py usage.py)
+LONG := $(call without,bench cli docs evaluation kernels/test_append.py kernels/test_attend.py kernels/test_translated.py \
+	models/test_hidden.py models/test_memory.py models/test_modalities.py models/test_smollm2.py models/test_usage.py \
+	passes/test_equivalence.py passes/test_patched.py passes/test_rope.py passes/test_slices.py \
+	test_foreign.py test_limit.py test_package.py test_replay.py test_stats.py test_unsloth.py)
 # what hardly depends on transformers
-APART := $(addprefix --ignore=tests/test_,asked.py bench.py cli.py codec.py eigen.py equivalence.py evaluate.py extend.py \
-	foreign.py importance.py kernels_append.py kernels_attend.py kernels_compile.py limit.py memory.py operations.py package.py \
-	profile.py readme.py reference.py replay.py slices.py smollm2.py store.py tensor.py)
+APART := $(call without,bench cli codec docs evaluation kernels models/test_memory.py models/test_smollm2.py \
+	passes/test_equivalence.py passes/test_slices.py \
+	test_asked.py test_backend.py test_limit.py test_package.py test_replay.py test_store.py test_tensor.py)
 
 .PHONY: setup demo test test-fast test-full test-5.17 lint clean
 .DELETE_ON_ERROR:

@@ -695,7 +695,6 @@ def _merge_kernel(
             enter_one(code_tiles, pair, m - merged, 0, 1, entering, CONSTANTS, False, True, PRECISION)
 
 
-
 def _keys_in(dtype: torch.dtype) -> torch.dtype:
     """What coded keys are computed in: float16, which is more exact than bfloat16, for any model of 16 bits."""
     return torch.float32 if dtype == torch.float32 else torch.float16

@@ -203,8 +203,10 @@ class Decoded(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
             given = args[0] if args else None
-            if isinstance(out, torch.Tensor) and isinstance(given, Decoded) and out.untyped_storage()._cdata == (
-                given.untyped_storage()._cdata
+            if (
+                isinstance(out, torch.Tensor)
+                and isinstance(given, Decoded)
+                and out.untyped_storage()._cdata == given.untyped_storage()._cdata
             ):
                 return out.as_subclass(Decoded)
         return out

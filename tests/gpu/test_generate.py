@@ -13,7 +13,7 @@ import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.bench.generation import recordings
 from spectral_compile.report import SpectralWarning
-from tests.test_profile import profile
+from tests.profiles import profile
 from tests.tiny import GREEDY, GROUPED, WINDOWS, build, smollm2_sized, tokens
 
 pytestmark = [

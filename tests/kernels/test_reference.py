@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,167 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
+from spectral_compile.codec import PRESETS, Rotary
 from spectral_compile.kernels import reference
-from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from tests.budget import examples
+from tests.stores import Books, Case, Chunk, cases, rotaries, tokens_of
 
 PROPERTY = settings(max_examples=examples(25, full=120), deadline=None)
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
-
-
-@st.composite
-def rotaries(draw: st.DrawFn, head_dim: int) -> Rotary | None:
-    kind = draw(st.sampled_from(["none", "half", "interleaved", "partial"]))
-    if kind == "none":
-        return None
-    pairs = draw(st.integers(1, head_dim // 2 - 1)) if kind == "partial" else head_dim // 2
-    base, scaling = draw(st.sampled_from([100.0, 10000.0])), draw(st.sampled_from([1.0, 1.25]))
-    frequencies = tuple(base ** (-i / pairs) for i in range(pairs))
-    interleaved = kind == "interleaved" or (kind == "partial" and draw(st.booleans()))
-    return Rotary(frequencies, interleaved, scaling)
-
-
-@st.composite
-def layouts(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS)) -> Layout:
-    """A preset with windows so small that a few dozen tokens are coded, and sometimes with tiers of its own."""
-    heads, dim = draw(st.integers(1, 4)), 2 * draw(st.integers(16, 64))
-    preset = PRESETS[draw(st.sampled_from(presets))]
-    block = draw(st.integers(1, 16))
-    preset = replace(
-        preset,
-        head_group=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
-        sinks=draw(st.integers(0, 4)),
-        recent=draw(st.integers(0, 20)),
-        block=block,
-        warmup=draw(st.integers(1, 24)),
-        segment=block if preset.segment else 0,
-        window_bits=16 if preset.lossless else draw(st.sampled_from([8, 16])),
-    )
-    layout = preset.layout(heads, dim, draw(rotaries(dim)))
-    if not layout.lossless and draw(st.booleans()):
-        few = st.builds(Tiers, st.integers(1, 3), st.integers(0, 5), st.integers(0, 9))
-        layout = replace(layout, key=draw(few), value=draw(few))
-    return layout
-
-
-@dataclass(repr=False)
-class Chunk:
-    query: Tensor
-    key: Tensor  # as stored, before RoPE
-    value: Tensor
-    ids: Tensor | None
-    valid: Tensor | None
-    importance: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return f"Chunk({self.key.shape[2]} columns, ids={self.ids}, valid={self.valid})"
-
-
-@dataclass
-class Case:
-    layout: Layout
-    batch: int
-    groups: int
-    chunks: list[Chunk]
-    scale: float
-
-    @property
-    def columns(self) -> int:
-        return sum(chunk.key.shape[2] for chunk in self.chunks)
-
-
-@st.composite
-def cases(
-    draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), batch: int = 1, most: int = 3, chunks: int = 6
-) -> Case:
-    """Up to ``most`` rows of up to ``chunks`` chunks."""
-    layout = draw(layouts(presets))
-    batch, groups = draw(st.integers(batch, most)), draw(st.integers(1, 3))
-    counts = [draw(st.integers(1, 48)), *draw(st.lists(st.integers(1, 14), max_size=chunks - 1))]
-    padding = draw(st.sampled_from(["none", "left", "holes"]))
-    numbering = draw(st.sampled_from(["absent", "columns", "tokens"]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    heads, dim = layout.kv_heads, layout.head_dim
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    valid = torch.ones(batch, sum(counts), dtype=torch.bool)
-    if padding == "left":
-        valid = torch.arange(sum(counts)) >= torch.randint(0, counts[0], (batch, 1), generator=generator)
-    elif padding == "holes":
-        valid = torch.rand(batch, sum(counts), generator=generator) < 0.7
-    ids = {
-        "absent": None,
-        "columns": torch.arange(sum(counts))[None] + 3,
-        "tokens": (valid.cumsum(1) - 1).clamp(min=0),
-    }[numbering]
-    chunks, at = [], 0
-    for count in counts:
-        scale = torch.logspace(0, -1.5, dim)[torch.randperm(dim, generator=generator)]  # another spectrum in every chunk
-        part = slice(at, at + count)
-        chunks.append(
-            Chunk(
-                query=randn(batch, heads * groups, count, dim),
-                key=randn(batch, heads, count, dim) * scale,
-                value=randn(batch, heads, count, dim) * scale,
-                ids=None if ids is None else ids[:, part],
-                valid=valid[:, part] if padding != "none" else None,
-            )
-        )
-        at += count
-    if draw(st.booleans()):
-        chunks[0].importance = torch.rand(batch, layout.groups, counts[0], generator=generator).square()
-    return Case(layout, batch, groups, chunks, draw(st.sampled_from([dim**-0.5, 0.3])))
-
-
-@dataclass
-class Books:
-    """A store without its growth: room for everything from the start."""
-
-    layout: Layout
-    ledger: Tensor
-    positions: Tensor
-    buffers: Buffers
-
-    @classmethod
-    def blank(cls, layout: Layout, batch: int, columns: int) -> Books:
-        segments = columns // layout.segment + 1 if layout.segment else 3
-        capacity = Capacity(columns, layout.recent + max(layout.warmup, layout.block), segments)
-        ledger = torch.tensor([[0, 0, 0, 0, 1, 0]]).repeat(batch, 1)
-        positions = torch.zeros(batch, columns + 1, dtype=torch.int32)
-        return cls(layout, ledger, positions, allocate(layout, batch, capacity, torch.float32, "cpu"))
-
-    def row(self, row: int) -> list[Tensor]:
-        return [self.ledger[row], self.positions[row, :-1], *(buffer[row] for buffer in self.buffers)]
-
-    def advance(self, chunk: Chunk) -> None:
-        reference.advance(self.ledger, self.positions, chunk.ids, chunk.valid, chunk.key, self.layout)
-
-    def attend(
-        self, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
-    ) -> Tensor:
-        parts = chunk.query, chunk.key, chunk.value, mask, columns
-        books = self.ledger, self.positions, chunk.valid, self.buffers, self.layout
-        return reference.attend(*parts, *books, scale, **{"window": 0, **how})
-
-    def append(self, chunk: Chunk) -> None:
-        tokens = chunk.query, chunk.key, chunk.value
-        reference.append(*tokens, self.ledger, chunk.valid, chunk.importance, self.buffers, self.layout)
-        if chunk.key.shape[2] == 1:
-            self.catch_up(chunk)
-            nothing = (x[:, :, :0] for x in (chunk.query, chunk.key, chunk.value))
-            reference.append(*nothing, self.ledger, None, None, self.buffers, self.layout)
-
-    def catch_up(self, chunk: Chunk) -> None:
-        """The step of no columns that follows one of one column."""
-        reference.advance(self.ledger, self.positions, None, None, chunk.key[:, :, :0], self.layout)
-
-    def held(self, row: int) -> tuple[Tensor, Tensor]:
-        """What the store held before this step, dense."""
-        before, coded = self.ledger[row, :2].tolist()
-        return reference.materialise(row, before, coded, self.positions[row], self.buffers, self.layout)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
@@ -192,10 +38,6 @@ def turned(key: Tensor, ids: Tensor, rotary: Rotary | None) -> Tensor:
     out = torch.view_as_real(torch.complex(*pairs.unbind(-1)) * torch.polar(torch.full_like(angle, rotary.scaling), angle))
     out = out if rotary.interleaved else out.transpose(-1, -2)
     return torch.cat((out.flatten(-2).float(), rest), -1)
-
-
-def tokens_of(chunk: Chunk, row: int) -> Tensor:
-    return chunk.valid[row] if chunk.valid is not None else torch.ones(chunk.key.shape[2], dtype=torch.bool)
 
 
 class Dense:

@@ -12,7 +12,7 @@ from spectral_compile.kernels.append import append_
 from spectral_compile.kernels.attend import attend_
 from spectral_compile.kernels.causal import causal
 from spectral_compile.kernels.importance import importance
-from tests.test_kernels_attend import store
+from tests.stores import store
 
 
 def arguments(name: str) -> tuple[Any, ...]:

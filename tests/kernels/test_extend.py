@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 import spectral_compile as sc
 from spectral_compile.kernels import extend
 from tests.budget import examples
-from tests.test_kernels_attend import DEVICE, on_device, store
-from tests.test_reference import Books, Case, Chunk, cases, tokens_of
+from tests.stores import DEVICE, Books, Case, Chunk, cases, on_device, store, tokens_of
 from tests.tiny import GREEDY, build, tokens
 
 

@@ -22,10 +22,9 @@ from spectral_compile.kernels.rotary import TILE
 from spectral_compile.models import prompt as real_text
 from spectral_compile.passes.edges import too_wide
 from tests.budget import combinations, examples
-from tests.test_reference import Books, Case, Chunk, cases, tokens_of
+from tests.stores import DEVICE, Books, Case, Chunk, cases, fused_attend, on_device, store, tokens_of
 
 Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=examples(5, full=9), deadline=None)  # the interpreter is slow
 
 
@@ -37,23 +36,6 @@ def stays_dense(layout: Layout) -> str | None:
 
 
 attended = cases(most=examples(2, full=3), chunks=examples(3, full=6)).filter(lambda case: stays_dense(case.layout) is None)
-
-
-def on_device(books: Books) -> tuple[Tensor, Tensor, Buffers]:
-    """Copies, so that what kernels write is not what the reference writes."""
-    ledger, positions, *buffers = (x.to(DEVICE, copy=True) for x in (books.ledger, books.positions, *books.buffers))
-    return ledger, positions, Buffers(*buffers)
-
-
-def fused_attend(
-    books: Books, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
-) -> Tensor:
-    ledger, positions, buffers = on_device(books)
-    given = (chunk.query, chunk.key, chunk.value, mask, columns, None, None, chunk.valid)
-    query, key, value, mask, columns, _, _, valid = (x if x is None else x.to(DEVICE) for x in given)
-    held = ledger, positions, valid, buffers, books.layout
-    out = fused.attend(query, key, value, mask, columns, *held, scale, **{"window": 0, **how})
-    return out.to("cpu")
 
 
 def assert_same(got: Tensor, expected: Tensor, chunk: Chunk) -> None:
@@ -114,42 +96,6 @@ def test_masks_hide_the_same_tokens(case: Case, seed: int) -> None:
         books.append(chunk)
         held[:, at : at + count] = True if chunk.valid is None else chunk.valid
         at += count
-
-
-def store(
-    preset: str,
-    dim: int,
-    past: int,
-    chunk: int,
-    ids: Tensor | None = None,
-    batch: int = 1,
-    head_group: int | None = None,
-    window_bits: int = 16,
-    turned: int | None = None,
-    key_size: float = 1.0,
-) -> tuple[Books, Chunk]:
-    """A store with ``past`` tokens and a chunk that has been entered in its books; RoPE is of ``turned`` channels, or all."""
-    generator = torch.Generator().manual_seed(dim + past)
-    pairs = (dim if turned is None else turned) // 2
-    rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs))) if pairs else None
-    chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
-    layout = chosen.layout(2, dim, rotary)
-    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), window_bits=window_bits)
-
-    def some(count: int) -> Chunk:
-        def randn(heads: int) -> Tensor:
-            return torch.randn(batch, heads, count, dim, generator=generator)
-
-        return Chunk(randn(4), randn(2) * torch.logspace(0, -1.5, dim) * key_size, randn(2), None, None)
-
-    books = Books.blank(layout, batch, past + chunk)
-    first, second = some(past), some(chunk)
-    first.ids = None if ids is None else ids[None, :past]
-    second.ids = None if ids is None else ids[None, past:]
-    books.advance(first)
-    books.append(first)
-    books.advance(second)
-    return books, second
 
 
 def keep_one_basis(books: Books) -> None:

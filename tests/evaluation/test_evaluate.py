@@ -32,8 +32,8 @@ from spectral_compile.evaluation.verb import table
 from spectral_compile.report import GraphReport, SpectralWarning
 from spectral_compile.stats import storage_bytes
 from tests.budget import FULL
+from tests.hybrids import HYBRIDS
 from tests.shell import invoke
-from tests.test_stats import HYBRIDS
 from tests.tiny import GROUPED, WINDOWS, build, tokens
 
 pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures read long texts, once

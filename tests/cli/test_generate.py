@@ -27,11 +27,11 @@ from spectral_compile.command import parse_options
 from spectral_compile.errors import Mistake
 from spectral_compile.files import check_writable, read_texts, write_whole
 from tests import shell
-from tests.test_stats import HYBRIDS
+from tests.hybrids import HYBRIDS
 
 TINY = ("--inner", "eager", "--dtype", "float32", "--prompt-tokens", "700", "--new-tokens", "6", "--device", "cpu")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 UNSLOTH = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 class FastLanguageModel:  # what stands in for Unsloth, which needs a GPU to be imported

@@ -19,7 +19,7 @@ ROTATED = set(MODELS) - {"gpt2", "gpt2-eager", "opt", "smollm3-without-rope", "p
 # masks, or positions of padded tokens, that are not made as Llama's; the others are padded with the oldest transformers
 OWN_MASKS = ["llama", "gpt-neox", "gpt2", "falcon", "opt", "phi3-long-rope", "smollm3-without-rope"]
 OWN_MASKS += ["llama-eager", "gpt2-eager", "gemma2-softcapping", "gpt-oss-sinks"]
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(autouse=True)

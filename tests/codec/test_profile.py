@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from spectral_compile.codec import Layout, Profile
 from spectral_compile.codec.profile import GRADES, shipped
 from spectral_compile.config import SpectralConfig
 from spectral_compile.report import SpectralWarning
+from tests.profiles import profile
 from tests.tiny import GREEDY, build, tokens
 
 LOSSES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -28,12 +28,6 @@ WITH_PROFILE = ("quality", "balanced", "compact")
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     sc.reset()
-
-
-def profile(geometry: tuple[int, int], losses: Sequence[float]) -> Profile:
-    """Keys and values of each layer lose as much, and in the cheapest grade five times that."""
-    fine, coarse = tuple(losses), tuple(5 * x for x in losses)
-    return Profile(*geometry, fine, fine, coarse, coarse)
 
 
 def held(layout: Layout) -> float:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import spectral_compile as sc
 from tests.tiny import tokens
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), re.S)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -16,8 +16,7 @@ from spectral_compile import report
 from spectral_compile.kernels.encode import hide_triton
 from spectral_compile.kernels.hide import HIDES, REVEALS, hide
 from tests.budget import FULL, examples
-from tests.test_kernels_attend import DEVICE, fused_attend
-from tests.test_reference import Books, Chunk
+from tests.stores import DEVICE, Books, Chunk, fused_attend
 from tests.tiny import EXACT, GREEDY, TEXT, WINDOWS, build, tokens
 
 HOW = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
@@ -70,9 +69,7 @@ def test_any_mask_is_as_in_dense_attention(pair: tuple[PreTrainedModel, PreTrain
 
 
 @pytest.mark.parametrize("padded", [slice(25, 40), slice(0, 15), slice(10, 20)], ids=["right", "left", "middle"])
-def test_a_padded_batch_continues_as_the_dense_model_does(
-    pair: tuple[PreTrainedModel, PreTrainedModel], padded: slice
-) -> None:
+def test_a_padded_batch_continues_as_the_dense_model_does(pair: tuple[PreTrainedModel, PreTrainedModel], padded: slice) -> None:
     """``generate`` reads what follows the last column, which is padding where a tokenizer pads on the right."""
     prompt, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
     mask[0, padded] = 0

@@ -1,0 +1,224 @@
+"""Random stores, what enters them, and attention over them by the reference and by the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
+from spectral_compile.kernels import fused, reference
+from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@st.composite
+def rotaries(draw: st.DrawFn, head_dim: int) -> Rotary | None:
+    kind = draw(st.sampled_from(["none", "half", "interleaved", "partial"]))
+    if kind == "none":
+        return None
+    pairs = draw(st.integers(1, head_dim // 2 - 1)) if kind == "partial" else head_dim // 2
+    base, scaling = draw(st.sampled_from([100.0, 10000.0])), draw(st.sampled_from([1.0, 1.25]))
+    frequencies = tuple(base ** (-i / pairs) for i in range(pairs))
+    interleaved = kind == "interleaved" or (kind == "partial" and draw(st.booleans()))
+    return Rotary(frequencies, interleaved, scaling)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS)) -> Layout:
+    """A preset with windows so small that a few dozen tokens are coded, and sometimes with tiers of its own."""
+    heads, dim = draw(st.integers(1, 4)), 2 * draw(st.integers(16, 64))
+    preset = PRESETS[draw(st.sampled_from(presets))]
+    block = draw(st.integers(1, 16))
+    preset = replace(
+        preset,
+        head_group=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
+        sinks=draw(st.integers(0, 4)),
+        recent=draw(st.integers(0, 20)),
+        block=block,
+        warmup=draw(st.integers(1, 24)),
+        segment=block if preset.segment else 0,
+        window_bits=16 if preset.lossless else draw(st.sampled_from([8, 16])),
+    )
+    layout = preset.layout(heads, dim, draw(rotaries(dim)))
+    if not layout.lossless and draw(st.booleans()):
+        few = st.builds(Tiers, st.integers(1, 3), st.integers(0, 5), st.integers(0, 9))
+        layout = replace(layout, key=draw(few), value=draw(few))
+    return layout
+
+
+@dataclass(repr=False)
+class Chunk:
+    query: Tensor
+    key: Tensor  # as stored, before RoPE
+    value: Tensor
+    ids: Tensor | None
+    valid: Tensor | None
+    importance: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Chunk({self.key.shape[2]} columns, ids={self.ids}, valid={self.valid})"
+
+
+@dataclass
+class Case:
+    layout: Layout
+    batch: int
+    groups: int
+    chunks: list[Chunk]
+    scale: float
+
+    @property
+    def columns(self) -> int:
+        return sum(chunk.key.shape[2] for chunk in self.chunks)
+
+
+@st.composite
+def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), batch: int = 1, most: int = 3, chunks: int = 6) -> Case:
+    """Up to ``most`` rows of up to ``chunks`` chunks."""
+    layout = draw(layouts(presets))
+    batch, groups = draw(st.integers(batch, most)), draw(st.integers(1, 3))
+    counts = [draw(st.integers(1, 48)), *draw(st.lists(st.integers(1, 14), max_size=chunks - 1))]
+    padding = draw(st.sampled_from(["none", "left", "holes"]))
+    numbering = draw(st.sampled_from(["absent", "columns", "tokens"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    heads, dim = layout.kv_heads, layout.head_dim
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    valid = torch.ones(batch, sum(counts), dtype=torch.bool)
+    if padding == "left":
+        valid = torch.arange(sum(counts)) >= torch.randint(0, counts[0], (batch, 1), generator=generator)
+    elif padding == "holes":
+        valid = torch.rand(batch, sum(counts), generator=generator) < 0.7
+    ids = {
+        "absent": None,
+        "columns": torch.arange(sum(counts))[None] + 3,
+        "tokens": (valid.cumsum(1) - 1).clamp(min=0),
+    }[numbering]
+    chunks, at = [], 0
+    for count in counts:
+        scale = torch.logspace(0, -1.5, dim)[torch.randperm(dim, generator=generator)]  # another spectrum in every chunk
+        part = slice(at, at + count)
+        chunks.append(
+            Chunk(
+                query=randn(batch, heads * groups, count, dim),
+                key=randn(batch, heads, count, dim) * scale,
+                value=randn(batch, heads, count, dim) * scale,
+                ids=None if ids is None else ids[:, part],
+                valid=valid[:, part] if padding != "none" else None,
+            )
+        )
+        at += count
+    if draw(st.booleans()):
+        chunks[0].importance = torch.rand(batch, layout.groups, counts[0], generator=generator).square()
+    return Case(layout, batch, groups, chunks, draw(st.sampled_from([dim**-0.5, 0.3])))
+
+
+@dataclass
+class Books:
+    """A store without its growth: room for everything from the start."""
+
+    layout: Layout
+    ledger: Tensor
+    positions: Tensor
+    buffers: Buffers
+
+    @classmethod
+    def blank(cls, layout: Layout, batch: int, columns: int) -> Books:
+        segments = columns // layout.segment + 1 if layout.segment else 3
+        capacity = Capacity(columns, layout.recent + max(layout.warmup, layout.block), segments)
+        ledger = torch.tensor([[0, 0, 0, 0, 1, 0]]).repeat(batch, 1)
+        positions = torch.zeros(batch, columns + 1, dtype=torch.int32)
+        return cls(layout, ledger, positions, allocate(layout, batch, capacity, torch.float32, "cpu"))
+
+    def row(self, row: int) -> list[Tensor]:
+        return [self.ledger[row], self.positions[row, :-1], *(buffer[row] for buffer in self.buffers)]
+
+    def advance(self, chunk: Chunk) -> None:
+        reference.advance(self.ledger, self.positions, chunk.ids, chunk.valid, chunk.key, self.layout)
+
+    def attend(
+        self, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
+    ) -> Tensor:
+        parts = chunk.query, chunk.key, chunk.value, mask, columns
+        books = self.ledger, self.positions, chunk.valid, self.buffers, self.layout
+        return reference.attend(*parts, *books, scale, **{"window": 0, **how})
+
+    def append(self, chunk: Chunk) -> None:
+        tokens = chunk.query, chunk.key, chunk.value
+        reference.append(*tokens, self.ledger, chunk.valid, chunk.importance, self.buffers, self.layout)
+        if chunk.key.shape[2] == 1:
+            self.catch_up(chunk)
+            nothing = (x[:, :, :0] for x in (chunk.query, chunk.key, chunk.value))
+            reference.append(*nothing, self.ledger, None, None, self.buffers, self.layout)
+
+    def catch_up(self, chunk: Chunk) -> None:
+        """The step of no columns that follows one of one column."""
+        reference.advance(self.ledger, self.positions, None, None, chunk.key[:, :, :0], self.layout)
+
+    def held(self, row: int) -> tuple[Tensor, Tensor]:
+        """What the store held before this step, dense."""
+        before, coded = self.ledger[row, :2].tolist()
+        return reference.materialise(row, before, coded, self.positions[row], self.buffers, self.layout)
+
+
+def tokens_of(chunk: Chunk, row: int) -> Tensor:
+    return chunk.valid[row] if chunk.valid is not None else torch.ones(chunk.key.shape[2], dtype=torch.bool)
+
+
+def on_device(books: Books) -> tuple[Tensor, Tensor, Buffers]:
+    """Copies, so that what kernels write is not what the reference writes."""
+    ledger, positions, *buffers = (x.to(DEVICE, copy=True) for x in (books.ledger, books.positions, *books.buffers))
+    return ledger, positions, Buffers(*buffers)
+
+
+def fused_attend(
+    books: Books, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
+) -> Tensor:
+    ledger, positions, buffers = on_device(books)
+    given = (chunk.query, chunk.key, chunk.value, mask, columns, None, None, chunk.valid)
+    query, key, value, mask, columns, _, _, valid = (x if x is None else x.to(DEVICE) for x in given)
+    held = ledger, positions, valid, buffers, books.layout
+    out = fused.attend(query, key, value, mask, columns, *held, scale, **{"window": 0, **how})
+    return out.to("cpu")
+
+
+def store(
+    preset: str,
+    dim: int,
+    past: int,
+    chunk: int,
+    ids: Tensor | None = None,
+    batch: int = 1,
+    head_group: int | None = None,
+    window_bits: int = 16,
+    turned: int | None = None,
+    key_size: float = 1.0,
+) -> tuple[Books, Chunk]:
+    """A store with ``past`` tokens and a chunk that has been entered in its books; RoPE is of ``turned`` channels, or all."""
+    generator = torch.Generator().manual_seed(dim + past)
+    pairs = (dim if turned is None else turned) // 2
+    rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs))) if pairs else None
+    chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
+    layout = chosen.layout(2, dim, rotary)
+    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), window_bits=window_bits)
+
+    def some(count: int) -> Chunk:
+        def randn(heads: int) -> Tensor:
+            return torch.randn(batch, heads, count, dim, generator=generator)
+
+        return Chunk(randn(4), randn(2) * torch.logspace(0, -1.5, dim) * key_size, randn(2), None, None)
+
+    books = Books.blank(layout, batch, past + chunk)
+    first, second = some(past), some(chunk)
+    first.ids = None if ids is None else ids[None, :past]
+    second.ids = None if ids is None else ids[None, past:]
+    books.advance(first)
+    books.append(first)
+    books.advance(second)
+    return books, second
