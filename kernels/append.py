@@ -23,13 +23,13 @@ def append(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    importance: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
 ) -> None:
     """See ``reference.append``; on a GPU it is ``append_triton``."""
     run = append_triton if key.is_cuda else reference.append
-    run(query, key, value, ledger, valid, importance, buffers, layout)
+    run(query, key, value, ledger, valid, token_weight, buffers, layout)
 
 
 def append_triton(
@@ -38,7 +38,7 @@ def append_triton(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    importance: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
 ) -> None:
@@ -54,14 +54,14 @@ def append_triton(
         tokens.add_moment()
     books = on_host(ledger)
     if not layout.lossless:
-        fit(tokens, books, importance)
+        fit(tokens, books, token_weight)
     # coding reads the places in the window that new tokens are then written to
     tokens.write(tiles_of(max(coded_after - coded for _, coded, _, coded_after, *_ in books)), keep=False)
     if tokens.count:
         tokens.write(0, keep=True)
 
 
-def _fake(query, key, value, ledger, valid, importance, *rest) -> None:
+def _fake(query, key, value, ledger, valid, token_weight, *rest) -> None:
     return None
 
 
@@ -72,7 +72,7 @@ def append_(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    importance: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
     k_codes: torch.Tensor,
     v_codes: torch.Tensor,
     v_norms: torch.Tensor,
@@ -93,6 +93,6 @@ def append_(
     """See ``reference.append``; ``layout`` is ``Layout.spec()``."""
     coded = k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine
     buffers = Buffers(*coded, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment)
-    append(query, key, value, ledger, valid, importance, buffers, Layout.parse(layout))
+    append(query, key, value, ledger, valid, token_weight, buffers, Layout.parse(layout))
     for listener in listeners:
         listener()

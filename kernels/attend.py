@@ -43,9 +43,9 @@ def attend_(
     moment: torch.Tensor,
     layout: str,
     scale: float,
-    window: int,
+    sliding_window: int,
     softcap: float,
-    sink: torch.Tensor | None,
+    sink_score: torch.Tensor | None,
     visible: torch.Tensor | None = None,
     enters: bool = True,
 ) -> torch.Tensor:
@@ -55,8 +55,9 @@ def attend_(
     coded = k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine
     buffers = Buffers(*coded, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment)
     parsed = Layout.parse(layout)
-    chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, parsed, scale, window, softcap, sink, visible)
-    if extend.takes(query, mask, window, softcap, sink):
+    how = (parsed, scale, sliding_window, softcap, sink_score, visible)
+    chunk = (query, key, value, mask, columns, ledger, positions, valid, buffers, *how)
+    if extend.takes(query, mask, sliding_window, softcap, sink_score):
         out = extend.attend(query, key, value, ledger, positions, valid, buffers, parsed, scale, visible)
     elif not query.is_cuda:
         out = reference.attend(*chunk)

@@ -13,19 +13,21 @@ UNUSED = torch.iinfo(torch.int32).max  # start of a segment that does not exist
 
 
 class Capacity(NamedTuple):
-    """Sizes that may grow: coded tokens, slots of the window, segments."""
+    """Sizes that may grow: coded tokens, places of recent tokens, segments."""
 
     coded: int
-    window: int
+    recent: int
     segments: int
 
 
 class Buffers(NamedTuple):
-    """One layer's cache. B rows, H KV heads, G groups of W channels, C coded slots, E = sinks + window, S segments, R rank.
+    """One layer's cache. B rows, H KV heads, G groups of W channels, C coded slots, E exact places, N places of recent tokens,
+    S segments, R rank.
 
-    Token i of a row (counted from its first valid one) stands in ``exact[i]`` if it is a sink; else it has the slot
-    j = i - sinks, and stands in ``codes[j]`` once coded and in ``exact[sinks + j % window]`` before. Where the window is in
-    bytes E = sinks, and it stands in ``recent[j % window]`` with its size in ``sizes[j % window]``; else these hold nothing.
+    Token i of a row (counted from its first valid one) stands in ``exact[i]`` if it is one of the F = ``first_exact`` first;
+    else it has the slot j = i - F, and stands in ``codes[j]`` once coded and in ``exact[F + j % N]`` before, with E = F + N.
+    Where recent tokens are in bytes E = F, and it stands in ``recent[j % N]`` with its size in ``sizes[j % N]``; else these
+    hold nothing.
     """
 
     k_codes: torch.Tensor  # uint8 [B, G, C, key row bytes]; in a lossless store the keys, [B, G, C, W]
@@ -37,16 +39,16 @@ class Buffers(NamedTuple):
     v_affine: torch.Tensor  # float32 [B, G, S, 2 R + W]
     k_exact: torch.Tensor  # model dtype [B, H, E, D], keys before RoPE where the layout has a rotary
     v_exact: torch.Tensor  # model dtype [B, H, E, D]
-    k_recent: torch.Tensor  # int8 [B, H, window, D], keys before RoPE in bytes; see ``codec.window_code``
-    v_recent: torch.Tensor  # int8 [B, H, window, D]
-    k_sizes: torch.Tensor  # uint8 [B, H, window]
-    v_sizes: torch.Tensor  # uint8 [B, H, window]
+    k_recent: torch.Tensor  # int8 [B, H, N, D], keys before RoPE in bytes; see ``codec.recent_code``
+    v_recent: torch.Tensor  # int8 [B, H, N, D]
+    k_sizes: torch.Tensor  # uint8 [B, H, N]
+    v_sizes: torch.Tensor  # uint8 [B, H, N]
     starts: torch.Tensor  # int32 [B, S], first slot of each segment
     moment: torch.Tensor  # float32 [B, H, D], summed squares of the queries that saw this KV head
 
-    def window(self, layout: Layout) -> int:
-        """Slots of the window."""
-        return self.k_recent.shape[2] if layout.window_bits == 8 else self.k_exact.shape[2] - layout.sinks
+    def recent_slots(self, layout: Layout) -> int:
+        """Places of recent tokens."""
+        return self.k_recent.shape[2] if layout.recent_bits == 8 else self.k_exact.shape[2] - layout.first_exact
 
     def cast(self, dtype: torch.dtype, layout: Layout) -> Buffers:
         """The same with what is in the model's dtype in another one."""
@@ -56,8 +58,8 @@ class Buffers(NamedTuple):
 
 PART = Buffers(  # the line of a memory report in which each buffer is counted
     k_codes="codes", v_codes="codes", v_norms="scales", k_basis="bases", v_basis="bases", k_affine="scales",
-    v_affine="scales", k_exact="windows", v_exact="windows", k_recent="windows", v_recent="windows", k_sizes="windows",
-    v_sizes="windows", starts="other", moment="other",
+    v_affine="scales", k_exact="recent", v_exact="recent", k_recent="recent", v_recent="recent", k_sizes="recent",
+    v_sizes="recent", starts="other", moment="other",
 )  # fmt: skip
 
 
@@ -65,8 +67,8 @@ def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype,
     """Empty buffers for ``batch`` rows; ``dtype`` is the model's."""
     g, h, w, d = layout.groups, layout.kv_heads, layout.width, layout.head_dim
     c, s = capacity.coded, capacity.segments
-    in_bytes = capacity.window if layout.window_bits == 8 else 0
-    e = layout.sinks + capacity.window - in_bytes
+    in_bytes = capacity.recent if layout.recent_bits == 8 else 0
+    e = layout.first_exact + capacity.recent - in_bytes
     rk, rv = layout.key.rank, layout.value.rank
     if layout.lossless:
         codes, row_k, row_v, s_basis, norms = dtype, w, w, 0, 0

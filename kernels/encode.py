@@ -89,8 +89,8 @@ def _hide_kernel(visible, flags, columns, shown, n, slots, columns_b, shown_b, s
 
 
 @triton.jit
-def window_size(code):
-    """What bytes of a window are times; see ``codec.window_code``."""
+def recent_size(code):
+    """What bytes of a window are times; see ``codec.recent_code``."""
     return tl.exp2((code.to(tl.float32) - 192) * 0.125)
 
 
@@ -108,7 +108,7 @@ def _tokens(
     place, kept = (slots % (extent - SINKS))[:, None], (live & held)[:, None] & real[None, :]
     if BYTES:
         at = ((b * H + head) * (extent - SINKS))[None, :] + place
-        size = window_size(tl.load(sizes + at, mask=kept, other=0))
+        size = recent_size(tl.load(sizes + at, mask=kept, other=0))
         old = tl.load(recent + at * D + d[None, :], mask=kept, other=0).to(tl.float32) * size
     else:
         ring = ((b * H + head) * extent + SINKS)[None, :] * D + place * D + d[None, :]
@@ -221,7 +221,7 @@ def _keep_bytes(x, recent, sizes, first, place, kept, extent, HEADS: tl.constexp
         most = tl.max(tl.where(own, tl.abs(x), 0.0), 1)
         size = tl.ceil(tl.log2(tl.maximum(most / 127, 1.1754943508222875e-38)) * 8 + 192)
         size = tl.minimum(tl.maximum(size, 0.0), 255.0)
-        code = tl.floor(x / window_size(size)[:, None] + 0.5)
+        code = tl.floor(x / recent_size(size)[:, None] + 0.5)
         code = tl.minimum(tl.maximum(code, -127.0), 127.0)
         at = (first + h) * extent + place
         tl.store(recent + at[:, None] * D + (c % D)[None, :], code.to(tl.int8), mask=kept[:, None] & own)
@@ -234,7 +234,7 @@ def _keep(
     H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr, BYTES: tl.constexpr,
     HAS_INDEX: tl.constexpr, ONE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Write the new tokens that are not coded, place by place of sinks and window, or the one new token."""
+    """Write the new tokens that are not coded, place by place of first tokens and recent ones, or the one new token."""
     window = extent - SINKS
     c = tl.arange(0, WP)
     head, d = g * HEADS + c // D, c % D
@@ -427,7 +427,7 @@ def advance_triton(
     _advance_kernel[(batch,)](
         ledger, positions, ids, valid, count, positions.shape[1],
         *((0, 0) if ids is None else ids.stride()), 0 if valid is None else valid.stride(0),
-        SINKS=layout.sinks, RECENT=layout.recent, BLOCK=layout.block, FIRST=layout.first, SEGMENT=layout.segment > 0,
+        SINKS=layout.first_exact, RECENT=layout.recent, BLOCK=layout.block, FIRST=layout.first, SEGMENT=layout.segment > 0,
         HAS_IDS=ids is not None, HAS_VALID=valid is not None, ONE=count == 1, TILE=16 if count == 1 else 512, num_warps=1,
     )  # fmt: skip
 
@@ -458,7 +458,7 @@ class Tokens:
         self.query, self.key, self.value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
         self.ledger, self.buffers, self.layout = ledger, buffers, layout
         self.count = key.shape[2]
-        self.extent = layout.sinks + buffers.window(layout)
+        self.extent = layout.first_exact + buffers.recent_slots(layout)
         self.valid = None if self.count < 2 else flags(valid)  # of one column the ledger says enough
         self.index = None if self.valid is None else _columns(valid)
         self.geometry = {
@@ -466,8 +466,8 @@ class Tokens:
             "HEADS": layout.head_group,
             "D": layout.head_dim,
             "WP": max(LEAST, triton.next_power_of_2(layout.width)),
-            "SINKS": layout.sinks,
-            "BYTES": layout.window_bits == 8,
+            "SINKS": layout.first_exact,
+            "BYTES": layout.recent_bits == 8,
             "HAS_INDEX": self.index is not None,
             "N": _TILE,
         }

@@ -22,9 +22,11 @@ LEAST = 512  # queries for which decoding costs less than rebuilding keys tile b
 PIECE = 8192  # tokens that are dense at a time
 
 
-def takes(query: torch.Tensor, mask: torch.Tensor | None, window: int, softcap: float, sink: torch.Tensor | None) -> bool:
+def takes(
+    query: torch.Tensor, mask: torch.Tensor | None, sliding_window: int, softcap: float, sink_score: torch.Tensor | None
+) -> bool:
     """Whether a chunk [B, Hq, n, D] is long, and its attention plain enough for the library's kernel."""
-    if query.shape[2] < LEAST or mask is not None or window or softcap or sink is not None:
+    if query.shape[2] < LEAST or mask is not None or sliding_window or softcap or sink_score is not None:
         return False
     return not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0)
 
@@ -87,7 +89,7 @@ def _past(
     def chosen(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         return x if kept is None else x[:, kept]
 
-    dtype, first = buffers.k_exact.dtype, min(before, layout.sinks)
+    dtype, first = buffers.k_exact.dtype, min(before, layout.first_exact)
     if before > coded:
         at = torch.cat((positions[:first], positions[first + coded : before]))
         k, v = (reference.not_coded(row, side, before, coded, buffers, layout) for side in ("k", "v"))

@@ -15,7 +15,7 @@ from spectral_compile.kernels.steps import search_step
 _PIECE = 4096  # tokens that are gathered at a time
 
 
-def fit(tokens: Tokens, books: list[list[int]], importance: torch.Tensor | None) -> None:
+def fit(tokens: Tokens, books: list[list[int]], token_weight: torch.Tensor | None) -> None:
     """Begin the segments that are due, as ``reference.append`` does before it codes; ``books`` is the ledger on the host.
 
     What is decided by the tokens themselves is decided on the device.
@@ -29,13 +29,13 @@ def fit(tokens: Tokens, books: list[list[int]], importance: torch.Tensor | None)
     if not any(may):
         return
     longest, weight = max(counts), _weights(tokens)
-    loudness = None if importance is None or not layout.judged else _loudness(tokens, importance, counts)
+    token_scale = None if token_weight is None or not layout.token_weighted else _token_scale(tokens, token_weight, counts)
     anew = all(coded == 0 for _, coded, *_ in books)
     if not layout.segment:
         gram = None
         for at in range(0, longest, _PIECE):
             x = tokens.gather(at, min(_PIECE, longest - at))[:, :, :, None]
-            part = _gram(x if loudness is None else x * loudness[:, :, None, at : at + _PIECE, None])
+            part = _gram(x if token_scale is None else x * token_scale[:, :, None, at : at + _PIECE, None])
             gram = part if gram is None else gram + part
         most = max(-(-count // max(1, count // codec.SAMPLE)) for count in counts)
         sample = tokens.gather(0, most, codec.SAMPLE)[:, :, :, None]
@@ -66,23 +66,23 @@ def _weights(tokens: Tokens) -> torch.Tensor:
     """How much each channel of keys and values counts, with mean 1: float32 [2, B, G, W]."""
     layout, moment = tokens.layout, tokens.buffers.moment
     key, value = torch.ones_like(moment), torch.ones_like(moment)
-    if layout.weighted:
+    if layout.query_weighted:
         key = codec.key_weight(moment, layout.rotary)
     both = torch.stack((key, value)).unflatten(2, (layout.groups, layout.head_group)).flatten(-2)
     return codec.even(both)
 
 
-def _loudness(tokens: Tokens, importance: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def _token_scale(tokens: Tokens, token_weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Of the tokens that a prompt codes, ``counts`` in each row, in the model's dtype [B, G, most of them]."""
     longest = max(counts)
     if tokens.index is None and min(counts) == longest:
-        judged = importance.narrow(2, tokens.layout.sinks, longest)
-        return codec.loudness(judged).to(tokens.key.dtype)
-    token = tokens.layout.sinks + torch.arange(longest, device=importance.device)
-    counted = token < tokens.layout.sinks + tokens.ledger[:, 3:4]
+        chosen = token_weight.narrow(2, tokens.layout.first_exact, longest)
+        return codec.token_scale(chosen).to(tokens.key.dtype)
+    token = tokens.layout.first_exact + torch.arange(longest, device=token_weight.device)
+    counted = token < tokens.layout.first_exact + tokens.ledger[:, 3:4]
     column = token.expand(len(counted), -1) if tokens.index is None else tokens.index.gather(1, counted * token).long()
-    judged = importance.gather(2, column[:, None].expand(-1, importance.shape[1], -1))
-    return codec.loudness(judged, counted[:, None]).to(tokens.key.dtype)
+    chosen = token_weight.gather(2, column[:, None].expand(-1, token_weight.shape[1], -1))
+    return codec.token_scale(chosen, counted[:, None]).to(tokens.key.dtype)
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 The tokens of a row are split among programs. Most take coded tokens: a tile of codes times the basis gives keys in registers,
 which are rotated and scored; values stay in the latent until a split ends or, where one basis serves all tokens, until splits
-are merged. The others take what is exact: sinks, window and chunk. A second kernel merges all of them by log-sum-exp. In a step
-of one column these two launches also store it: the first codes what leaves the window, the second writes to the window.
+are merged. The others take what is exact: first tokens, recent ones and the chunk. A second kernel merges all of them by
+log-sum-exp. In a step of one column these two launches also store it: the first codes what leaves the recent tokens, the second
+writes to them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from spectral_compile.kernels.digits import (
     scaled,
     unpack,
 )
-from spectral_compile.kernels.encode import COLUMNS, LEAST, Tokens, books, enter_one, tiles_of, window_size
+from spectral_compile.kernels.encode import COLUMNS, LEAST, Tokens, books, enter_one, recent_size, tiles_of
 from spectral_compile.kernels.rotary import TILE, sincos, tables
 
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
@@ -370,7 +371,7 @@ def _bytes(recent, sizes, first, place, in_bytes, D: tl.constexpr, BYTES: tl.con
     at, size = first, 1.0
     if BYTES:
         at = first + place
-        size = window_size(tl.load(sizes + at, mask=in_bytes, other=192))  # what is exact is times 1
+        size = recent_size(tl.load(sizes + at, mask=in_bytes, other=192))  # what is exact is times 1
         at = recent + at * D
     return at, size
 
@@ -417,7 +418,7 @@ def _present(
 ):  # fmt: skip
     """Attention to one part of what is not coded: sums ([M, DP],), their maxima [M] and sums of weights [M].
 
-    In this order: codes of a lossless store, sinks, window, chunk.
+    In this order: codes of a lossless store, first tokens, recent ones, chunk.
     """
     PER: tl.constexpr = (2 if P > 0 else 0) + (1 if RESTP > 0 else 0)
     EARLY: tl.constexpr = N * HEADS * DP <= 8192  # else values take too many registers beside the keys
@@ -431,8 +432,8 @@ def _present(
     total = tl.zeros([N, M], tl.float32)
     out = tl.zeros([M, DP], tl.float32)
     codes_first = coded if LOSSLESS else 0
-    in_sinks = tl.minimum(before, SINKS)
-    ring_first = codes_first + in_sinks
+    in_first = tl.minimum(before, SINKS)
+    ring_first = codes_first + in_first
     new_first = ring_first + tl.maximum(before - SINKS - coded, 0)
     count = new_first + n
     share = tl.cdiv(tl.cdiv(count, N), parts) * N
@@ -515,11 +516,11 @@ def _present(
     return (out,), highest, tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits", "first_exact", "exact_cap", "slots_cap", "coders"])
+@triton.jit(do_not_specialize=["splits", "exact_splits", "exact_from", "exact_cap", "slots_cap", "coders"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine, k_exact, v_exact, k_recent, v_recent,
     k_sizes, v_sizes, starts, ledger, positions, index, seen, visible, turns, table, entering, code_tiles, coders, out_ptr,
-    max_ptr, sum_ptr, splits, exact_splits, first_exact, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap,
+    max_ptr, sum_ptr, splits, exact_splits, exact_from, n, first_tile, coded_cap, exact_cap, segments, slots_cap, seen_cap,
     slide, scale, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, PQ: tl.constexpr, PARTS: tl.constexpr, RESTP: tl.constexpr,
@@ -535,7 +536,7 @@ def _attend_kernel(
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs.
 
-    The first ``splits`` programs take coded tokens, those from ``first_exact`` on what is exact; some may take both.
+    The first ``splits`` programs take coded tokens, those from ``exact_from`` on what is exact; some may take both.
     """
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = pair // GROUPS, pair % GROUPS
@@ -596,7 +597,7 @@ def _attend_kernel(
                 V_DTYPE, PRECISION, K_UNPACK, V_UNPACK, ROTATE, STAGES, LATE, CAP, True,
             )  # fmt: skip
         _leave(sums, highest, total, out_ptr, max_ptr, sum_ptr, at + split, WIDTH, PLACES)
-    part = split - first_exact
+    part = split - exact_from
     if part >= 0 and part < exact_splits:
         own_sums, own_highest, own_total = _present(
             q_row, head, live, own, part, exact_splits, b, g, n, before, coded, scale, k_ptr, v_ptr, k_codes, v_codes,
@@ -629,13 +630,13 @@ def _parts(
 @triton.jit(do_not_specialize=["splits", "exact_splits", "first", "stride", "merged"])
 def _merge_kernel(
     out_ptr, max_ptr, sum_ptr, result, splits, exact_splits, count, first, stride, merged, entering, code_tiles,
-    v_basis, v_affine, sink,
+    v_basis, v_affine, sink_score,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr,
     HELD: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr, LATE: tl.constexpr, RV: tl.constexpr, V_TIERS: tl.constexpr, V_PIECES: tl.constexpr,
     HAS_SINK: tl.constexpr, ENTERS: tl.constexpr, CONSTANTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one (query, head) pair, counted from ``first``, and its sink into ``result`` [B, n, Hq, D].
+    """Merges the splits of one (query, head) pair, counted from ``first``, and the sink score into ``result`` [B, n, Hq, D].
 
     Where one column ``ENTERS`` the store, two programs after the ``merged`` ones of a group write it to the window, which has
     been read by then; what leaves the window has been coded beside the attention.
@@ -664,7 +665,7 @@ def _merge_kernel(
         maxima, parts = _parts(max_ptr, out_ptr, at, 0, splits, d, V_PIECES, AT_ONCE, WIDTH, PLACES, LATE)
         top = tl.max(highest, 0)
         if HAS_SINK:
-            taken = tl.load(sink + g * ROWS + m % ROWS).to(tl.float32) * _LOG2E
+            taken = tl.load(sink_score + g * ROWS + m % ROWS).to(tl.float32) * _LOG2E
             top = tl.maximum(top, taken)
         top = tl.where(top == float("-inf"), 0.0, top)
         norm = tl.sum(tl.exp2(highest - top) * total, 0)
@@ -719,9 +720,9 @@ def attend(
     buffers: Buffers,
     layout: Layout,
     scale: float,
-    window: int,
+    sliding_window: int,
     softcap: float = 0.0,
-    sink: torch.Tensor | None = None,
+    sink_score: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
     enters: bool = False,
 ) -> torch.Tensor:
@@ -733,12 +734,13 @@ def attend(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     groups, heads, gqa = layout.groups, layout.head_group, q_heads // layout.kv_heads
     rows = count * heads * gqa
-    coded_cap, exact_cap, segments = buffers.k_codes.shape[2], layout.sinks + buffers.window(layout), buffers.starts.shape[1]
+    coded_cap, segments = buffers.k_codes.shape[2], buffers.starts.shape[1]
+    exact_cap = layout.first_exact + buffers.recent_slots(layout)
     plan = _plan(layout, batch, rows, coded_cap, exact_cap + count, query.dtype)
     tile = plan["M"]
     tiles = triton.cdiv(rows, tile)
     shares, programs = plan.pop("shares"), plan.pop("programs")
-    splits, first_exact = sum(shares), programs - shares[1]
+    splits, exact_from = sum(shares), programs - shares[1]
     padded = triton.next_power_of_2(dim)
     # where one basis serves all tokens, its product with what values came to is left for the end
     late = count == 1 and segments == 1 and not layout.lossless
@@ -773,8 +775,8 @@ def attend(
             query, key, value, *codes, buffers.v_norms, buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine,
             buffers.k_exact, buffers.v_exact, buffers.k_recent, buffers.v_recent, buffers.k_sizes, buffers.v_sizes,
             buffers.starts, ledger, positions, index, seen, visible, turns, table, entering, code_tiles, coders, part, top,
-            total, *shares, first_exact, count, first, coded_cap, exact_cap, segments, positions.shape[1],
-            0 if seen is None else seen.shape[2], window, scale,
+            total, *shares, exact_from, count, first, coded_cap, exact_cap, segments, positions.shape[1],
+            0 if seen is None else seen.shape[2], sliding_window, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             GROUPS=groups, HEADS=heads, GQA=gqa, D=dim, DP=padded,
             P=pairs, PP=padded_pairs, PQ=min(_PAIRS, padded_pairs), PARTS=-(-pairs // _PAIRS),
@@ -783,19 +785,19 @@ def attend(
             SCALING=layout.rotary.scaling if layout.rotary else 1.0,
             K_TIERS=_tiers(layout.key), V_TIERS=_tiers(layout.value), RK=layout.key.rank, RV=layout.value.rank,
             K_ROW=layout.key.row_bytes // 2, V_ROW=layout.value.row_bytes // 2,
-            NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.sinks, BYTES=layout.window_bits == 8,
+            NORMALISED=layout.normalised, LOSSLESS=layout.lossless, SINKS=layout.first_exact, BYTES=layout.recent_bits == 8,
             HAS_INDEX=index is not None, HAS_SEEN=seen is not None, HIDES=visible is not None, HAS_SEGMENTS=segments > 1,
-            ONE=count == 1, SLIDES=window > 0, N=TILE, CAP=cap, ENTERS=now, CONSTANTS=constants, **plan, **left,
+            ONE=count == 1, SLIDES=sliding_window > 0, N=TILE, CAP=cap, ENTERS=now, CONSTANTS=constants, **plan, **left,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         _merge_kernel[(merged + 2 * now, batch * groups, padded // channels)](
             part, top, total, out, *shares, count, first * tile, held * tile, merged, entering, code_tiles,
-            buffers.v_basis, buffers.v_affine, sink,
+            buffers.v_basis, buffers.v_affine, sink_score,
             GROUPS=groups, ROWS=heads * gqa, HEADS=heads, D=dim, DP=padded, CHANNELS=channels,
             HELD=held_splits, AT_ONCE=min(held_splits, warps * _MERGED // widest), SP=triton.next_power_of_2(splits),
             EP=triton.next_power_of_2(max(1, shares[1])),
             RV=layout.value.rank, V_TIERS=_tiers(layout.value), V_PIECES=plan["V_PIECES"],
-            HAS_SINK=sink is not None, ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
+            HAS_SINK=sink_score is not None, ENTERS=now, CONSTANTS=constants, PRECISION=plan["PRECISION"], **left,
             num_warps=warps,
         )  # fmt: skip
     return out.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""``spectral::importance``: how much attention each token of a prompt gets, judged by a sample of its queries."""
+"""``spectral::importance``: how much attention each token of a prompt gets from a sample of its queries."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def advance(
     previous = positions.gather(1, (slot - 1).clamp(min=0))
     gaps = ledger[:, 5] + (valid & (slot > 0) & (new != previous + 1)).sum(1)
     after = before + valid.sum(1)
-    ready = (after - layout.sinks - layout.recent - coded).clamp(min=0)
+    ready = (after - layout.first_exact - layout.recent - coded).clamp(min=0)
     step = ready // layout.block * layout.block
     if count == 1:
         step = torch.zeros_like(step) if layout.segment else torch.where(waiting > 0, 0, step)
@@ -107,19 +107,20 @@ def append(
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    importance: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
 ) -> None:
-    """Store one chunk: sinks, then the window, and code what falls out of it.
+    """Store one chunk: the first tokens, then the recent ones, and code what falls out of it.
 
     ``query`` [B, Hq, n, D] (as attention sees it), ``key`` [B, H, n, D] (as stored, before RoPE where the layout has a
-    rotary), ``value`` [B, H, n, D]; ``importance`` float32 [B, G, n] counts in the bases of a prompt (see ``codec.loudness``),
+    rotary), ``value`` [B, H, n, D]; ``token_weight`` float32 [B, G, n] counts in the bases of a prompt (see
+    ``codec.token_scale``),
     the first tokens of a store. ``ledger`` has been advanced. With n = 0 only what is due is coded, out of the window;
     with n = 1 no basis is computed.
     """
     may_fit = key.shape[2] != 1
-    sinks = layout.sinks
+    first_exact = layout.first_exact
     for row, (before, coded, after, coded_after, *_) in enumerate(ledger.tolist()):
         k, v, q = key[row], value[row], query[row]
         if valid is not None:
@@ -127,42 +128,42 @@ def append(
         squares = torch.stack([head.float().square().sum(0) for head in q])  # head by head: queries are large
         buffers.moment[row] += squares.unflatten(0, (layout.kv_heads, -1)).sum(1)
         k_exact, v_exact = buffers.k_exact[row], buffers.v_exact[row]
-        in_sinks = min(max(sinks - before, 0), after - before)
-        k_exact[:, before : before + in_sinks] = k[:, :in_sinks]
-        v_exact[:, before : before + in_sinks] = v[:, :in_sinks]
-        first = max(before - sinks, 0)  # slot of the first new token that is no sink
+        in_first = min(max(first_exact - before, 0), after - before)
+        k_exact[:, before : before + in_first] = k[:, :in_first]
+        v_exact[:, before : before + in_first] = v[:, :in_first]
+        first = max(before - first_exact, 0)  # slot of the first new token past the first_exact
         if coded_after > coded:
             held = torch.arange(coded, min(max(first, coded), coded_after), device=k.device)
-            fresh = slice(in_sinks, in_sinks + coded_after - coded - len(held))
+            fresh = slice(in_first, in_first + coded_after - coded - len(held))
             tails = [
                 torch.cat((recent(row, side, held, buffers, layout), new[:, fresh]), 1) if len(held) else new[:, fresh]
                 for side, new in (("k", k), ("v", v))
             ]
-            judged = None
-            if importance is not None:
-                judged = (importance[row] if valid is None else importance[row][:, valid[row]])[:, fresh]
-            _code(row, coded, *tails, judged, buffers, layout, may_fit)
-        slots = torch.arange(max(first, coded_after), max(after - sinks, 0), device=k.device)
+            weights = None
+            if token_weight is not None:
+                weights = (token_weight[row] if valid is None else token_weight[row][:, valid[row]])[:, fresh]
+            _code(row, coded, *tails, weights, buffers, layout, may_fit)
+        slots = torch.arange(max(first, coded_after), max(after - first_exact, 0), device=k.device)
         for side, new in (("k", k), ("v", v)):
-            _keep(row, side, slots, new[:, slots - first + in_sinks], buffers, layout)
+            _keep(row, side, slots, new[:, slots - first + in_first], buffers, layout)
 
 
 def recent(row: int, side: str, slots: torch.Tensor, buffers: Buffers, layout: Layout) -> torch.Tensor:
     """Tokens [H, n, D] that stand in the window, in the model's dtype, or in float32 where it is in bytes."""
-    exact, place = getattr(buffers, f"{side}_exact")[row], slots % buffers.window(layout)
-    if layout.window_bits != 8:
-        return exact[:, layout.sinks + place]
+    exact, place = getattr(buffers, f"{side}_exact")[row], slots % buffers.recent_slots(layout)
+    if layout.recent_bits != 8:
+        return exact[:, layout.first_exact + place]
     codes, sizes = getattr(buffers, f"{side}_recent")[row], getattr(buffers, f"{side}_sizes")[row]
-    return codec.window_value(codes[:, place], sizes[:, place])
+    return codec.recent_value(codes[:, place], sizes[:, place])
 
 
 def _keep(row: int, side: str, slots: torch.Tensor, x: torch.Tensor, buffers: Buffers, layout: Layout) -> None:
     """Write tokens [H, n, D] to their slots of the window."""
-    place = slots % buffers.window(layout)
-    if layout.window_bits != 8:
-        getattr(buffers, f"{side}_exact")[row][:, layout.sinks + place] = x
+    place = slots % buffers.recent_slots(layout)
+    if layout.recent_bits != 8:
+        getattr(buffers, f"{side}_exact")[row][:, layout.first_exact + place] = x
         return
-    codes, sizes = codec.window_code(x)
+    codes, sizes = codec.recent_code(x)
     getattr(buffers, f"{side}_recent")[row][:, place] = codes
     getattr(buffers, f"{side}_sizes")[row][:, place] = sizes
 
@@ -172,7 +173,7 @@ def _code(
     start: int,
     key: torch.Tensor,
     value: torch.Tensor,
-    importance: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
     may_fit: bool,
@@ -183,11 +184,11 @@ def _code(
         buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = group(key, layout), group(value, layout)
         return
     k_weight = v_weight = buffers.moment.new_ones(layout.groups, layout.width)
-    loudness = None
-    if layout.weighted:
+    token_scale = None
+    if layout.query_weighted:
         k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
-    if layout.judged and importance is not None:
-        loudness = codec.loudness(importance)
+    if layout.token_weighted and token_weight is not None:
+        token_scale = codec.token_scale(token_weight)
     length = layout.segment or key.shape[1]
     for at in range(0, key.shape[1], length):
         part = slice(at, at + length)
@@ -197,7 +198,7 @@ def _code(
             _Side(_normalised(row, slots, group(value[:, part], layout).float(), buffers, layout), v_weight,
                   *_coded("v", row, buffers), layout.value),
         )  # fmt: skip
-        heard = None if loudness is None else loudness[:, part]
+        heard = None if token_scale is None else token_scale[:, part]
         segment = _segment(row, start + at, sides, heard, buffers, layout, may_fit)
         for side in sides:
             for piece in torch.arange(side.x.shape[1]).split(_PIECE):
@@ -235,7 +236,7 @@ def _segment(
     row: int,
     start: int,
     sides: tuple[_Side, _Side],
-    loudness: torch.Tensor | None,
+    token_scale: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
     may_fit: bool,
@@ -248,7 +249,7 @@ def _segment(
     candidate = sides[0].x.shape[1] >= layout.warmup and room
     if not may_fit or (not fresh and not candidate):
         return current
-    fits = [codec.fit(side.x, side.weight, side.tiers, layout.margin, loudness) for side in sides]
+    fits = [codec.fit(side.x, side.weight, side.tiers, layout.margin, token_scale) for side in sides]
     if not fresh and all(_serves(side, current, fit) for side, fit in zip(sides, fits, strict=True)):
         return current
     segment = current + 1
@@ -275,11 +276,11 @@ def spans(row: int, coded: int, buffers: Buffers, layout: Layout) -> list[tuple[
 
 
 def not_coded(row: int, side: str, before: int, coded: int, buffers: Buffers, layout: Layout) -> torch.Tensor:
-    """Sinks and window of one row, [H, n, D], in the order of tokens and the model's dtype."""
+    """First and recent tokens of one row, [H, n, D], in the order of tokens and the model's dtype."""
     exact = getattr(buffers, f"{side}_exact")[row]
-    slots = torch.arange(coded, max(before - layout.sinks, coded), device=exact.device)
+    slots = torch.arange(coded, max(before - layout.first_exact, coded), device=exact.device)
     window = recent(row, side, slots, buffers, layout).to(exact.dtype)
-    return torch.cat((exact[:, : min(before, layout.sinks)], window), 1)
+    return torch.cat((exact[:, : min(before, layout.first_exact)], window), 1)
 
 
 @without_autocast
@@ -295,19 +296,18 @@ def attend(
     buffers: Buffers,
     layout: Layout,
     scale: float,
-    window: int,
+    sliding_window: int,
     softcap: float = 0.0,
-    sink: torch.Tensor | None = None,
+    sink_score: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a chunk over the compressed past and over itself (causal), merged in one softmax.
 
     ``query`` [B, Hq, n, D], ``key`` and ``value`` [B, H, n, D] as for ``append``; the past is what stood in the store before
-    this step. A bool ``mask`` [B or 1, Hq or 1, n, columns] replaces causality, ``columns`` bool [B, N] then says which
-    columns hold stored tokens. ``window`` > 0 hides keys that are that many tokens or more behind. With ``softcap`` > 0
-    a score s becomes ``softcap * tanh(s / softcap)``; ``sink`` [Hq] is one more score of each head, of no value. Stored tokens
-    whose place in uint8 ``visible`` [B, N] is 0 are hidden. Returns [B, Hq, n, D]; a query that may see nothing gives
-    zeros.
+    this step. A bool ``mask`` [B or 1, Hq or 1, n, columns] replaces causality, ``columns`` bool [B, N] then says which columns
+    hold stored tokens. ``sliding_window`` > 0 hides keys that are that many tokens or more behind. With ``softcap`` > 0 a score
+    s becomes ``softcap * tanh(s / softcap)``; ``sink_score`` [Hq] is one more score of each head, of no value. Stored tokens
+    whose place in uint8 ``visible`` [B, N] is 0 are hidden. Returns [B, Hq, n, D]; a query that may see nothing gives zeros.
     """
     batch, q_heads, count, dim = query.shape
     out = query.new_zeros(batch, count, q_heads, dim).transpose(1, 2)
@@ -315,8 +315,8 @@ def attend(
         keep = torch.ones(count, dtype=torch.bool, device=query.device) if valid is None else valid[row]
         where = positions[row, :after]
         chunk_k, chunk_v = rotate(key[row][:, keep], where[before:], layout.rotary), value[row][:, keep]
-        in_sinks = min(before, layout.sinks)
-        old = slice(in_sinks, in_sinks + coded)  # tokens that are coded, between sinks and window
+        in_first = min(before, layout.first_exact)
+        old = slice(in_first, in_first + coded)  # tokens that are coded, between the first ones and the recent ones
         exact_at = torch.cat((where[: old.start], where[old.stop : before]))
         exact_k = rotate(not_coded(row, "k", before, coded, buffers, layout), exact_at, layout.rotary)
 
@@ -327,10 +327,10 @@ def attend(
         scores[..., before:] = q @ chunk_k.float().mT
         for segment, slots in spans(row, coded, buffers, layout):
             k = decode(row, segment, slots, "k", buffers, layout)
-            k = rotate(k, where[layout.sinks + slots.start : layout.sinks + slots.stop], layout.rotary)
-            scores[..., layout.sinks + slots.start : layout.sinks + slots.stop] = q @ k.float().mT
+            k = rotate(k, where[layout.first_exact + slots.start : layout.first_exact + slots.stop], layout.rotary)
+            scores[..., layout.first_exact + slots.start : layout.first_exact + slots.stop] = q @ k.float().mT
 
-        allowed = _allowed(row, count, before, after, keep, mask, columns, window)
+        allowed = _allowed(row, count, before, after, keep, mask, columns, sliding_window)
         if visible is not None:
             shown = torch.ones(after, dtype=torch.bool, device=query.device)
             shown[:before] = visible[row, :before] != 0
@@ -338,8 +338,8 @@ def attend(
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.unflatten(1, (-1, count)).masked_fill(~allowed, float("-inf"))
-        if sink is not None:
-            taken = sink.float().reshape(layout.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        if sink_score is not None:
+            taken = sink_score.float().reshape(layout.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat((scores, taken), -1)
         nothing = (scores == float("-inf")).all(-1, keepdim=True)  # a softmax of it is NaN, which keys and values may be too
         p = torch.softmax(scores, -1).masked_fill(nothing, 0.0)[..., :after].flatten(1, 2)
@@ -348,7 +348,7 @@ def attend(
         exact_p = torch.cat((p[..., : old.start], p[..., old.stop : before]), -1)
         mixed += exact_p @ not_coded(row, "v", before, coded, buffers, layout).float()
         for segment, slots in spans(row, coded, buffers, layout):
-            part = p[..., layout.sinks + slots.start : layout.sinks + slots.stop]
+            part = p[..., layout.first_exact + slots.start : layout.first_exact + slots.stop]
             mixed += _mix(part, row, segment, slots, buffers, layout)
         out[row] = mixed.reshape(q_heads, count, dim).to(query.dtype)
     return out
@@ -362,7 +362,7 @@ def _allowed(
     keep: torch.Tensor,
     mask: torch.Tensor | None,
     columns: torch.Tensor | None,
-    window: int,
+    sliding_window: int,
 ) -> torch.Tensor:
     """Which stored tokens each query of the chunk may see: bool, broadcastable to [Hq / H, n, after]."""
     token = torch.arange(after, device=keep.device)
@@ -375,7 +375,7 @@ def _allowed(
         return seen[..., chosen]
     own = before + keep.cumsum(0) - 1  # the token that each query is
     allowed = token[None] <= own[:, None]
-    return allowed & (token[None] > own[:, None] - window) if window else allowed
+    return allowed & (token[None] > own[:, None] - sliding_window) if sliding_window else allowed
 
 
 def _side(side: str, buffers: Buffers, layout: Layout):
@@ -418,6 +418,6 @@ def materialise(
     for side in ("k", "v"):
         parts = [decode(row, i, slots, side, buffers, layout) for i, slots in segments]
         kept = not_coded(row, side, before, coded, buffers, layout)
-        head = min(before, layout.sinks)
+        head = min(before, layout.first_exact)
         dense.append(torch.cat([kept[:, :head], *(x.to(kept.dtype) for x in parts), kept[:, head:]], 1))
     return rotate(dense[0], positions[:before], layout.rotary), dense[1]

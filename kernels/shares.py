@@ -88,7 +88,7 @@ def shares(
     scale: float,
     head_group: int,
 ) -> torch.Tensor:
-    """``importance`` as judged by queries in columns int64 [B, m], which are tokens ``judge`` int64 [B, m] of their rows."""
+    """``importance`` by queries in columns int64 [B, m], which are tokens ``judge`` int64 [B, m] of their rows."""
     key, valid = key if key.stride(3) == 1 else key.contiguous(), flags(valid)
     batch, kv_heads, count, dim = key.shape
     per_key, sample = query.shape[1] // kv_heads, column.shape[1]

@@ -1,4 +1,4 @@
-"""Attention that a model writes out as matmul, softmax and matmul, perhaps with capped scores or a learned sink."""
+"""Attention that a model writes out as matmul, softmax and matmul, perhaps with capped scores or a learned sink score."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def written_out(softmax: Node) -> Site | str | None:
     way = _way(softmax)
     if not way or argument(softmax, 1, "dim") not in (-1, 3):
         return None
-    scores, sink, attended = _past_casts(softmax.args[0]), None, way[-1]
+    scores, sink_score, attended = _past_casts(softmax.args[0]), None, way[-1]
     if is_call(scores, "sub") and scores.args[0] is _of_maximum(scores.args[1]):
         scores = scores.args[0]  # a softmax stays the same
     if is_call(scores, "cat", "concat") and len(argument(scores, 0, "tensors")) == 2:
-        scores, sink = argument(scores, 0, "tensors")
+        scores, sink_score = argument(scores, 0, "tensors")
     scores, mask = _masked(scores)
     scores, softcap = _capped(scores)
     scores, scale = _scaled(scores)
     try:
         query, key = _factors(scores)
-        _check(way, sink is not None)
+        _check(way, sink_score is not None)
         return Site(
             attended=attended,
             query=query,
@@ -45,7 +45,7 @@ def written_out(softmax: Node) -> Site | str | None:
             scale=scale,
             where=module_of(attended),
             softcap=softcap,
-            sink=None if sink is None else _per_head(sink),
+            sink_score=None if sink_score is None else _per_head(sink_score),
         )
     except _Unknown as reason:
         return str(reason)
@@ -112,7 +112,7 @@ def _way(softmax: Node) -> list[Node]:
 
 
 def _check(way: list[Node], has_sink: bool) -> None:
-    """Raise unless the weights are used for nothing else, and changed by nothing but to leave out the sink's."""
+    """Raise unless the weights are used for nothing else, and changed by nothing but to leave out that of the sink score."""
     for node, user in itertools.pairwise(way):
         if len(node.users) > 1:
             raise _Unknown("its attention weights are used elsewhere too: leave output_attentions out")
@@ -134,10 +134,10 @@ def _seen(mask: Node | None) -> Node | None:
     return seen if nothing and isinstance(least, float) and least <= torch.finfo(fake(mask).dtype).min else mask
 
 
-def _per_head(sink: Node) -> Node:
-    """The score of each query head's sink, [Hq], behind what was expanded to all queries."""
-    shaped = sink.args[0] if is_call(sink, "expand") else sink
+def _per_head(sink_score: Node) -> Node:
+    """The sink score of each query head, [Hq], behind what was expanded to all queries."""
+    shaped = sink_score.args[0] if is_call(sink_score, "expand") else sink_score
     given = shaped.args[0] if is_call(shaped, "reshape", "view") else shaped
     if fake(given).ndim != 1 or shaped.args[1:] != (1, -1, 1, 1):
-        raise _Unknown("its attention has sinks that are not one number a head")
+        raise _Unknown("its attention has sink scores that are not one number a head")
     return given

@@ -34,7 +34,7 @@ _FEWEST = 1025  # columns of a prompt that stand for more than that
 
 
 def classify_masks(trace: Trace) -> None:
-    """Set ``mask_kind``, ``padding`` and ``window`` of every site, or a refusal."""
+    """Set ``mask_kind``, ``padding`` and ``sliding_window`` of every site, or a refusal."""
     known: dict[tuple[Any, ...], tuple[str, Node | None, int]] = {}
     for site in trace.matched:
         several = not (isinstance(count := fake(site.query).shape[2], int) and count == 1)
@@ -45,7 +45,7 @@ def classify_masks(trace: Trace) -> None:
         key = (site.mask, site.edge.past is None)
         if key not in known:
             known[key] = _classify(site)
-        site.mask_kind, site.padding, site.window = known[key]
+        site.mask_kind, site.padding, site.sliding_window = known[key]
         if site.edge.writes and site.edge.past is not None and site.mask_kind != "tensor":
             site.refusal = "the mask of its static cache does not say which columns are there"
         stays = site.edge.past is not None or site.edge.writes or trace.is_data(site.mask)  # what decode steps will have too
@@ -62,7 +62,7 @@ def classify_masks(trace: Trace) -> None:
 
 
 def _classify(site: Site) -> tuple[str, Node | None, int]:
-    """(kind, padding placeholder, window) of one mask."""
+    """(kind, padding placeholder, sliding_window) of one mask."""
     tensors = [n for n in placeholders_of(site.mask) if isinstance(fake(n), torch.Tensor)]
     paddings = [n for n in tensors if fake(n).ndim == 2 and not fake(n).is_floating_point()]
     others = [n for n in tensors if n not in paddings and n not in (site.edge.past or ())]
@@ -142,7 +142,7 @@ def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
     columns = numbers.get(columns, columns)
     if columns != total:
         return None
-    window = 0
+    sliding_window = 0
     for trial in range(3 if padding else 1):
         valid = torch.ones(rows, total, dtype=torch.bool)
         if trial:
@@ -156,12 +156,12 @@ def _window_at(site: Site, padding: Node | None, extra: int) -> int | None:
         seen = mask[:, 0]
         if not trial:
             nearest = int(seen[0, -1].int().argmax())  # the first key that the last query sees
-            window = total - nearest if nearest else 0
-        expected = (k <= q) & (k > q - window if window else True) & valid[:, None]
+            sliding_window = total - nearest if nearest else 0
+        expected = (k <= q) & (k > q - sliding_window if sliding_window else True) & valid[:, None]
         real = valid[:, past + extra :, None]  # what padding attends to is of no consequence
         if not torch.equal(*torch.broadcast_tensors(seen & real, expected & real)):
             return None
-    return window
+    return sliding_window
 
 
 def _fewer(site: Site, count: int) -> int:

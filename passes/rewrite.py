@@ -175,18 +175,18 @@ def _substitute(site: Site, books: _Books, buffers: list[Node], enters: bool) ->
     assert len(buffers) == len(Buffers._fields)
     query, stored_key, new_value = (_in_dtype(site, node) for node in (site.query, site.stored_key, site.edge.new[1]))
     if site.edge.past is None:
-        judged, key, value = None, _in_dtype(site, site.key), _in_dtype(site, site.value)
-        if layout.judged and enters:
-            coded_from = layout.sinks + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
+        weight, key, value = None, _in_dtype(site, site.key), _in_dtype(site, site.value)
+        if layout.token_weighted and enters:
+            coded_from = layout.first_exact + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
             judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
             with graph.inserting_before(site.attended):
-                judged = graph.call_function(importance, judging)
+                weight = graph.call_function(importance, judging)
         if enters:
             with graph.inserting_before(site.attended):  # what only the store reads dies before attention's output is born
-                graph.call_function(append_, (query, stored_key, new_value, ledger, valid, judged, *buffers, spec))
+                graph.call_function(append_, (query, stored_key, new_value, ledger, valid, weight, *buffers, spec))
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True) if not site.edge.writes else ():
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
-        plain = not site.window and not site.softcap and site.sink is None
+        plain = not site.sliding_window and not site.softcap and site.sink_score is None
         if site.mask is not None and site.mask_kind == "causal" and plain:
             _replace(site, causal, (query, key, value, ledger, valid, float(site.scale)))
         return
@@ -196,7 +196,7 @@ def _substitute(site: Site, books: _Books, buffers: list[Node], enters: bool) ->
         for write in site.edge.writes if enters else ():
             graph.erase_node(write)
     head = (query, stored_key, new_value, mask, columns if mask is not None else None, ledger, positions, valid)
-    how = (float(site.scale), site.window, site.softcap, site.sink, visible, enters)
+    how = (float(site.scale), site.sliding_window, site.softcap, site.sink_score, visible, enters)
     if not site.last:
         _replace(site, attend_, (*head, *buffers, spec, *how))
         return

@@ -35,7 +35,7 @@ class Site:
     """One attention of queries to keys and values per KV head, and what later passes learn of it.
 
     ``attended`` is what it comes to. Scores, times ``scale``, become ``softcap * tanh(scores / softcap)`` where that is not 0;
-    ``sink`` [Hq] is a score of each query head that takes its share and gives no value.
+    ``sink_score`` [Hq] is a score of each query head that takes its share and gives no value.
     """
 
     attended: Node
@@ -46,7 +46,7 @@ class Site:
     scale: float
     where: str
     softcap: float = 0.0
-    sink: Node | None = None
+    sink_score: Node | None = None
     edge: Edge | None = None
     layout: Layout | None = None
     stored_key: Node | None = None
@@ -54,7 +54,7 @@ class Site:
     rotary: Rotary | None = None
     mask_kind: str = "causal"  # or "tensor": whatever the mask says
     padding: Node | None = None
-    window: int = 0
+    sliding_window: int = 0
     last: int = 0  # where not 0, queries are those of so many last tokens of the chunk alone
     refusal: str | None = None
     note: str | None = None

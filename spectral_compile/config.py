@@ -14,9 +14,9 @@ from spectral_compile.codec import PRESETS, Layout, Preset, Profile, Rotary, Tie
 from spectral_compile.errors import Mistake
 
 INNER = ("inductor", "aot_eager", "eager")
-_RANGES = {  # of counts; sinks, a block and the headroom are allocated before there are tokens for them
+_RANGES = {  # of counts; first tokens, a block and the headroom are allocated before there are tokens for them
     "head_group": (1, 256),
-    "sinks": (0, 4096),
+    "first_exact": (0, 4096),
     "recent": (0, 2**20),
     "block": (1, 4096),
     "warmup": (1, 2**20),
@@ -33,12 +33,12 @@ class SpectralConfig:
     turns every silent loss of compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where
     None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile``, a file that
     ``spectral-compile calibrate`` wrote, its content, or the name of one that comes with the package, spends the preset's bytes
-    on the layers that need them. ``sinks`` first tokens stay exact, and the ``recent`` last ones are kept at ``window_bits`` a
-    channel: 8, or 16 for the model's dtype. ``block`` tokens are coded at a time, ``warmup`` tokens are awaited before a basis
-    is computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once (None: 64, on a GPU 1024):
-    until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records
-    decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor`` holds options that are Inductor's
-    own, as a dictionary or pairs.
+    on the layers that need them. Of a text the ``first_exact`` first tokens stay exact, and the ``recent`` last ones are kept
+    at ``recent_bits`` a channel: 8, or 16 for the model's dtype. ``block`` tokens are coded at a time, ``warmup`` tokens are
+    awaited before a basis is computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once
+    (None: 64, on a GPU 1024): until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded
+    again. ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor``
+    holds options that are Inductor's own, as a dictionary or pairs.
 
     ValueError, in a sentence, for whatever an option cannot be.
     """
@@ -49,9 +49,9 @@ class SpectralConfig:
     key_ranks: tuple[int, int, int] | None = None
     value_ranks: tuple[int, int, int] | None = None
     profile: Profile | None = None
-    sinks: int | None = None
+    first_exact: int | None = None
     recent: int | None = None
-    window_bits: int | None = None
+    recent_bits: int | None = None
     block: int | None = None
     warmup: int | None = None
     headroom: int | None = None
@@ -73,11 +73,11 @@ class SpectralConfig:
                 value = getattr(self.codec, name, None)  # a preset may be anybody's too
             if value is not None and not (_is_integer(value) and least <= value <= most):
                 raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
-        if self.window_bits is not None and not (
-            _is_integer(self.window_bits) and self.window_bits in ((16,) if self.codec.lossless else (8, 16))
+        if self.recent_bits is not None and not (
+            _is_integer(self.recent_bits) and self.recent_bits in ((16,) if self.codec.lossless else (8, 16))
         ):
             allowed = "16, as the preset is lossless" if self.codec.lossless else "8 or 16"
-            raise ValueError(f"window_bits must be {allowed}, not {self.window_bits!r}")
+            raise ValueError(f"recent_bits must be {allowed}, not {self.recent_bits!r}")
         for name in ("key_ranks", "value_ranks"):
             value = getattr(self, name)
             if value is None:
@@ -103,7 +103,7 @@ class SpectralConfig:
         preset = self.codec
         chosen = {
             name: getattr(self, name)
-            for name in ("head_group", "sinks", "recent", "window_bits", "block", "warmup")
+            for name in ("head_group", "first_exact", "recent", "recent_bits", "block", "warmup")
             if getattr(self, name) is not None
         }
         if preset.segment and "block" in chosen:

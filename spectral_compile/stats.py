@@ -41,7 +41,7 @@ def memory_stats(cache: Any) -> MemoryStats:
         cache = cache_of(cache)
     if cache is None:
         raise TypeError("there is no cache to measure: call the model with use_cache=True")
-    parts = dict.fromkeys(("codes", "bases", "scales", "windows", "dense", "states", "other"), 0)
+    parts = dict.fromkeys(("codes", "bases", "scales", "recent", "dense", "states", "other"), 0)
     seen: set[int] = set()
     logical, layers = 0, []
 
@@ -64,7 +64,7 @@ def memory_stats(cache: Any) -> MemoryStats:
             store = tensor.store
             stored += sum(add(buffer, PART[i]) for i, buffer in enumerate(store.buffers))
             stored += sum(add(x, "other") for x in (*store.timeline.tensors(), store.handle))
-            stored += sum(add(x, "windows") for x in store.pending.values())
+            stored += sum(add(x, "recent") for x in store.pending.values())
         layers.append(stored)
     total = sum(layers)
     assert len(PART) == len(Buffers._fields)

@@ -77,11 +77,11 @@ class Timeline:
         self.layout = layout
         self.length = 0
         self.spare = headroom or HEADROOM.get(device.type, HEADROOM["cpu"])
-        self.waiting = tokens - layout.sinks - layout.recent < layout.first  # some row has no basis yet
+        self.waiting = tokens - layout.first_exact - layout.recent < layout.first  # some row has no basis yet
         self.next_due = 0  # the least length at which a row may have a segment to begin, as far as the host knows
         self.offered = False  # a chunk was long enough for a basis of its own
         self.padded = False  # columns of padding were left out
-        self.capacity = Capacity(coded=0, window=0 if self.waiting else layout.recent + layout.block, segments=0)
+        self.capacity = Capacity(coded=0, recent=0 if self.waiting else layout.recent + layout.block, segments=0)
         self.ledger = torch.tensor([[0, 0, 0, 0, 1, 0]], device=device).repeat(batch, 1)
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
@@ -103,40 +103,40 @@ class Timeline:
         """Make room for ``count`` more columns; whether capacities changed, and stores must follow."""
         layout, old = self.layout, self.capacity
         end = self.length + count
-        ready = end - layout.sinks - layout.recent
+        ready = end - layout.first_exact - layout.recent
         coded = -(-max(0, ready) // layout.block) * layout.block
-        window = old.window
+        recent = old.recent
         if self.waiting:
             coded = coded if ready >= layout.first else 0
-            window = min(end - layout.sinks, layout.recent + layout.first)
+            recent = min(end - layout.first_exact, layout.recent + layout.first)
         self.offered = old.segments > 0 and not layout.segment and count >= layout.warmup + layout.block
-        if coded <= old.coded and window <= old.window and end <= self.columns.shape[1] and not self.offered:
+        if coded <= old.coded and recent <= old.recent and end <= self.columns.shape[1] and not self.offered:
             return False
         if 0 < old.coded < coded and count <= self.spare:  # else a chunk came, which is no reason to expect more
             self.spare *= 2
         segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
         coded = coded + self.spare if coded > old.coded else old.coded
         if self.waiting:
-            window = min(max(window + self.spare, 2 * old.window), layout.recent + layout.first)
+            recent = min(max(recent + self.spare, 2 * old.recent), layout.recent + layout.first)
         if layout.segment:
             segments = old.segments + -(-(coded - old.coded) // layout.segment) + 1
-        self.widen(Capacity(coded, max(window, old.window), segments))
+        self.widen(Capacity(coded, max(recent, old.recent), segments))
         return True
 
     def widen(self, capacity: Capacity) -> None:
         """Take on larger capacities."""
         self.capacity = capacity
-        columns = self.layout.sinks + capacity.coded + capacity.window + self.layout.block
+        columns = self.layout.first_exact + capacity.coded + capacity.recent + self.layout.block
         self.positions = _widen(self.positions, columns + 1)
         self.columns, self.visible = _widen(self.columns, columns), _widen(self.visible, columns + 1)
 
     def settle(self) -> bool:
         """Drop the wide window of a young log once every row has a basis; whether capacities changed."""
-        ready = self.length - self.layout.sinks - self.layout.recent
+        ready = self.length - self.layout.first_exact - self.layout.recent
         if not self.waiting or ready < self.layout.first or bool(self.ledger[:, 4].any()):
             return False
         self.waiting = False
-        self.capacity = self.capacity._replace(window=self.layout.recent + self.layout.block)
+        self.capacity = self.capacity._replace(recent=self.layout.recent + self.layout.block)
         return True
 
     def enter(self, count: int, valid: torch.Tensor | None) -> None:
@@ -175,7 +175,7 @@ class Timeline:
         if not (self.waiting or layout.segment) or self.length < self.next_due:
             return False
         missing = [
-            layout.sinks + layout.recent + (layout.first if waits else coded + layout.block) - tokens
+            layout.first_exact + layout.recent + (layout.first if waits else coded + layout.block) - tokens
             for _, _, tokens, coded, waits, _ in self.ledger.tolist()
             if waits or layout.segment
         ]
@@ -208,7 +208,7 @@ class Timeline:
         """Forget all columns from ``length`` on, in place."""
         self.length = length
         tokens = self.columns[:, :length].sum(1)
-        coded = self.ledger[:, 3].minimum((tokens - self.layout.sinks).clamp(min=0))
+        coded = self.ledger[:, 3].minimum((tokens - self.layout.first_exact).clamp(min=0))
         self.ledger[:, 2], self.ledger[:, 3] = tokens, coded
         self.next_due = 0  # padding may have gone, and no tokens
         self.derived.clear()
@@ -262,10 +262,10 @@ class SpectralStore:
         layout, capacity = self.layout, self.timeline.capacity
         ledger = self.timeline.ledger if ledger is None else ledger
         old = self.buffers
-        window = old.window(layout)
-        if (old.k_codes.shape[2], window, old.starts.shape[1]) == (
+        recent = old.recent_slots(layout)
+        if (old.k_codes.shape[2], recent, old.starts.shape[1]) == (
             capacity.coded,
-            capacity.window,
+            capacity.recent,
             0 if layout.lossless else capacity.segments,
         ):
             return
@@ -278,17 +278,17 @@ class SpectralStore:
                 ]
         for side in ("k", "v"):
             a, b = getattr(old, f"{side}_exact"), getattr(new, f"{side}_exact")
-            b[:, :, : layout.sinks] = a[:, :, : layout.sinks]
-            rings = [(a[:, :, layout.sinks :], b[:, :, layout.sinks :])]
-            if layout.window_bits == 8:
+            b[:, :, : layout.first_exact] = a[:, :, : layout.first_exact]
+            rings = [(a[:, :, layout.first_exact :], b[:, :, layout.first_exact :])]
+            if layout.recent_bits == 8:
                 rings = [(getattr(old, f"{side}_{name}"), getattr(new, f"{side}_{name}")) for name in ("recent", "sizes")]
             for a, b in rings:
-                if window == capacity.window:
+                if recent == capacity.recent:
                     b.copy_(a)
                     continue
                 for row, (_, _, tokens, coded, *_) in enumerate(ledger.tolist()):
-                    slots = torch.arange(coded, max(coded, tokens - layout.sinks), device=self.device)
-                    b[row, :, slots % capacity.window] = a[row, :, slots % window]
+                    slots = torch.arange(coded, max(coded, tokens - layout.first_exact), device=self.device)
+                    b[row, :, slots % capacity.recent] = a[row, :, slots % recent]
         self.buffers = new
 
     def add_view(self, view: View) -> None:

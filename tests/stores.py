@@ -36,12 +36,12 @@ def layouts(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS)) -> Layou
     preset = replace(
         preset,
         head_group=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
-        sinks=draw(st.integers(0, 4)),
+        first_exact=draw(st.integers(0, 4)),
         recent=draw(st.integers(0, 20)),
         block=block,
         warmup=draw(st.integers(1, 24)),
         segment=block if preset.segment else 0,
-        window_bits=16 if preset.lossless else draw(st.sampled_from([8, 16])),
+        recent_bits=16 if preset.lossless else draw(st.sampled_from([8, 16])),
     )
     layout = preset.layout(heads, dim, draw(rotaries(dim)))
     if not layout.lossless and draw(st.booleans()):
@@ -57,7 +57,7 @@ class Chunk:
     value: Tensor
     ids: Tensor | None
     valid: Tensor | None
-    importance: Tensor | None = None
+    token_weight: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Chunk({self.key.shape[2]} columns, ids={self.ids}, valid={self.valid})"
@@ -115,7 +115,7 @@ def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), batch: int
         )
         at += count
     if draw(st.booleans()):
-        chunks[0].importance = torch.rand(batch, layout.groups, counts[0], generator=generator).square()
+        chunks[0].token_weight = torch.rand(batch, layout.groups, counts[0], generator=generator).square()
     return Case(layout, batch, groups, chunks, draw(st.sampled_from([dim**-0.5, 0.3])))
 
 
@@ -147,11 +147,11 @@ class Books:
     ) -> Tensor:
         parts = chunk.query, chunk.key, chunk.value, mask, columns
         books = self.ledger, self.positions, chunk.valid, self.buffers, self.layout
-        return reference.attend(*parts, *books, scale, **{"window": 0, **how})
+        return reference.attend(*parts, *books, scale, **{"sliding_window": 0, **how})
 
     def append(self, chunk: Chunk) -> None:
         tokens = chunk.query, chunk.key, chunk.value
-        reference.append(*tokens, self.ledger, chunk.valid, chunk.importance, self.buffers, self.layout)
+        reference.append(*tokens, self.ledger, chunk.valid, chunk.token_weight, self.buffers, self.layout)
         if chunk.key.shape[2] == 1:
             self.catch_up(chunk)
             nothing = (x[:, :, :0] for x in (chunk.query, chunk.key, chunk.value))
@@ -184,7 +184,7 @@ def fused_attend(
     given = (chunk.query, chunk.key, chunk.value, mask, columns, None, None, chunk.valid)
     query, key, value, mask, columns, _, _, valid = (x if x is None else x.to(DEVICE) for x in given)
     held = ledger, positions, valid, buffers, books.layout
-    out = fused.attend(query, key, value, mask, columns, *held, scale, **{"window": 0, **how})
+    out = fused.attend(query, key, value, mask, columns, *held, scale, **{"sliding_window": 0, **how})
     return out.to("cpu")
 
 
@@ -196,7 +196,7 @@ def store(
     ids: Tensor | None = None,
     batch: int = 1,
     head_group: int | None = None,
-    window_bits: int = 16,
+    recent_bits: int = 16,
     turned: int | None = None,
     key_size: float = 1.0,
 ) -> tuple[Books, Chunk]:
@@ -206,7 +206,7 @@ def store(
     rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs))) if pairs else None
     chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
     layout = chosen.layout(2, dim, rotary)
-    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), window_bits=window_bits)
+    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), recent_bits=recent_bits)
 
     def some(count: int) -> Chunk:
         def randn(heads: int) -> Tensor:

@@ -46,8 +46,8 @@ def fresh() -> None:
         ({"head_group": 2.0}, "head_group must be an integer from 1 to 256, not 2.0"),
         ({"key_ranks": (1, 2)}, "key_ranks must be three counts"),
         ({"value_ranks": (0, 0, 0)}, "value_ranks must be three counts"),
-        ({"window_bits": 4}, "window_bits must be 8 or 16, not 4"),
-        ({"preset": "exact", "window_bits": 8}, "window_bits must be 16, as the preset is lossless, not 8"),
+        ({"recent_bits": 4}, "recent_bits must be 8 or 16, not 4"),
+        ({"preset": "exact", "recent_bits": 8}, "recent_bits must be 16, as the preset is lossless, not 8"),
     ],
 )
 def test_bad_options_give_one_sentence(options: dict[str, object], sentence: str) -> None:
@@ -75,7 +75,7 @@ def test_options_are_a_dictionary_of_names(options: object) -> None:
         SpectralConfig.parse(options)
 
 
-@pytest.mark.parametrize("name", ["sinks", "recent", "block", "warmup", "headroom", "head_group"])
+@pytest.mark.parametrize("name", ["first_exact", "recent", "block", "warmup", "headroom", "head_group"])
 @pytest.mark.parametrize("preset", ["balanced", replace(PRESETS["balanced"], block=10**9)])
 def test_what_is_allocated_ahead_is_bounded(name: str, preset: str | Preset) -> None:
     """``block=10**9`` took gigabytes for a cache of kilobytes."""
@@ -87,7 +87,7 @@ def test_every_bound_is_itself_allowed_and_none_of_them_takes_a_gigabyte() -> No
     for name, (least, most) in config._RANGES.items():
         for count in (least, most):
             assert getattr(SpectralConfig.parse({name: count}), name) == count
-    layout = SpectralConfig(sinks=4096, block=4096, recent=2**20, warmup=2**20).layout(3, 64, None)
+    layout = SpectralConfig(first_exact=4096, block=4096, recent=2**20, warmup=2**20).layout(3, 64, None)
     capacity = Timeline(layout, 1, 20, 20, torch.device("cpu"), 2**17).capacity
     assert sum(buffer.nbytes for buffer in allocate(layout, 1, capacity, torch.bfloat16, "meta")) < 2**28
 

@@ -77,7 +77,7 @@ def test_what_a_decoder_keeps_of_its_encoder_counts_too(name: str) -> None:
     assert adds_up(dense) and adds_up(ours)
     assert dense.logical_bytes == ours.logical_bytes == held == dense.parts["dense"]
     assert len(dense.layers) == len(ours.layers) == 2
-    assert (ours.parts["windows"] > 0) == (name == "bart") and ours.parts["dense"] > 0
+    assert (ours.parts["recent"] > 0) == (name == "bart") and ours.parts["dense"] > 0
 
 
 def test_a_static_layer_and_an_empty_one_count_what_they_hold() -> None:

@@ -36,9 +36,9 @@ Pair = tuple[Tensor, Tensor]
 
 
 def layout_of(preset: str = "exact", rotary: Rotary | None = ROTARY, **windows: int) -> Layout:
-    small = {"sinks": 2, "recent": 3, "block": 4, "warmup": 6, **windows}
+    small = {"first_exact": 2, "recent": 3, "block": 4, "warmup": 6, **windows}
     if PRESETS[preset].lossless:
-        small["window_bits"] = 16
+        small["recent_bits"] = 16
     if PRESETS[preset].segment:
         small["segment"] = small["block"]
     layout = replace(PRESETS[preset], **small).layout(HEADS, DIM, rotary)
@@ -161,11 +161,11 @@ class CacheMachine(RuleBasedStateMachine):
         rotary=st.sampled_from([None, ROTARY]),
         windows=st.fixed_dictionaries(
             {
-                "sinks": st.integers(0, 3),
+                "first_exact": st.integers(0, 3),
                 "recent": st.integers(0, 5),
                 "block": st.integers(1, 6),
                 "warmup": st.sampled_from([1, 6, 80]),
-                "window_bits": st.sampled_from([8, 16]),
+                "recent_bits": st.sampled_from([8, 16]),
             }
         ),
         masked=st.booleans(),
@@ -200,13 +200,13 @@ class CacheMachine(RuleBasedStateMachine):
             kept = torch.zeros_like(dense.valid)
             for row, valid in enumerate(dense.valid):
                 token = valid.nonzero().flatten()
-                kept[row, token[: self.layout.sinks]] = True
+                kept[row, token[: self.layout.first_exact]] = True
                 kept[row, token[max(0, len(token) - self.layout.recent) :]] = True
             for mine, expected in ((k, dense_k), (v, dense_v)):
                 decoded = mine.dense()
                 assert decoded.isfinite().all()
                 at = kept[:, None, :, None]
-                near = 0.03 if self.layout.window_bits == 8 else 1e-4  # half a byte's step, of four standard deviations
+                near = 0.03 if self.layout.recent_bits == 8 else 1e-4  # half a byte's step, of four standard deviations
                 torch.testing.assert_close(decoded * at, expected * at, atol=near, rtol=1e-4)
         for other in self.live:  # older handles on this log see what is coded by now
             if other.layers[0][0].store is cache.layers[0][0].store:
@@ -580,7 +580,7 @@ def test_token_by_token_gives_what_one_chunk_gives(preset: str, eagerly: bool) -
             cache = append_eagerly(cache, [(turned(k, ids, layout.rotary), v) for k, v in chunk])
         else:
             cache = append_in_graph(cache, chunk, ids, None, layout)
-        ready = length + 1 - layout.sinks - layout.recent
+        ready = length + 1 - layout.first_exact - layout.recent
         coded = ready // layout.block * layout.block if ready >= layout.first else 0
         for key, _ in cache:
             assert key.store.timeline.ledger[0, 2:5].tolist() == [length + 1, coded, int(ready < layout.first)]

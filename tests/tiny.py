@@ -136,7 +136,7 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
-WINDOWS = {"sinks": 2, "recent": 8, "block": 4, "warmup": 16}  # small enough that a short prompt is coded
+WINDOWS = {"first_exact": 2, "recent": 8, "block": 4, "warmup": 16}  # small enough that a short prompt is coded
 EXACT = {"preset": "exact", "strict": True, "inner": "eager", **WINDOWS}  # options under which nothing may differ from dense
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

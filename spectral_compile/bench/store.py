@@ -71,10 +71,10 @@ class Layer:
 
     def append(self, tokens: dict[str, torch.Tensor]) -> None:
         """Store tokens whose columns have been entered."""
-        torch.ops.spectral.append_(**tokens, **self._shared(), importance=self._importance(tokens))
+        torch.ops.spectral.append_(**tokens, **self._shared(), token_weight=self._token_weight(tokens))
 
-    def _importance(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        if not self.layout.judged:
+    def _token_weight(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if not self.layout.token_weighted:
             return None
         judging = tokens["query"], tokens["key"], None, self.layout.head_dim**-0.5, self.layout.head_group
         return torch.ops.spectral.importance(*judging)
@@ -84,7 +84,7 @@ class Layer:
 
         Of one token it is what a decode step calls, and may be repeated.
         """
-        absent = {"mask": None, "columns": None, "window": 0, "softcap": 0.0, "sink": None}
+        absent = {"mask": None, "columns": None, "sliding_window": 0, "softcap": 0.0, "sink_score": None}
         positions, scale = self.timeline.positions, self.layout.head_dim**-0.5
         return torch.ops.spectral.attend_(**tokens, **self._shared(), **absent, positions=positions, scale=scale)
 
@@ -121,9 +121,9 @@ class Layer:
         bases = (buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine)
         a_segment = sum(x.shape[1] * x[0, 0, 0].nbytes for x in bases if x.shape[2])
         a_sink = a_recent = 2 * layout.kv_heads * layout.head_dim * buffers.k_exact.element_size()
-        if layout.window_bits == 8:
+        if layout.recent_bits == 8:
             a_recent = 2 * layout.kv_heads * (layout.head_dim + 1)
-        sinks = self.timeline.batch * layout.sinks
-        exact = sinks * a_sink + (before - coded - sinks) * a_recent
+        first_exact = self.timeline.batch * layout.first_exact
+        exact = first_exact * a_sink + (before - coded - first_exact) * a_recent
         a_position = self.timeline.positions.element_size()
         return coded * a_code + segments * a_segment + exact + before * a_position

@@ -9,15 +9,15 @@ from .basis import (
     gram_residual,
     key_weight,
     latent,
-    loudness,
     residual,
     rounded,
     synthesis,
+    token_scale,
 )
 from .layout import Layout, Rotary, Tiers
 from .presets import PRESETS, Preset, largest_group
 from .profile import GRADES, USUAL, Profile
-from .quantise import dequantise, norm_code, norm_value, pack, quantise, search_step, unpack, window_code, window_value
+from .quantise import dequantise, norm_code, norm_value, pack, quantise, recent_code, recent_value, search_step, unpack
 
 __all__ = [
     "GRADES",
@@ -38,16 +38,16 @@ __all__ = [
     "key_weight",
     "largest_group",
     "latent",
-    "loudness",
     "norm_code",
     "norm_value",
     "pack",
     "quantise",
+    "recent_code",
+    "recent_value",
     "residual",
     "rounded",
     "search_step",
     "synthesis",
+    "token_scale",
     "unpack",
-    "window_code",
-    "window_value",
 ]

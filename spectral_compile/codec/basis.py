@@ -12,7 +12,7 @@ from .quantise import dequantise, quantise, search_step
 
 _LEAST_WEIGHT = 1e-3
 SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
-_IMPORTANCE = (0.1, 50.0)  # of a token against the mean: what a few queries show is noisy, and others come later
+_RANGE = (0.1, 50.0)  # of a token against the mean: what a few queries show is noisy, and others come later
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -31,27 +31,30 @@ def _analyse(y: Tensor, matrix: Tensor) -> Tensor:
     return coefficients + (y - coefficients @ matrix.mT) @ matrix
 
 
-def fit(x: Tensor, weight: Tensor, tiers: Tiers, margin: float = 1.0, loudness: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fit(
+    x: Tensor, weight: Tensor, tiers: Tiers, margin: float = 1.0, token_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the basis and the steps for a segment of tokens.
 
     The basis holds the leading eigenvectors of ``y.mT @ y`` with ``y = x * weight`` (uncentred Karhunen-Loeve transform), each
-    token times its ``loudness``, rounded to int8 with a scale a column; steps are ``margin`` times those of least error on
+    token times its ``token_scale``, rounded to int8 with a scale a column; steps are ``margin`` times those of least error on
     tokens at even distances. ``weight`` counts up to a factor: its mean becomes 1. Rows of zeros do not count.
 
-    x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative; loudness: float32 ``[..., n]``
+    x: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, not negative; token_scale: float32 ``[..., n]``
     -> basis int8 ``[..., W, R]``, affine float32 ``[..., 2 * R + W]`` = step ``[R]``, column scale ``[R]``, weight ``[W]``.
     """
     weight = even(weight)
     y = x * weight[..., None, :]
-    vectors = torch.linalg.eigh(_gram(y, loudness)).eigenvectors.flip(-1)[..., : tiers.rank]
+    vectors = torch.linalg.eigh(_gram(y, token_scale)).eigenvectors.flip(-1)[..., : tiers.rank]
     return rounded(vectors, y[..., :: max(1, y.shape[-2] // SAMPLE), :], weight, tiers, margin)
 
 
-def _gram(y: Tensor, loudness: Tensor | None) -> Tensor:
-    if loudness is None:
+def _gram(y: Tensor, token_scale: Tensor | None) -> Tensor:
+    if token_scale is None:
         return y.mT @ y
-    parts = zip(y.split(SAMPLE, -2), loudness.square().split(SAMPLE, -1), strict=True)  # for there is no room for another copy
-    return sum(part.mT @ (part * heard[..., None]) for part, heard in parts)
+    # in parts, for there is no room for another copy
+    parts = zip(y.split(SAMPLE, -2), token_scale.square().split(SAMPLE, -1), strict=True)
+    return sum(part.mT @ (part * squared[..., None]) for part, squared in parts)
 
 
 def even(weight: Tensor) -> Tensor:
@@ -59,19 +62,19 @@ def even(weight: Tensor) -> Tensor:
     return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
 
 
-def loudness(importance: Tensor, counted: Tensor | None = None) -> Tensor:
-    """What to multiply each token by where a basis is chosen: the fourth root of its importance over the mean one.
+def token_scale(token_weight: Tensor, counted: Tensor | None = None) -> Tensor:
+    """What to multiply each token by where a basis is chosen: the fourth root of its token_weight over the mean one.
 
     Of what few tokens attend to all is forgotten else, so nothing is ever a tenth as important as the mean, or fifty times.
 
-    importance: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean, by default all
+    token_weight: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean, by default all
     -> ``[..., n]``.
     """
     if counted is None:
-        mean = importance.mean(-1, keepdim=True)
+        mean = token_weight.mean(-1, keepdim=True)
     else:
-        mean = (importance * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
-    return (importance / mean.clamp_min(_TINY)).clamp(*_IMPORTANCE) ** 0.25
+        mean = (token_weight * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
+    return (token_weight / mean.clamp_min(_TINY)).clamp(*_RANGE) ** 0.25
 
 
 def rounded(

@@ -47,12 +47,12 @@ class Layout:
     """The static geometry of one layer's store.
 
     A group is ``head_group`` KV heads coded jointly: ``width = head_group * head_dim`` channels. Tokens are held as
-    ``sinks`` exact ones, then coded ones, then an exact recent window of ``recent`` to ``recent + block - 1``. Coding moves
-    ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With ``segment`` > 0 every
-    ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures new tokens.
-    ``weighted`` counts key channels by their queries, ``judged`` the tokens of a prompt by the attention they get, and
-    ``normalised`` takes the norm out of each token's values. Steps are ``margin`` times those of least squared error. With
-    ``window_bits`` 8 the window holds a byte a channel and one for each token and head; with 16 it is in the model's dtype.
+    ``first_exact`` exact ones, then coded ones, then ``recent`` to ``recent + block - 1`` that are kept as they came. Coding
+    moves ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With ``segment`` > 0
+    every ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures new tokens.
+    ``query_weighted`` counts key channels by their queries, ``token_weighted`` the tokens of a prompt by the attention they
+    get, and ``normalised`` takes the norm out of each token's values. Steps are ``margin`` times those of least squared error.
+    With ``recent_bits`` 8 a recent token is a byte a channel and one for each head; with 16 it is in the model's dtype.
     """
 
     kv_heads: int
@@ -61,16 +61,16 @@ class Layout:
     key: Tiers
     value: Tiers
     lossless: bool = False
-    weighted: bool = True
-    judged: bool = True
+    query_weighted: bool = True
+    token_weighted: bool = True
     normalised: bool = True
     margin: float = 1.25  # clipped outliers hurt more than their energy says, and later tokens spread wider
-    sinks: int = 4
+    first_exact: int = 4
     recent: int = 64
     block: int = 8
     warmup: int = 1024
     segment: int = 0
-    window_bits: int = 16
+    recent_bits: int = 16
     rotary: Rotary | None = None
 
     @property

@@ -42,16 +42,16 @@ class Preset:
     value: tuple[int, int, int]
     head_group: int | None = None
     lossless: bool = False
-    weighted: bool = True
-    judged: bool = True
+    query_weighted: bool = True
+    token_weighted: bool = True
     normalised: bool = True
     margin: float = 1.25
-    sinks: int = 4
+    first_exact: int = 4
     recent: int = 64
     block: int = 8
     warmup: int = 1024
     segment: int = 0
-    window_bits: int = 16
+    recent_bits: int = 16
 
     def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None = None) -> Layout:
         """The layout of a layer with ``kv_heads`` heads of ``head_dim`` channels."""
@@ -65,16 +65,18 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "exact": Preset(key=(0, 0, 0), value=(0, 0, 0), lossless=True, weighted=False, judged=False, normalised=False),
-    "quality": Preset(key=(2, 6, 12), value=(0, 4, 22), recent=248, window_bits=8),
-    "balanced": Preset(key=(1, 3, 7), value=(0, 2, 17), recent=216, window_bits=8),
-    "compact": Preset(key=(1, 2, 5), value=(0, 1, 7), recent=104, window_bits=8),
+    "exact": Preset(
+        key=(0, 0, 0), value=(0, 0, 0), lossless=True, query_weighted=False, token_weighted=False, normalised=False
+    ),
+    "quality": Preset(key=(2, 6, 12), value=(0, 4, 22), recent=248, recent_bits=8),
+    "balanced": Preset(key=(1, 3, 7), value=(0, 2, 17), recent=216, recent_bits=8),
+    "compact": Preset(key=(1, 2, 5), value=(0, 1, 7), recent=104, recent_bits=8),
     "seed": Preset(
         key=(8, 0, 0),
         value=(16, 0, 0),
         head_group=1,
-        weighted=False,
-        judged=False,
+        query_weighted=False,
+        token_weighted=False,
         normalised=False,
         block=512,
         warmup=512,

@@ -121,7 +121,7 @@ def norm_value(code: Tensor) -> Tensor:
     return _power(code, _UNIT)
 
 
-def window_code(x: Tensor) -> tuple[Tensor, Tensor]:
+def recent_code(x: Tensor) -> tuple[Tensor, Tensor]:
     """A token's channels in bytes, and their size on a logarithmic scale, eight codes an octave from ``2**-24`` up.
 
     x: floating ``[..., D]`` -> int8 ``[..., D]``, uint8 ``[...]``.
@@ -133,8 +133,8 @@ def window_code(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.clamp(-_MOST, _MOST).to(torch.int8), size
 
 
-def window_value(codes: Tensor, size: Tensor) -> Tensor:
-    """Undo ``window_code`` up to rounding: int8 ``[..., D]``, uint8 ``[...]`` -> float32 ``[..., D]``."""
+def recent_value(codes: Tensor, size: Tensor) -> Tensor:
+    """Undo ``recent_code`` up to rounding: int8 ``[..., D]``, uint8 ``[...]`` -> float32 ``[..., D]``."""
     return codes.float() * _power(size, _SIZE_UNIT)[..., None]
 
 

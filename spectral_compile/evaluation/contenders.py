@@ -31,15 +31,15 @@ RIVALS = {  # the quantised caches of transformers: back end and bits
     "hqq-4": ("hqq", 4),
     "hqq-2": ("hqq", 2),
 }
-WITHOUT = {  # what a preset becomes without one of its ingredients: ``balanced-judged`` is balanced without it
+WITHOUT = {  # what a preset becomes without one of its ingredients: ``balanced-token_weighted`` is balanced without it
     "joint": {"head_group": 1},
-    "weighted": {"weighted": False},
-    "judged": {"judged": False},
+    "query_weighted": {"query_weighted": False},
+    "token_weighted": {"token_weighted": False},
     "normalised": {"normalised": False},
     "margin": {"margin": 1.0},
-    "sinks": {"sinks": 0},
+    "first_exact": {"first_exact": 0},
     "recent": {"recent": 0},
-    "bytes": {"window_bits": 16, "recent": RECENT},
+    "bytes": {"recent_bits": 16, "recent": RECENT},
 }
 
 
@@ -69,7 +69,7 @@ class Contender:
 def options_of(name: str, profile: Profile | None = None) -> dict[str, Any] | None:
     """The backend's options under a contender's name, if it is one of this backend.
 
-    Names are presets, perhaps without some ingredients (``balanced-margin-judged``), perhaps with the profile
+    Names are presets, perhaps without some ingredients (``balanced-margin-token_weighted``), perhaps with the profile
     (``balanced+profile``), or options as JSON. ValueError where the name asks for a profile and there is none.
     """
     if name.startswith("{"):

@@ -76,7 +76,7 @@ JSON = '{"preset": "exact", "recnt": 3}'
 MISTAKES = [  # a verb, its arguments, and what is said before a model is looked for
     ("generate", ("--options", "recnt=3"), "unknown option 'recnt'; did you mean 'recent'?"),
     ("generate", ("--options", "block=1000000000"), "block must be an integer from 1 to 4096, not 1000000000"),
-    ("generate", ("--options", f"sinks={'[' * 500}"), "sinks must be an integer"),
+    ("generate", ("--options", f"first_exact={'[' * 500}"), "first_exact must be an integer"),
     ("generate", ("--options", "key_ranks=3"), "key_ranks must be three counts"),
     ("generate", ("--inner", "inductr"), "unknown inner compiler 'inductr'; did you mean 'inductor'?"),
     ("generate", ("--preset", "best"), "unknown preset 'best'"),

@@ -20,17 +20,17 @@ from spectral_compile.codec import (
     fit,
     key_weight,
     latent,
-    loudness,
     norm_code,
     norm_value,
     pack,
     quantise,
+    recent_code,
+    recent_value,
     residual,
     search_step,
     synthesis,
+    token_scale,
     unpack,
-    window_code,
-    window_value,
 )
 from tests.budget import examples
 
@@ -223,10 +223,10 @@ def test_key_weight_without_rope_or_queries() -> None:
 
 
 def test_loudness_is_the_fourth_root_within_bounds() -> None:
-    importance = torch.tensor([[16.0, 1.0, 0.0, 1e9, 3.0]])
+    token_weight = torch.tensor([[16.0, 1.0, 0.0, 1e9, 3.0]])
     counted = torch.tensor([[True, True, False, False, False]])
     expected = torch.tensor([[16 / 8.5, 1 / 8.5, 0.1, 50.0, 3 / 8.5]]) ** 0.25
-    torch.testing.assert_close(loudness(importance, counted), expected)
+    torch.testing.assert_close(token_scale(token_weight, counted), expected)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
@@ -238,8 +238,8 @@ def test_a_loud_token_is_coded_better(spread: float) -> None:
     heard[:8] = 3.0
     tiers = Tiers(0, 4, 8)
 
-    def lost(loudness: torch.Tensor | None) -> torch.Tensor:
-        basis, affine = fit(x, torch.ones(32), tiers, loudness=loudness)
+    def lost(token_scale: torch.Tensor | None) -> torch.Tensor:
+        basis, affine = fit(x, torch.ones(32), tiers, token_scale=token_scale)
         return (decode(encode(x, basis, affine, tiers), basis, affine, tiers) - x).square().sum(1)
 
     assert lost(heard)[:8].mean() < 0.8 * lost(None)[:8].mean()
@@ -272,7 +272,7 @@ def test_seed_and_exact() -> None:
     seed = PRESETS["seed"].layout(kv_heads=3, head_dim=64)
     assert (seed.key, seed.value, seed.groups) == (Tiers(16, 0, 0), Tiers(32, 0, 0), 3)
     assert (seed.block, seed.segment, seed.warmup, seed.recent) == (512, 512, 512, 64)
-    assert (seed.weighted, seed.normalised) == (False, False)
+    assert (seed.query_weighted, seed.normalised) == (False, False)
     assert 512 * 64 * 2 * 2 / nominal_bytes(seed, 512) == pytest.approx(4.6, abs=0.1)
     exact = PRESETS["exact"].layout(kv_heads=3, head_dim=64)
     assert exact.lossless
@@ -300,7 +300,7 @@ def test_joint_heads_fill_192_channels(kv_heads: int, head_dim: int, group: int)
 def test_a_window_of_bytes_rounds_to_a_part_of_the_largest_channel(seed: int, scale: float) -> None:
     x = scale * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(seed))
     x[0, 0] = 0
-    codes, size = window_code(x)
+    codes, size = recent_code(x)
     assert codes.dtype == torch.int8 and size.dtype == torch.uint8 and codes.int().abs().max() <= 127
-    back = window_value(codes, size)
+    back = recent_value(codes, size)
     assert ((back - x).abs() <= x.abs().amax(-1, keepdim=True) / 127 * 2**0.125 * 0.501 + 2**-24).all()

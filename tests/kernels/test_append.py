@@ -43,7 +43,7 @@ class Case:
     counts: list[int]
     padded: bool
     numbered: bool
-    judged: bool
+    token_weighted: bool
     seed: int
 
 
@@ -55,12 +55,12 @@ def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), most: int 
     layout = replace(
         PRESETS[name],
         head_group=joint,
-        sinks=draw(st.integers(0, 4)),
+        first_exact=draw(st.integers(0, 4)),
         recent=draw(st.sampled_from([0, 5])),
         block=block,
         warmup=draw(st.sampled_from([1, 20])),
         segment=block if name == "seed" else 0,
-        window_bits=16 if name == "exact" else draw(st.sampled_from([8, 16])),
+        recent_bits=16 if name == "exact" else draw(st.sampled_from([8, 16])),
     ).layout(heads, dim, draw(st.sampled_from([None, Rotary(tuple(100.0 ** (-i / (dim // 2)) for i in range(dim // 2)))])))
     if not layout.lossless and draw(st.booleans()):
         few = st.builds(Tiers, st.integers(0, 2), st.integers(1, 5), st.integers(0, 9))
@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), most: int 
         counts=[draw(st.sampled_from([1, 5, most])), *rest],
         padded=draw(st.booleans()),
         numbered=draw(st.booleans()),
-        judged=draw(st.booleans()),
+        token_weighted=draw(st.booleans()),
         seed=draw(st.integers(0, 1 << 16)),
     )
 
@@ -172,16 +172,16 @@ def test_coded_store(case: Case) -> None:
     for step in steps(case):
         advance_triton(store.ledger, store.positions, step.ids, step.valid, step.key, layout)
         expected, again, ours = copied(store), copied(store), store.buffers
-        importance = None
-        if case.judged and int(store.ledger[:, 0].max()) == 0:
-            importance = torch.rand(case.batch, layout.groups, step.key.shape[2], generator=generator).square().to(DEVICE)
-        rest = store.ledger, step.valid, importance
+        token_weight = None
+        if case.token_weighted and int(store.ledger[:, 0].max()) == 0:
+            token_weight = torch.rand(case.batch, layout.groups, step.key.shape[2], generator=generator).square().to(DEVICE)
+        rest = store.ledger, step.valid, token_weight
         append_triton(step.query, step.key, step.value, *rest, ours, layout)
         reference.append(step.query, step.key, step.value, *rest, expected, layout)
         for name in ("k_exact", "v_exact", "starts"):
             assert torch.equal(getattr(ours, name), getattr(expected, name)), name
         for side in "kv":  # sizes are rounded logarithms, which differ by one where two libraries' logarithms do
-            a, b = (codec.window_value(*(getattr(x, f"{side}_{n}") for n in ("recent", "sizes"))) for x in (ours, expected))
+            a, b = (codec.recent_value(*(getattr(x, f"{side}_{n}") for n in ("recent", "sizes"))) for x in (ours, expected))
             assert ((a - b).abs() <= 0.01 * b.abs().amax(-1, keepdim=True)).all()
         torch.testing.assert_close(ours.moment, expected.moment, rtol=1e-5, atol=1e-5)
 
@@ -227,7 +227,7 @@ def test_long_prefill_in_pieces(preset: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_other_tokens_begin_a_segment() -> None:
     """Only where the old basis no longer serves, row by row."""
-    layout = replace(PRESETS["compact"], head_group=1, sinks=1, recent=3, block=4, warmup=40).layout(1, 16)
+    layout = replace(PRESETS["compact"], head_group=1, first_exact=1, recent=3, block=4, warmup=40).layout(1, 16)
     case = Case(layout, torch.float32, 2, 1, [200, 200], False, False, False, 0)
     store, both = Store(case), steps(case)
     both[1].key[1] = both[1].key[1].flip(-1)
@@ -255,7 +255,7 @@ def code(step: Step, ledger: Tensor, buffers: Buffers, layout: Layout) -> list[C
     """Code what the step codes, with the codec and in the segments that are there."""
     result = []
     for row, (before, coded, _, coded_after, *_) in enumerate(ledger.tolist()):
-        first = max(before - layout.sinks, 0)
+        first = max(before - layout.first_exact, 0)
         starts = [s for s in buffers.starts[row].tolist() if s < coded_after]
         for segment, (a, b) in enumerate(pairwise([*starts, coded_after])):
             slots = torch.arange(max(a, coded), max(b, coded), device=ledger.device)
@@ -269,7 +269,7 @@ def code(step: Step, ledger: Tensor, buffers: Buffers, layout: Layout) -> list[C
                 basis = basis.mT
                 held, fresh = slots[slots < first], slots[slots >= first]
                 kept = reference.recent(row, side, held, buffers, layout)
-                x = torch.cat((kept, new[:, fresh + layout.sinks - before]), 1)
+                x = torch.cat((kept, new[:, fresh + layout.first_exact - before]), 1)
                 x = reference.group(x, layout).float()
                 if side == "v" and layout.normalised:
                     buffers.v_norms[row, :, slots] = codec.norm_code(x)

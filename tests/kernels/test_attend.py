@@ -58,11 +58,12 @@ def test_attend_equals_the_reference(case: Case) -> None:
 @given(attended, st.sampled_from([0.0, 0.3, 30.0]), st.booleans())
 def test_capped_scores_and_sinks_equal_the_reference(case: Case, softcap: float, sinks: bool) -> None:
     books = Books.blank(case.layout, case.batch, case.columns)
-    sink = torch.linspace(-2.0, 3.0, case.layout.kv_heads * case.groups) if sinks else None
+    sink_score = torch.linspace(-2.0, 3.0, case.layout.kv_heads * case.groups) if sinks else None
     for chunk in case.chunks:
         books.advance(chunk)
-        expected = books.attend(chunk, case.scale, softcap=softcap, sink=sink)
-        got = fused_attend(books, chunk, case.scale, softcap=softcap, sink=None if sink is None else sink.to(DEVICE))
+        expected = books.attend(chunk, case.scale, softcap=softcap, sink_score=sink_score)
+        there = None if sink_score is None else sink_score.to(DEVICE)
+        got = fused_attend(books, chunk, case.scale, softcap=softcap, sink_score=there)
         assert_same(got, expected, chunk)
         books.append(chunk)
 
@@ -73,8 +74,8 @@ def test_windows_hide_the_same_tokens(case: Case, window: int) -> None:
     books = Books.blank(case.layout, case.batch, case.columns)
     for chunk in case.chunks:
         books.advance(chunk)
-        expected = books.attend(chunk, case.scale, window=window)
-        assert_same(fused_attend(books, chunk, case.scale, window=window), expected, chunk)
+        expected = books.attend(chunk, case.scale, sliding_window=window)
+        assert_same(fused_attend(books, chunk, case.scale, sliding_window=window), expected, chunk)
         books.append(chunk)
 
 
@@ -101,7 +102,7 @@ def test_masks_hide_the_same_tokens(case: Case, seed: int) -> None:
 def keep_one_basis(books: Books) -> None:
     """Take the room for other bases than the first away, as a store has it that needs no more."""
     assert books.buffers.starts.shape[1] > 1
-    one = Capacity(books.buffers.k_codes.shape[2], books.buffers.window(books.layout), 1)
+    one = Capacity(books.buffers.k_codes.shape[2], books.buffers.recent_slots(books.layout), 1)
     fewer = allocate(books.layout, books.ledger.shape[0], one, torch.float32, "cpu")
     parts = (x[tuple(map(slice, y.shape))] for x, y in zip(books.buffers, fewer, strict=True))
     books.buffers = Buffers(*(x.contiguous() for x in parts))
@@ -197,15 +198,15 @@ def attends_and_enters(books: Books, chunk: Chunk) -> None:
 
 @pytest.mark.parametrize(("preset", "past"), combinations([*PRESETS, "balanced in bytes"], [190, 211, 214, 216]))
 def test_a_step_of_one_column_attends_and_enters(preset: str, past: int) -> None:
-    preset, window_bits = preset.split()[0], 8 if "bytes" in preset else 16
-    attends_and_enters(*store(preset, 64, past=past, chunk=1, batch=2, window_bits=window_bits))
+    preset, recent_bits = preset.split()[0], 8 if "bytes" in preset else 16
+    attends_and_enters(*store(preset, 64, past=past, chunk=1, batch=2, recent_bits=recent_bits))
 
 
 @pytest.mark.parametrize(("preset", "coders"), combinations(["exact", "quality", "balanced", "compact"], [1, 2, 3]))
 def test_a_step_that_codes_attends_and_enters(preset: str, coders: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What leaves the window is coded beside the attention; with ``seed`` it never is, since steps begin segments there."""
-    window_bits = 8 if preset == "balanced" else 16
-    books, chunk = store(preset, 64, past=PRESETS[preset].sinks + 211, chunk=1, batch=2, window_bits=window_bits)
+    recent_bits = 8 if preset == "balanced" else 16
+    books, chunk = store(preset, 64, past=PRESETS[preset].first_exact + 211, chunk=1, batch=2, recent_bits=recent_bits)
     coded = books.ledger[:, 1].clone()
     plan, exact = fused._plan, 2 * coders  # programs for one tile of keys and one of values
 
@@ -226,7 +227,7 @@ def test_programs_that_take_coded_tokens_and_exact_ones(preset: str, past: int, 
     monkeypatch.setattr(fused, "_PROGRAMS", 4)
     for tiles in (10**6, 0):
         monkeypatch.setattr(fused, "_PASS", tiles)
-        attends_and_enters(*store(preset, 64, past=past, chunk=1, window_bits=8))
+        attends_and_enters(*store(preset, 64, past=past, chunk=1, recent_bits=8))
     apart, together = ((made["programs"], *made["shares"]) for made in plans)
     assert apart[0] == sum(apart[1:])
     assert together[0] == together[1] > apart[1] and together[2] > 1
@@ -292,7 +293,7 @@ def test_half_precision_is_near_the_reference_in_single(
 @in_half
 @pytest.mark.parametrize("count, dim", [(1, 64), (1, 128), (40, 128), (40, 256)])
 def test_half_precision_with_a_window_of_bytes(count: int, dim: int, dtype: torch.dtype, bound: float) -> None:
-    close_in(dtype, bound, *store("balanced", dim, past=500, chunk=count, batch=2, window_bits=8), 0.1)
+    close_in(dtype, bound, *store("balanced", dim, past=500, chunk=count, batch=2, recent_bits=8), 0.1)
 
 
 @pytest.mark.gpu

@@ -90,5 +90,5 @@ def test_in_half_precision_it_is_what_it_is_in_single(heads: tuple[int, int, int
 
 
 def test_of_a_prompt_that_is_not_coded_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_shares", lambda *_: pytest.fail("its tokens were judged"))
+    monkeypatch.setattr(judging, "_shares", lambda *_: pytest.fail("its tokens were token_weighted"))
     assert torch.equal(importance(torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), None, 0.3, 1, 51), torch.zeros(2, 2, 50))

@@ -109,7 +109,7 @@ def test_window_hides_what_is_farther_behind(case: Case, window: int) -> None:
     books, dense = Books.blank(case.layout, case.batch, case.columns), Dense(case)
     for chunk in case.chunks:
         books.advance(chunk)
-        out = books.attend(chunk, case.scale, window=window)
+        out = books.attend(chunk, case.scale, sliding_window=window)
         books.append(chunk)
         dense.append(chunk)
         for row in range(case.batch):
@@ -196,14 +196,14 @@ def test_ledger_adds_up(case: Case) -> None:
                 before, coded_before = old[row][2:4]
             assert (before, coded_before) == tuple(old[row][2:4])
             assert after == tokens[row]
-            assert coded_before <= coded <= max(0, after - layout.sinks - layout.recent)
+            assert coded_before <= coded <= max(0, after - layout.first_exact - layout.recent)
             assert coded % layout.block == 0
             assert waiting <= old[row][4], "a row that has a basis never waits again"
             if waiting:
                 assert coded == 0
-                assert after - layout.sinks < layout.recent + layout.first
+                assert after - layout.first_exact < layout.recent + layout.first
             else:
-                assert after - layout.sinks - coded < layout.recent + layout.block
+                assert after - layout.first_exact - coded < layout.recent + layout.block
 
 
 @PROPERTY
@@ -232,9 +232,9 @@ def test_what_is_not_coded_stays_exact_or_is_held_in_bytes(case: Case) -> None:
     for row, (_, _, after, coded, *_) in enumerate(books.ledger.tolist()):
         key, value = reference.materialise(row, after, coded, books.positions[row], books.buffers, layout)
         token = torch.arange(after)
-        first, recent = token < layout.sinks, token >= layout.sinks + coded
-        exact = first if layout.window_bits == 8 else first | recent
-        assert (first | recent).sum() >= min(after, layout.sinks + layout.recent)
+        first, recent = token < layout.first_exact, token >= layout.first_exact + coded
+        exact = first if layout.recent_bits == 8 else first | recent
+        assert (first | recent).sum() >= min(after, layout.first_exact + layout.recent)
         torch.testing.assert_close(key[:, exact], dense.keys[row][:, exact], **CLOSE)
         assert torch.equal(value[:, exact], dense.values[row][:, exact])
         for ours, theirs in ((key, dense.keys[row]), (value, dense.values[row])):

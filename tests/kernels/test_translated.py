@@ -106,7 +106,7 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
         hide_triton(visible, flags, torch.ones(1, 190, dtype=torch.bool), torch.ones(1, 190, dtype=torch.int64))
     if hidden == "mask":
         mask, columns = torch.ones(1, 1, count, 190 + count, dtype=torch.bool), torch.ones(1, 190, dtype=torch.bool)
-    slide = {"window": 30, "softcap": 20.0} if hidden == "window" else {"window": 0}
+    slide = {"sliding_window": 30, "softcap": 20.0} if hidden == "window" else {"sliding_window": 0}
     chunk = (query, key, key, mask, columns, ledger, positions, None, buffers, layout, 0.125)
     fused.attend(*chunk, **slide, visible=visible, enters=count == 1)
     if count > 1:

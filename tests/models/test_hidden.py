@@ -99,7 +99,7 @@ def test_a_mask_that_hides_more_and_then_less_goes_on_compressed(pair: tuple[Pre
 @pytest.mark.parametrize("preset", ["balanced", "seed", "exact"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_kernels_hide_what_the_reference_hides(preset: str, count: int) -> None:
-    layout = sc.SpectralConfig.parse({"preset": preset, "sinks": 2, "recent": 8, "block": 4, "warmup": 16}).layout(2, 16, None)
+    layout = sc.SpectralConfig.parse({"preset": preset, **WINDOWS}).layout(2, 16, None)
     draw = torch.Generator().manual_seed(0)
 
     def chunk(n: int) -> Chunk:

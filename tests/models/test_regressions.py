@@ -52,7 +52,7 @@ def test_no_key_is_rotated_to_a_negative_position() -> None:
 def test_a_prompt_shorter_than_every_window_rotates_its_keys(length: int) -> None:
     prompt = tokens(1, length)
     expected = generated(build("llama"), prompt, output_logits=True)
-    out = generated(compiled(sinks=4, recent=64, block=32, warmup=1024), prompt, output_logits=True)
+    out = generated(compiled(first_exact=4, recent=64, block=32, warmup=1024), prompt, output_logits=True)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
     assert out.past_key_values.layers[0].keys.store.timeline.ledger[0, 3] == 0
 
@@ -82,7 +82,7 @@ def test_the_recent_window_and_the_sinks_are_used_and_exact() -> None:
     prompt = tokens(1, 120)
     with torch.no_grad():
         expected = build("llama")(prompt, use_cache=True).past_key_values.layers[1]
-        layer = compiled("compact", window_bits=16)(prompt, use_cache=True).past_key_values.layers[1]
+        layer = compiled("compact", recent_bits=16)(prompt, use_cache=True).past_key_values.layers[1]
     for held, dense in ((layer.keys.dense(), expected.keys), (layer.values.dense(), expected.values)):
         exact = torch.cat((held[:, :, :2], held[:, :, -8:]), 2)
         torch.testing.assert_close(exact, torch.cat((dense[:, :, :2], dense[:, :, -8:]), 2), atol=1e-5, rtol=1e-5)

@@ -186,7 +186,7 @@ def shapes(dims: tuple[int, ...]) -> st.SearchStrategy[Shape]:
 @st.composite
 def windows(draw: st.DrawFn, shape: Shape) -> dict[str, int]:
     return {
-        "sinks": draw(st.integers(0, 3)),
+        "first_exact": draw(st.integers(0, 3)),
         "recent": draw(st.integers(0, 6)),
         "block": draw(st.integers(1, 6)),
         "warmup": draw(st.integers(1, 12)),
@@ -279,7 +279,7 @@ def test_lossy_graph_equals_decoding_and_then_attending(case: Case, preset: str)
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"] if FULL else ["aot_eager"])  # models have the other
 def test_every_inner_compiler_gives_the_same(inner: str) -> None:
     model, generator = Decoder(Shape()), torch.Generator().manual_seed(0)
-    compiled = run_compiled(model, inner=inner, sinks=1, recent=4, block=2, warmup=4)
+    compiled = run_compiled(model, inner=inner, first_exact=1, recent=4, block=2, warmup=4)
     stored = dense = None
     with torch.no_grad():
         for count in (20, 1, 1, 5, 1):
@@ -423,7 +423,7 @@ def test_a_past_that_would_be_decoded_is_an_error_where_strict(variant: str) -> 
 
 def assert_chunks_equal_dense(model: Decoder, counts: tuple[int, ...], padding: Tensor | None = None) -> Layers:
     """Feed chunks of two rows to the compressed model and the dense one; the compressed cache. ``padding`` [2, tokens]."""
-    compiled, generator = run_compiled(model, sinks=1, recent=4, block=2, warmup=4), torch.Generator().manual_seed(0)
+    compiled, generator = run_compiled(model, first_exact=1, recent=4, block=2, warmup=4), torch.Generator().manual_seed(0)
     shown = torch.ones(2, sum(counts)) if padding is None else padding
     stored, dense, at = None, None, 0
     with torch.no_grad():
