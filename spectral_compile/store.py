@@ -15,9 +15,12 @@ import torch
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.foreign import remember
-from spectral_compile.kernels import advance, append, reference
+from spectral_compile.kernels import dense
+from spectral_compile.kernels.advance.hide import REVEALS, hide
+from spectral_compile.kernels.advance.op import advance
+from spectral_compile.kernels.append.op import append
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
-from spectral_compile.kernels.hide import REVEALS, hide
+from spectral_compile.kernels.values import Chunk
 
 # coded slots that a new log has to spare, which double whenever they are used up: a GPU must then record its graphs again
 HEADROOM = {"cpu": 64, "cuda": 1024}
@@ -187,7 +190,7 @@ class Timeline:
         if not self.due():
             return False
         nothing = torch.empty(self.batch, self.layout.kv_heads, 0, self.layout.head_dim, device=self.ledger.device)
-        advance.advance(self.ledger, self.positions, None, None, nothing, self.layout)
+        advance(self.ledger, self.positions, None, None, nothing, self.layout)
         return True
 
     def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Timeline:
@@ -383,7 +386,7 @@ class SpectralStore:
         out = torch.zeros(b, h, length, d, dtype=self.dtype, device=self.device)
         known = min(length, timeline.length)
         for row, (_, _, tokens, coded, *_) in enumerate(timeline.ledger.tolist()):
-            both = reference.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
+            both = dense.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
             places = timeline.columns[row, :known].nonzero().flatten()
             out[row, :, places] = both[role == "value"][:, : len(places)]
         if (new := self.pending.get(role)) is not None:
@@ -410,7 +413,7 @@ class SpectralStore:
         def advanced() -> Timeline:
             new = old.map(torch.clone)
             new.reserve(count)
-            advance.advance(new.ledger, new.positions, ids, None, key, layout)
+            advance(new.ledger, new.positions, ids, None, key, layout)
             new.enter(count, None)
             new.source = old  # the next layer looks for what was made of it
             new.entered = new.ledger.clone()
@@ -419,9 +422,9 @@ class SpectralStore:
 
         store.join(old.derived.get(("append", count), store, advanced))
         store.resize(old.ledger)
-        key = torch.stack([reference.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
+        key = torch.stack([dense.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
         no_query, entered = key.new_zeros(key.shape), store.timeline.entered
-        append.append(no_query, key, value, entered, None, None, store.buffers, layout)
+        append(Chunk(no_query, key, value), entered, store.buffers, layout)
         if not torch.equal(entered, store.timeline.ledger):
             store.catch_up()
         return store
@@ -430,7 +433,7 @@ class SpectralStore:
         """Code what the timeline's step of no columns has made due, out of the window."""
         layout = self.layout
         nothing = torch.empty(self.timeline.batch, layout.kv_heads, 0, layout.head_dim, dtype=self.dtype, device=self.device)
-        append.append(nothing, nothing, nothing, self.timeline.ledger, None, None, self.buffers, layout)
+        append(Chunk(nothing, nothing, nothing), self.timeline.ledger, self.buffers, layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralStore:
         key = id(self.timeline)
