@@ -14,7 +14,6 @@ from spectral_compile.evaluation.plot import GREY, OURS, WITH_PROFILE, better, n
 
 _COLOURS = (OURS, WITH_PROFILE, "#009E73", "#CC79A7", "#E69F00")
 _LABELS = ("geometry", "batch", "cached", "new_tokens", "method", "what", "variant")  # of a row, as opposed to its figures
-Lines = dict[str, list[tuple[float, float]]]  # by name
 
 
 def draw(measured: dict[str, list[Row]], facts: dict[str, str], path: Path) -> None:
@@ -56,35 +55,28 @@ def _labels(row: Row) -> str:
 
 def _attention(axes: Any, rows: list[Row]) -> None:
     """Microseconds by cached tokens, a line for each batch and method."""
-    ours, dense = {}, {}
-    for row in rows:
-        batch = "" if row["batch"] == 1 else f", batch {row['batch']}"
-        lines = dense if row["method"] in (attention.GQA, attention.REPEATED) else ours
-        lines.setdefault(f"{row['geometry']}, {row['method']}{batch}", []).append((row["cached"], row["microseconds"]))
+
+    def name(row: Row) -> str:
+        return f"{row['geometry']}, {row['method']}" + ("" if row["batch"] == 1 else f", batch {row['batch']}")
+
     axes.set(title="decode attention of one layer", ylabel="microseconds", yscale="log")
-    _by_tokens(axes, ours, dense)
+    _by_tokens(axes, rows, name, "microseconds", lambda row: row["method"] in (attention.GQA, attention.REPEATED))
     plain(axes.yaxis)
 
 
 def _encode(axes: Any, rows: list[Row]) -> None:
     """Percent of the dense forward by tokens; that one is 100 itself."""
-    ours, dense = {}, {}
-    for row in rows:
-        lines = dense if row["what"] == encode.DENSE else ours
-        lines.setdefault(f"{row['geometry']}, {row['what']}", []).append((row["cached"], row.get("percent", 100.0)))
     axes.set(title="storing a prompt", ylabel="% of the layer's dense forward")
-    _by_tokens(axes, ours, dense)
+    rows = [{"percent": 100.0, **row} for row in rows]
+    _by_tokens(axes, rows, lambda row: f"{row['geometry']}, {row['what']}", "percent", lambda row: row["what"] == encode.DENSE)
     axes.set_ylim(0, None)
 
 
 def _generate(axes: Any, rows: list[Row]) -> None:
     """Milliseconds a token by the length of the prompt."""
-    ours, dense = {}, {}
-    for row in rows:
-        lines = ours if row["variant"] == SPECTRAL else dense
-        lines.setdefault(f"{row['geometry']}, {row['variant']}", []).append((row["cached"], row["step_median_ms"]))
     axes.set(title="generate, batch 1", ylabel="median ms a token")
-    _by_tokens(axes, ours, dense)
+    name, dense = lambda row: f"{row['geometry']}, {row['variant']}", lambda row: row["variant"] != SPECTRAL
+    _by_tokens(axes, rows, name, "step_median_ms", dense)
     axes.set_ylim(0, None)
 
 
@@ -117,15 +109,22 @@ PANELS: dict[str, Callable[[Any, list[Row]], None]] = {
 }
 
 
-def _by_tokens(axes: Any, ours: Lines, dense: Lines) -> None:
-    """Lines over a number of tokens, less being better."""
-    for (name, points), colour in zip(ours.items(), cycle(_COLOURS), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), color=colour, marker="o", label=name)
-    for (name, points), line, marker in zip(dense.items(), cycle(("-", "--", ":", "-.")), cycle("s^vD"), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), color=GREY, linestyle=line, marker=marker, label=name, zorder=1)
-    lengths = sorted({x for points in (*ours.values(), *dense.values()) for x, _ in points})
+def _by_tokens(axes: Any, rows: list[Row], name: Callable[[Row], str], figure: str, dense: Callable[[Row], bool]) -> None:
+    """A figure of rows over their numbers of cached tokens, a line for each name; less is better."""
+    lines: dict[tuple[bool, str], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((dense(row), name(row)), []).append(row)
+    colours, looks = cycle(_COLOURS), cycle(zip(("-", "--", ":", "-."), "s^vD", strict=True))
+    for (is_dense, label), some in sorted(lines.items(), key=lambda line: line[0][0]):
+        some.sort(key=lambda row: row["cached"])
+        x, y = [row["cached"] for row in some], [row[figure] for row in some]
+        if is_dense:
+            line, marker = next(looks)
+            axes.plot(x, y, color=GREY, linestyle=line, marker=marker, label=label, zorder=1)
+        else:
+            axes.plot(x, y, color=next(colours), marker="o", label=label)
     axes.set(xlabel="tokens in the cache", xscale="log")
-    plain(axes.xaxis, tokens, lengths)
+    plain(axes.xaxis, tokens, sorted({row["cached"] for row in rows}))
     better(axes, (0.05, 0.05), (0.05, 0.2))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -29,7 +30,10 @@ def test_examples_run(
     unsloth = SimpleNamespace(FastLanguageModel=SimpleNamespace(from_pretrained=lambda name, **_: (model, None)))
     monkeypatch.setitem(sys.modules, "unsloth", unsloth)  # it needs a GPU to be imported
     sc.reset()
-    names = {"model": model, "inputs": {"input_ids": tokens(1, 40) % 128, "max_new_tokens": 4, "do_sample": False}}
+    names: dict[str, Any] = {
+        "model": model,
+        "inputs": {"input_ids": tokens(1, 40) % 128, "max_new_tokens": 4, "do_sample": False},
+    }
     with patch.dict(PRESETS):  # to which a recipe adds
         for number, block in enumerate(blocks(page, "python")):
             recompilable(names["model"])

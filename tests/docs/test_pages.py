@@ -8,6 +8,7 @@ import pkgutil
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -69,7 +70,7 @@ def test_python_names_that_are_mentioned_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("module", [api, rooms])
-def test_what_is_made_of_code_is_up_to_date(module: type[api]) -> None:
+def test_what_is_made_of_code_is_up_to_date(module: ModuleType) -> None:
     """Else: ``python -m tests.docs.write``."""
     assert text(module.PAGE) == module.written()
 
@@ -80,7 +81,7 @@ def test_the_picture_shows_the_table(tmp_path: Path) -> None:
     assert len(picture.points()) >= 20
     for path in (picture.PNG, tmp_path / "again.png"):
         with Image.open(path) as image:
-            assert [Point(**each) for each in json.loads(image.text["Description"])] == picture.points()
+            assert [Point(**each) for each in json.loads(image.info["Description"])] == picture.points()
 
 
 def test_every_option_is_in_the_table() -> None:
@@ -119,6 +120,6 @@ def test_the_changelog_begins_with_this_version() -> None:
 def test_the_glossary_has_the_words_of_the_code() -> None:
     """Fields of a layout that a reader of a report meets, and what the rooms are built around."""
     words = section(DOCS / "architecture.md", "Glossary").lower()
-    wanted = ("store", "timeline", "ledger row", "slot", "split", "append tile", "row field", "sink score", "sliding window")
-    wanted += ("first exact", "recent", "token weight", "segment", "tiers", "margin", "site", "edge", "refusal", "profile")
+    wanted = ["store", "timeline", "ledger row", "slot", "split", "append tile", "row field", "sink score", "sliding window"]
+    wanted += ["first exact", "recent", "token weight", "segment", "tiers", "margin", "site", "edge", "refusal", "profile"]
     assert [word for word in wanted if f"**{word}" not in words] == []

@@ -41,7 +41,7 @@ def test_a_preset_of_one_entry_compresses_and_lies_between_its_neighbours(tight:
 
 
 def test_the_command_line_knows_a_preset_of_one_entry(tight: None, tiny_folder: object) -> None:
-    assert options_of("tight-margin")["preset"].margin == 1
+    assert (options_of("tight-margin") or {})["preset"].margin == 1
     result = invoke("doctor", tiny_folder, "--preset", "tight")
     assert result.exit_code == 0 and 'options={"preset": "tight"}' in result.stdout
     figure = plot.picture([plot.Point("balanced", 8.5, 0.01), plot.Point("tight", 11.0, 0.02)], "a title")

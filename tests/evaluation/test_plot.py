@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,7 +31,7 @@ def test_every_cache_is_drawn_with_its_name_or_named_as_left_out(given: list[tup
     drawn = sum(len(line.get_xdata()) for line in figure.axes[0].lines)
     assert drawn == sum(point.kl > 0 for point in points)
     assert texts(figure) == {"better", *(point.name for point in points if point.kl > 0)}
-    note = figure._supxlabel.get_text() if figure._supxlabel else ""
+    note = figure.get_supxlabel()
     assert all(point.name in note for point in points if point.kl <= 0)
 
 
@@ -62,10 +63,11 @@ def test_names_do_not_cover_each_other() -> None:
 def test_a_file_says_what_was_drawn(tmp_path: Path) -> None:
     draw(SOME, "a title", tmp_path / "out.png")
     with Image.open(tmp_path / "out.png") as image:
-        assert [Point(**each) for each in json.loads(image.text["Description"])] == SOME
+        assert [Point(**each) for each in json.loads(image.info["Description"])] == SOME
 
 
 def test_no_file_is_left_where_drawing_fails(tmp_path: Path) -> None:
+    no_points: Any = [("balanced", 8.5, 0.01)]
     with pytest.raises(AttributeError):
-        draw([("balanced", 8.5, 0.01)], "no points", tmp_path / "out.png")
+        draw(no_points, "a title", tmp_path / "out.png")
     assert not list(tmp_path.iterdir())
