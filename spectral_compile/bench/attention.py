@@ -127,14 +127,3 @@ def show(rows: list[Row]) -> Table:
     caption = f"Floor: bytes over the bandwidth of a copy, {bandwidth}. Error: against float32 attention to the decoded store."
     measured = [row for row in rows if row is not copied]
     return table("Decode attention of one layer", measured, labels, figures, caption)
-
-
-def draw_panel(axes: Any, rows: list[Row]) -> None:
-    """Microseconds by cached tokens, of batch 1."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row.get("batch") == 1 and not row["error"]:
-            lines.setdefault(f"{row['geometry']}, {row['method']}", []).append((row["cached"], row["microseconds"]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(title="decode attention of one layer", xlabel="cached tokens", ylabel="microseconds", xscale="log", yscale="log")
