@@ -27,9 +27,11 @@ class SizeReader:
     """
 
     def __init__(self, size: int | torch.SymInt, examples: list[Any]) -> None:
-        self.fixed = size if isinstance(size, int) else None
-        if self.fixed is not None:
+        self.fixed: int | None = None
+        if isinstance(size, int):
+            self.fixed = size
             return
+        self.place: tuple[int, int | None]
         wanted = size.node.expr
         for i, example in enumerate(examples):
             if isinstance(example, torch.SymInt) and example.node.expr == wanted:
@@ -129,7 +131,8 @@ class BoundGraph:
         RuntimeError where the arguments are not the layers of one cache, or were written to by halves, or where the mask
         shows what was never stored.
         """
-        keys, values = ([arguments[site.past[role]] for site in self.plan.sites] for role in range(2))
+        pasts = [site.past for site in self.plan.sites if site.past is not None]  # all of them: only a prefill has none
+        keys, values = ([arguments[past[role]] for past in pasts] for role in range(2))
         prefix, length, timeline = keys[0].prefix, keys[0].length, keys[0].store.timeline
         stores = [key.store for key in keys]
         if timeline.prefill is not None:

@@ -46,7 +46,7 @@ def memory_stats(cache: Any) -> MemoryStats:
     seen: set[int] = set()
     logical, layers = 0, []
 
-    def add(tensor: torch.Tensor, part: str) -> int:
+    def add(tensor: torch.Tensor, part: Any) -> int:
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0 or storage._cdata in seen:
             return 0

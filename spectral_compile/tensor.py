@@ -89,7 +89,7 @@ class SpectralTensor(torch.Tensor):
         """What AOTAutograd's cache of graphs knows this tensor by."""
         return repr((tuple(self.shape), self.kind))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents=None):  # mypy refuses annotations here, which torch's own lacks
         return f"SpectralTensor({self.kind.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def dense(self) -> torch.Tensor:

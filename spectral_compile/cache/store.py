@@ -211,6 +211,7 @@ class SpectralStore:
         store.resize(old.ledger)
         key = torch.stack([reference.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
         no_query, entered = key.new_zeros(key.shape), store.timeline.entered
+        assert entered is not None, "``advanced`` sets it, and it is kept until the last layer has been appended to"
         append.append(no_query, key, value, entered, None, None, store.buffers, layout)
         if not torch.equal(entered, store.timeline.ledger):
             store.catch_up()
