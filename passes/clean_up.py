@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, fake, is_call
 from spectral_compile.passes.writes import changes_in_place
-from spectral_compile.tensor import SpectralTensor
+from spectral_compile.tensor import SpectralTensor, shape_of
 
 _ARITHMETIC = ("add", "iadd", "sub", "isub", "mul", "imul")
 _OF_A_SHAPE = ("shape", "ndim", "dtype", "device")  # attributes that say nothing of values
@@ -108,11 +108,6 @@ def stand_in(node: Node) -> torch.Tensor:
     example = shape_of(fake(node)) if is_asked_for_its_shape(node) else dense_example(fake(node))
     node.meta["example_value"] = example
     return example
-
-
-def shape_of(x: SpectralTensor) -> torch.Tensor:
-    """A tensor of the shape of ``x`` that holds one element, for graphs that only read sizes off it."""
-    return x.handle.new_zeros((), dtype=x.dtype).expand(x.shape)
 
 
 def dense_example(x: SpectralTensor) -> torch.Tensor:

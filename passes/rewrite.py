@@ -7,14 +7,12 @@ next's are born; extend and decode attend to the compressed past. What runs outs
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Node
 
-from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.advance.op import advance_
 from spectral_compile.kernels.append.op import append_
 from spectral_compile.kernels.attend.op import attend_
@@ -23,38 +21,7 @@ from spectral_compile.kernels.causal import causal
 from spectral_compile.kernels.importance.op import importance
 from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.passes.trace import Site, Trace, fake
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """A store for the runtime, of one matched site or of several that read the same keys and values: which arguments of the
-    graph as it came hold its past, and for how many columns a static cache has room."""
-
-    layout: Layout
-    dtype: torch.dtype
-    device: torch.device
-    past: tuple[int, int] | None
-    slots: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the runtime feeds a rewritten graph and what it makes of the results.
-
-    ``inputs`` names each input of the new graph: ("argument", i), ("ledger",), ("positions",), ("valid",), ("columns",),
-    ("visible",), ("buffer", site, field), and after clean-up ("dense", i), ("shape", i) or ("number", i). ``outputs`` names
-    each output of the old one: ("result", i) or ("key" | "value", site). ``padding`` is the argument that holds the 2-D mask;
-    ``masked`` says that some mask is none that the store could know by itself. ``batch`` and ``count`` are ints or symbolic.
-    """
-
-    kind: str
-    sites: tuple[SitePlan, ...]
-    inputs: dict[Node, tuple[Any, ...]]
-    outputs: tuple[tuple[Any, ...], ...]
-    padding: int | None
-    masked: bool
-    batch: Any
-    count: Any
+from spectral_compile.plan import Plan, SitePlan
 
 
 def rewrite(trace: Trace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def misdirected() -> list[str]:
 
 def being_compiled() -> torch.nn.Module | None:
     """The module whose ``compile`` is looking the backend up, if one is."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is torch.nn.Module.compile.__code__:
             return frame.f_locals["self"]

@@ -21,10 +21,11 @@ from spectral_compile.passes.constants import guard_constants
 from spectral_compile.passes.edges import classify_edges
 from spectral_compile.passes.masks import classify_masks
 from spectral_compile.passes.patched import refuse_patched
-from spectral_compile.passes.rewrite import Plan, rewrite
+from spectral_compile.passes.rewrite import rewrite
 from spectral_compile.passes.rope import match_rope
 from spectral_compile.passes.slices import Part, slice_wide
 from spectral_compile.passes.trace import Trace, fake
+from spectral_compile.plan import Plan
 from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SiteReport, SpectralWarning
 from spectral_compile.runtime import BoundGraph, DenseGraph
@@ -166,9 +167,9 @@ def varying(examples: list[Any], batch: int | torch.SymInt = 1) -> str | None:
 
 
 def moving_and_staying(plan: Plan) -> tuple[list[int], list[int]]:
-    """Which inputs lie elsewhere at every call, and which hardly ever do: weights, by Dynamo's word, and books.
+    """Which inputs lie elsewhere at every call, and which hardly ever do: weights, by Dynamo's word, and the timeline.
 
-    Buffers of stores are neither, since ``SpectralStore.edition`` says all of theirs.
+    Buffers of stores are neither: ``SpectralStore.buffers_identity`` tells by one comparison whether they are still the same.
     """
     move, stay = [], []
     for i, (node, source) in enumerate(plan.inputs.items()):

@@ -15,12 +15,12 @@ from typer import Argument, Option
 
 from spectral_compile import models
 from spectral_compile.backend import examine
+from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec.layout import Layout
 from spectral_compile.command import output, parse_options, phases
 from spectral_compile.errors import Refused
 from spectral_compile.kernels.buffers import allocate
 from spectral_compile.report import GraphReport, first_refusal
-from spectral_compile.store import Timeline
 
 PROMPT = 24  # tokens that are traced
 _SMALL = {"vocab_size": 256, "intermediate_size": 64, "moe_intermediate_size": 64}  # attention depends on none of these

@@ -16,7 +16,7 @@ from spectral_compile.report import count_decode
 
 def remember(handle: torch.Tensor, store: object) -> None:
     """Let ``decoded`` find the ``store`` by its handle, as long as it lives."""
-    handle.spectral_store = weakref.ref(store)
+    handle.spectral_store = weakref.ref(store)  # type: ignore[attr-defined]  # tensors take any attribute, unlike their stub
 
 
 def _fake(handle, role, size, dtype, strict) -> torch.Tensor:

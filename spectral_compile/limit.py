@@ -21,8 +21,8 @@ from spectral_compile.config import SpectralConfig
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning
 
 _usual: int | None = None  # the limit of other backends, while it is raised
-# functions, and what they were compiled by, of which a report says that they run densely; held, or another could get its id
-_told: dict[tuple[int, int], Any] = {}
+# what a function was compiled by, for each function that was reported to run densely; held, so that no other gets its ``id``
+_reported: dict[tuple[int, int], Any] = {}
 
 
 def watch(backend: Any) -> None:
@@ -43,8 +43,8 @@ def restore() -> None:
 
 
 def clear() -> None:
-    """Tell again of what has been told."""
-    _told.clear()
+    """Report anew what has been reported."""
+    _reported.clear()
 
 
 class _Hook:
@@ -56,8 +56,10 @@ class _Hook:
     def __call__(self) -> str:
         restore()
         attempt = _attempt(sys._getframe())
-        asked = None if attempt is None else innermost(attempt["compiler_fn"])
-        if asked is None or getattr(asked, "compiler_fn", asked) is not self.backend:
+        if attempt is None:
+            return ""
+        asked = innermost(attempt["compiler_fn"])
+        if getattr(asked, "compiler_fn", asked) is not self.backend:
             return ""
         _raise()
         exceeded, name = torch._dynamo.cache_size.exceeds_recompile_limit(attempt["cache_size"], attempt["compile_id"])
@@ -86,10 +88,10 @@ def _raise() -> None:
 
 
 def _tell(asked: Any, function: int, limit: str) -> None:
-    """Report and warn that a call runs densely, or raise an error where the options are strict.
+    """Report and warn that a call runs densely, and make Dynamo run it so; RuntimeError where the options are strict.
 
-    What is raised otherwise makes Dynamo run this call as it came, and ask again at the next one: if it took its own way, who
-    meets the limit after the first one would never be heard of.
+    Past its limit Dynamo would skip the function for good, without asking the hooks again, so that other models which share
+    the function would be neither reported nor warned of. The exception raised here skips this one call.
     """
     reason = (
         f"Dynamo has compiled this function too often ({limit}), so this call runs densely: raise that limit, or call"
@@ -97,8 +99,8 @@ def _tell(asked: Any, function: int, limit: str) -> None:
     )
     if SpectralConfig.parse(getattr(asked, "kwargs", {}).get("options")).strict:
         raise RuntimeError(f"strict: {reason}")
-    if (function, id(asked)) not in _told:
-        _told[function, id(asked)] = asked
+    if (function, id(asked)) not in _reported:
+        _reported[function, id(asked)] = asked
         report.record(GraphReport("other", 0, 0, (Refusal("graph", reason),)))
         warnings.warn(f"nothing in this call was compressed; {reason}", SpectralWarning, stacklevel=2)
     restore()

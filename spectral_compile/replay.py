@@ -11,15 +11,15 @@ import torch
 from spectral_compile import report
 from spectral_compile.kernels.capture import capture
 
-_KEPT = 4  # recordings, such as those of conversations that take turns
+_KEPT = 4  # recordings at most: as many conversations can take turns without a new recording
 
 
 class Replay:
     """A compiled step that is recorded once two calls in a row read the same memory, and replayed where a call does so again.
 
-    Inputs at the places ``move`` are copied to where a recording reads them. The others are read where they lie: those at
-    ``stay`` are asked where that is, and of the rest, hundreds of buffers, the caller says which ones they are. What a step
-    returns is copied, so that it outlives the next one.
+    Inputs at the places ``move`` are copied to where a recording reads them. The others are read where they lie: ``data_ptr``
+    of those at ``stay`` is compared at each call, and the rest, hundreds of buffers, is known by what the caller passes for
+    them. What a step returns is copied, since the next replay writes to the same memory.
     """
 
     def __init__(self, compiled: Callable[..., Any], move: list[int], stay: list[int], device: torch.device) -> None:
@@ -28,7 +28,11 @@ class Replay:
         self._last: Hashable = None
 
     def __call__(self, inputs: Sequence[Any], rest: tuple[Hashable, ...]) -> Sequence[Any]:
-        """What the step returns; ``rest`` stands for the buffers that are asked nothing, and for sizes of those at ``stay``."""
+        """What the step returns for ``inputs``.
+
+        ``rest`` is equal in two calls if the inputs at neither ``move`` nor ``stay`` are the same buffers, and if the sizes of
+        those at ``stay`` are the same.
+        """
         moved = [inputs[i] for i in self.move]
         layouts = [(x.shape, _strides(x)) if isinstance(x, torch.Tensor) else x for x in moved]
         key = (rest, *layouts, *[inputs[i].data_ptr() for i in self.stay])
@@ -51,12 +55,14 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
 
 class _Recording:
     def __init__(self, step: Replay, inputs: Sequence[Any]) -> None:
-        given, self._read = list(inputs), []
+        given = list(inputs)
+        self._read: list[tuple[torch.Tensor, tuple[slice, ...]] | None] = []  # by the places of ``step.move``
         for i in step.move:
             if isinstance(x := inputs[i], torch.Tensor):
                 strides = _strides(x)
-                once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)  # of what is repeated
-                with torch.inference_mode(False):  # what was made in this mode could not be written to in another one
+                # of dimensions of stride 0, which repeat one element, only that one is copied
+                once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)
+                with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
                     read = torch.empty_strided(x[once].shape, strides, dtype=x.dtype, device=x.device)
                 given[i] = read.expand(x.shape)
                 self._read.append((read, once))

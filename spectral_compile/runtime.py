@@ -9,23 +9,29 @@ from typing import Any
 
 import torch
 
+from spectral_compile.cache.sharing import Prefix
+from spectral_compile.cache.store import SpectralStore
+from spectral_compile.cache.timeline import Timeline
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.passes.clean_up import shape_of
-from spectral_compile.passes.rewrite import Plan
+from spectral_compile.plan import Plan
 from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning, count_decode, record
-from spectral_compile.store import SpectralStore, Timeline, View
-from spectral_compile.tensor import Kind, SpectralTensor
+from spectral_compile.tensor import Kind, SpectralTensor, shape_of
 
 
 class SizeReader:
-    """Reads a size that was symbolic while tracing off the arguments of a call."""
+    """Reads a size that was symbolic while tracing off the arguments of a call: an integer, or a dimension of a tensor.
 
-    def __init__(self, size: Any, examples: list[Any]) -> None:
-        self.fixed = size if isinstance(size, int) else None
-        if self.fixed is not None:
+    ValueError where ``size`` is symbolic and no argument of ``examples``, those of the trace, has it.
+    """
+
+    def __init__(self, size: int | torch.SymInt, examples: list[Any]) -> None:
+        self.fixed: int | None = None
+        if isinstance(size, int):
+            self.fixed = size
             return
+        self.place: tuple[int, int | None]
         wanted = size.node.expr
         for i, example in enumerate(examples):
             if isinstance(example, torch.SymInt) and example.node.expr == wanted:
@@ -45,7 +51,7 @@ class SizeReader:
 
 
 class BoundGraph:
-    """A compiled graph that takes and returns compressed caches where Dynamo believes that there are dense ones."""
+    """A compiled graph that takes and returns ``SpectralTensor``s where Dynamo's graph has dense keys and values."""
 
     def __init__(
         self,
@@ -54,14 +60,16 @@ class BoundGraph:
         config: SpectralConfig,
         examples: list[Any],
         dense: Callable[..., Any],
-        parts: Sequence[object] = (),
+        keeps: Sequence[object] = (),
         replay: Replay | None = None,
     ) -> None:
-        """``replay`` is called instead of ``compiled`` where steps are recorded, and ``dense``, the graph as it came, once it
-        is known that no step would be compressed. ``parts`` of ``compiled`` live as long as this."""
+        """``replay`` is called instead of ``compiled`` where steps are recorded as CUDA graphs, and ``dense``, the graph as it
+        came, after ``stay_dense``. ``examples`` are the fake arguments of that graph. What ``compiled`` refers to only weakly
+        is in ``keeps``, and lives as long as this does."""
         self.plan, self.compiled, self.config, self.dense, self.replay = plan, compiled, config, dense, replay
-        self.served = self.stays_dense = False  # whether steps on what it stored were compressed; whether it stores no more
-        self._parts = parts
+        self.served = False  # some step on a cache that this prefill began was compressed
+        self.stays_dense = False
+        self._keeps = keeps
         self.batch, self.count = SizeReader(plan.batch, examples), SizeReader(plan.count, examples)
         places, self._converted = _places(plan)
         self._pick = itemgetter(*places)
@@ -71,7 +79,7 @@ class BoundGraph:
         if plan.sites[0].device.type == "cuda":
             from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
 
-            for site in plan.sites:  # what outlives a CUDA graph must not be made while one is recorded
+            for site in plan.sites:  # made now: memory allocated while a CUDA graph is recorded belongs to that graph
                 tables(site.layout.rotary, site.device, site.dtype)
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
@@ -87,7 +95,9 @@ class BoundGraph:
         if self.replay is None:
             results = self.compiled(*inputs)
         else:
-            results = self.replay(inputs, (timeline.batch, timeline.positions.shape[1], *[store.edition for store in stores]))
+            results = self.replay(
+                inputs, (timeline.batch, timeline.positions.shape[1], *[store.buffers_identity for store in stores])
+            )
         timeline.enter(count, valid)
         if count == 1 and timeline.catch_up():
             for store in stores:
@@ -97,7 +107,7 @@ class BoundGraph:
         return self._wrap(results, stores)
 
     def stay_dense(self, refusal: Refusal) -> None:
-        """Compress no more prompts if none of their steps has been compressed, and say why."""
+        """From now on run prompts densely, unless some step on their caches was compressed; warns, and records why."""
         if not (self.served or self.stays_dense):
             self.stays_dense = True
             why = Refusal(refusal.where, f"its decode steps are not compressed, so prompts stay dense too: {refusal.reason}")
@@ -105,7 +115,7 @@ class BoundGraph:
             warnings.warn(str(why), SpectralWarning, stacklevel=2)
 
     def _begin(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
-        """Empty stores for a prompt, and which of its columns are tokens."""
+        """Empty stores for a prompt of ``count`` columns, and which of these are tokens: bool [B, count], or None for all."""
         sites = self.plan.sites
         valid = self._valid(arguments, 0, count)
         tokens = count
@@ -116,15 +126,20 @@ class BoundGraph:
         return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
 
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
-        """The stores that the arguments read, ready to be appended to, and which of the new columns are tokens."""
-        keys, values = ([arguments[site.past[role]] for site in self.plan.sites] for role in range(2))
-        view, length, timeline = keys[0].reach, keys[0].length, keys[0].store.timeline
+        """The stores of the arguments, ready to be appended to, and which of the new columns are tokens, as in ``_begin``.
+
+        RuntimeError where the arguments are not the layers of one cache, or were written to by halves, or where the mask
+        shows what was never stored.
+        """
+        pasts = [site.past for site in self.plan.sites if site.past is not None]  # all of them: only a prefill has none
+        keys, values = ([arguments[past[role]] for past in pasts] for role in range(2))
+        prefix, length, timeline = keys[0].prefix, keys[0].length, keys[0].store.timeline
         stores = [key.store for key in keys]
         if timeline.prefill is not None:
             timeline.prefill.served = True
-        # what the step before has returned is one view of stores on one timeline; all else is looked at closely
+        # True for what one step of ours returned, which is by far the most frequent case and needs no closer look
         alike = (
-            {x.reach for x in keys + values} == {view}
+            {x.prefix for x in keys + values} == {prefix}
             and stores == [value.store for value in values]
             and {store.timeline for store in stores} == {timeline}
         )
@@ -136,13 +151,12 @@ class BoundGraph:
             if any(not timeline.same_as(store.timeline) for store in stores):
                 raise RuntimeError("the layers of the compressed cache hold different tokens")
         if len(timeline.users) > len(stores) or not (alike or all(store.timeline is timeline for store in stores)):
-            # copied layer by layer, or only in part: these layers get books that no other cache writes in
+            # the cache was copied layer by layer, or only some layers of it: these get a timeline that no other cache advances
             timeline = timeline.map(torch.clone)
             for store in stores:
                 store.join(timeline)
-        if len(set(stores)) < len(stores):  # what two layers were given grows for each of them by itself
-            seen: set[SpectralStore] = set()
-            stores = [s.map(timeline, torch.clone) if s in seen or seen.add(s) else s for s in stores]
+        if len(set(stores)) < len(stores):  # one tensor stands in two layers, which append different tokens to it
+            stores = [s.map(timeline, torch.clone) if s in stores[:i] else s for i, s in enumerate(stores)]
         if length != timeline.length or any(store.pending for store in stores):
             if self._static:
                 raise RuntimeError("keys were written to this static cache and values were not: start with a new cache")
@@ -151,7 +165,8 @@ class BoundGraph:
         if timeline.reserve(count):
             for store in stores:
                 store.resize()
-        wait = self.plan.kind == "extend" or self.config.strict or not self._on_gpu  # which a lenient decode does not
+        # a decode step on a GPU does not wait for the device, unless strict, and so learns of a wrong mask one step late
+        wait = self.plan.kind == "extend" or self.config.strict or not self._on_gpu
         if self.plan.padding is not None:
             timeline.hide(arguments[self.plan.padding][:, :length], wait)
         if timeline.padded and not self.plan.masked and self.plan.padding is None:
@@ -165,7 +180,7 @@ class BoundGraph:
 
     @staticmethod
     def _settle(timeline: Timeline, stores: list[SpectralStore]) -> None:
-        """Give back what was reserved and is not needed."""
+        """Shrink what was reserved before it was known how much is needed: places of recent tokens, and segments."""
         settled = timeline.settle()
         if timeline.offered:
             used = max(store.segments_used() for store in stores)
@@ -178,9 +193,9 @@ class BoundGraph:
 
     @staticmethod
     def _fork(stores: list[SpectralStore], length: int) -> list[SpectralStore]:
-        """Stores with ``length`` columns: these ones, if nobody can read what comes after, else copies."""
+        """Stores with ``length`` columns: these, truncated in place, if no live tensor reads more of them, or else copies."""
         timeline = stores[0].timeline
-        if length < timeline.length and all(store.longest_view() <= length for store in stores):
+        if length < timeline.length and all(store.longest_prefix() <= length for store in stores):
             timeline.truncate(length)
             for store in stores:
                 store.pending = {}
@@ -195,9 +210,9 @@ class BoundGraph:
         return arguments[self.plan.padding][:, length : length + count].bool()
 
     def _feed(self, arguments: tuple[Any, ...], stores: list[SpectralStore], valid: torch.Tensor | None) -> tuple[Any, ...]:
-        """The inputs of the compiled graph, which are hundreds at every step."""
+        """The inputs of the compiled graph in its order: hundreds at every step, so by one ``itemgetter``."""
         timeline = stores[0].timeline
-        given = [timeline.ledger, timeline.positions, timeline.columns, timeline.visible, valid]
+        given: list[Any] = [timeline.ledger, timeline.positions, timeline.columns, timeline.visible, valid]  # as in _SHARED
         for store in stores:
             given += store.buffers
         given += arguments
@@ -210,48 +225,51 @@ class BoundGraph:
         return Kind(site.dtype, role, site.layout, self.config.strict, site.slots is not None)
 
     def _wrap(self, results: Sequence[Any], stores: list[SpectralStore]) -> tuple[Any, ...]:
-        """What the graph returns, with all stores as tensors, which are one view of the cache."""
+        """What Dynamo's graph would return, with each key and value as a ``SpectralTensor``; all share one ``Prefix``."""
         sites, timeline, prefill = self.plan.sites, stores[0].timeline, self.plan.kind == "prefill"
-        view = View(None if self._static else timeline.length)
+        prefix = Prefix(None if self._static else timeline.length)
         for store in stores:
-            store.add_view(view)
+            store.add_prefix(prefix)
         out, batch, length = [], timeline.batch, timeline.length
         for i, kind in self._outputs:
             if kind is None:
                 out.append(results[i])
                 continue
             store, layout = stores[i], kind.layout
-            shape = (batch, layout.kv_heads, sites[i].slots if kind.static else length, layout.head_dim)
-            out.append(SpectralTensor(store.handle, shape, kind, store, view))
+            columns = length if (slots := sites[i].slots) is None else slots
+            shape = torch.Size((batch, layout.kv_heads, columns, layout.head_dim))
+            out.append(SpectralTensor(store.handle, shape, kind, store, prefix))
             if prefill and not kind.static:
-                # the next call then traces a graph for every length at once
+                # Dynamo then traces the next call for all lengths, and not first for this one
                 torch._dynamo.maybe_mark_dynamic(out[-1], 2)
         return tuple(out)
 
 
 def _places(plan: Plan) -> tuple[list[int], list[tuple[int, Callable[[Any, Timeline], Any]]]]:
-    """Where the inputs of a compiled graph stand among the books, the stores' buffers and the arguments, in this order, and
-    which of the arguments are converted first."""
-    books, fields = ("ledger", "positions", "columns", "visible", "valid"), Buffers._fields
-    places, converted = [], []
+    """The place of each input of a compiled graph among what ``BoundGraph._feed`` lines up: ``_SHARED``, the buffers of all
+    stores, the arguments of the call. Then the places of arguments that are converted first, and by what."""
+    fields = Buffers._fields
+    places: list[int] = []
+    converted: list[tuple[int, Callable[[Any, Timeline], Any]]] = []
     for source in plan.inputs.values():
         match source:
             case ("buffer", i, name):
-                places.append(len(books) + i * len(fields) + fields.index(name))
+                places.append(len(_SHARED) + i * len(fields) + fields.index(name))
             case (what,):
-                places.append(books.index(what))
+                places.append(_SHARED.index(what))
             case (what, i):
-                places.append(len(books) + len(plan.sites) * len(fields) + i)
+                places.append(len(_SHARED) + len(plan.sites) * len(fields) + i)
                 if what != "argument":
                     converted.append((places[-1], _CONVERSIONS[what]))
     return places, converted
 
 
 class DenseGraph:
-    """A compiled graph that was not rewritten but is given compressed tensors: decoded, or those at ``shapes`` as shapes.
+    """A compiled graph that was not rewritten, for calls with compressed tensors among the arguments: these are decoded, or
+    only their shapes are passed on where their indices are in ``shapes``.
 
-    Where it is a decode step, ``refused`` for a reason, the graph that compressed the prompt does so no more if there are no
-    other steps: each conversation would be decoded.
+    ``refused`` is why it is no compressed decode step, where it is a decode step. The prefill that began the cache then stays
+    dense (``BoundGraph.stay_dense``), since every conversation would be compressed only to be decoded.
     """
 
     def __init__(self, compiled: Callable[..., Any], shapes: set[int], refused: Refusal | None) -> None:
@@ -264,13 +282,13 @@ class DenseGraph:
         if i in self.shapes:
             return shape_of(tensor)
         dense = densely(tensor)
-        if self.refused and (prefill := tensor.store.timeline.prefill) is not None:
+        if self.refused and (prefill := tensor.require_store().timeline.prefill) is not None:
             prefill.stay_dense(self.refused)
         return dense
 
 
 def densely(tensor: SpectralTensor) -> torch.Tensor:
-    """``tensor`` decoded, which is counted; RuntimeError for a static cache, to which the graph would write."""
+    """``tensor`` decoded, which is counted. RuntimeError for a static cache, to which the graph would write, or if strict."""
     if tensor.kind.static:
         raise RuntimeError(
             "a graph that was not compressed would write to a compressed static cache: use the default DynamicCache; "
@@ -280,6 +298,7 @@ def densely(tensor: SpectralTensor) -> torch.Tensor:
     return tensor.dense()
 
 
+_SHARED = ("ledger", "positions", "columns", "visible", "valid")  # inputs that all layers share, in the order of ``_feed``
 _CONVERSIONS: dict[str, Callable[[Any, Timeline], Any]] = {
     "dense": lambda tensor, timeline: densely(tensor),
     "shape": lambda tensor, timeline: shape_of(tensor),

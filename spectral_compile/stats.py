@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spectral_compile.kernels.buffers import PART, Buffers
+from spectral_compile.kernels.buffers import PART
 from spectral_compile.outputs import cache_of
 from spectral_compile.tensor import SpectralTensor
 
@@ -18,10 +18,11 @@ from spectral_compile.tensor import SpectralTensor
 class MemoryStats:
     """Bytes of a cache.
 
-    ``logical_bytes`` is what dense keys and values of this shape and dtype take, and states as they are, ``stored_bytes`` what
-    is alive for them, and ``ratio`` the quotient. ``parts`` splits the stored bytes into codes, bases, scales, windows, dense,
-    states and other; states are what layers hold whatever the number of tokens, such as those of linear attention and
-    convolutions. ``layers`` holds the stored bytes of each layer (what layers share is counted with the first).
+    ``logical_bytes`` is what dense keys and values of this shape and dtype take, and states as they are; ``stored_bytes`` is
+    what is really allocated for them; ``ratio`` is the first over the second. ``parts`` splits the stored bytes into codes,
+    bases, scales, recent (first and recent tokens, which are not coded), dense, states and other; states are what layers hold
+    whatever the number of tokens, such as those of linear attention and convolutions. ``layers`` holds the stored bytes of
+    each layer; what layers share is counted with the first.
     """
 
     logical_bytes: int
@@ -45,7 +46,7 @@ def memory_stats(cache: Any) -> MemoryStats:
     seen: set[int] = set()
     logical, layers = 0, []
 
-    def add(tensor: torch.Tensor, part: str) -> int:
+    def add(tensor: torch.Tensor, part: Any) -> int:
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0 or storage._cdata in seen:
             return 0
@@ -61,13 +62,12 @@ def memory_stats(cache: Any) -> MemoryStats:
             if not isinstance(tensor, SpectralTensor):
                 stored += add(tensor, "dense")
                 continue
-            store = tensor.store
-            stored += sum(add(buffer, PART[i]) for i, buffer in enumerate(store.buffers))
+            store = tensor.require_store()
+            stored += sum(add(buffer, part) for buffer, part in zip(store.buffers, PART, strict=True))
             stored += sum(add(x, "other") for x in (*store.timeline.tensors(), store.handle))
             stored += sum(add(x, "recent") for x in store.pending.values())
         layers.append(stored)
     total = sum(layers)
-    assert len(PART) == len(Buffers._fields)
     return MemoryStats(logical, total, logical / total if total else 1.0, parts, tuple(layers))
 
 
@@ -90,12 +90,17 @@ def storage_bytes(*roots: Any) -> int:
     return sum(storages.values())
 
 
-def _layers(cache: Any) -> list[tuple[list[torch.Tensor], ...]]:
-    """What is alive of each layer: keys and values, constant states, and what else there is, such as keys of an indexer."""
+_Held = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+
+
+def _layers(cache: Any) -> list[_Held]:
+    """What each layer holds: keys and values, states of constant size, and the rest, such as the keys of an indexer."""
     if hasattr(cache, "cross_attention_cache"):
-        both = zip_longest(*map(_layers, (cache.self_attention_cache, cache.cross_attention_cache)), fillvalue=([], [], []))
-        return [tuple(own + cross for own, cross in zip(*layer, strict=True)) for layer in both]
-    found, linear = [], getattr(cache, "linear_cache", [])  # MiniMax's states, which do not lie in its layers
+        nothing: _Held = ([], [], [])
+        both = zip_longest(_layers(cache.self_attention_cache), _layers(cache.cross_attention_cache), fillvalue=nothing)
+        return [(own[0] + cross[0], own[1] + cross[1], own[2] + cross[2]) for own, cross in both]
+    found: list[_Held] = []
+    linear = getattr(cache, "linear_cache", [])  # MiniMax keeps states beside its layers
     for i, layer in enumerate(getattr(cache, "layers", cache)):
         held = dict(zip(("keys", "values"), layer, strict=False)) if isinstance(layer, (list, tuple)) else dict(vars(layer))
         pair = [x for name in ("keys", "values") if isinstance(x := held.pop(name, None), torch.Tensor)]

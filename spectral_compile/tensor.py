@@ -9,21 +9,23 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map
 
+from spectral_compile.cache.sharing import Prefix
+from spectral_compile.cache.store import SpectralStore
+from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec.layout import Layout
 from spectral_compile.foreign import decoded
 from spectral_compile.report import count_decode
-from spectral_compile.store import SpectralStore, Timeline, View
 
 aten = torch.ops.aten
 
 _WRITES = "this would write to a compressed cache, which only grows: start with a new cache, or write to keys.dense()"
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 _IN_PLACE.add("__setitem__")
-_INNER = ["handle"]  # the one list of every tensor's inner ones, which Dynamo asks for at every call
+_INNER = ["handle"]  # one list for all tensors, since Dynamo asks for it at every call
 
 
 class Kind(NamedTuple):
-    """What Dynamo compiles for beside a tensor's shape: its metadata, which is compared at every call."""
+    """The metadata of a ``SpectralTensor``: with its shape all that Dynamo compiles for. Guards compare it at every call."""
 
     dtype: torch.dtype
     role: str  # "key" or "value"
@@ -33,20 +35,20 @@ class Kind(NamedTuple):
 
 
 class SpectralTensor(torch.Tensor):
-    """A length on a ``SpectralStore``: logically [B, KV heads, T, head_dim] of the model's dtype.
+    """The first T columns of one role of a ``SpectralStore``: logically [B, KV heads, T, head_dim] of the model's dtype.
 
-    Where ``static``, T counts the columns that a static cache has room for, all that are not yet written being zeros, and the
-    length is always the store's own.
+    Where ``static``, T is the number of columns that a static cache has room for, of which those not yet written are zeros,
+    and the length is always the store's own.
 
     Concatenating, cropping, reordering, selecting and repeating rows, cloning, copying and moving act on the compressed form.
-    Any other operation decodes to a dense tensor, which is counted and warned of, or an error where ``strict``; to write in
-    place is an error. To Dynamo only ``handle``, an empty tensor, and ``kind`` are visible.
+    Any other operation decodes to a dense tensor, which is counted and warned of, or a RuntimeError where ``strict``; writing
+    in place is a RuntimeError. To Dynamo only ``handle``, an empty tensor, and ``kind`` are visible.
     """
 
     handle: torch.Tensor
     kind: Kind
     store: SpectralStore | None
-    reach: View | None
+    prefix: Prefix | None
 
     @staticmethod
     def __new__(
@@ -55,21 +57,26 @@ class SpectralTensor(torch.Tensor):
         shape: torch.Size,
         kind: Kind,
         store: SpectralStore | None = None,
-        view: View | None = None,
+        prefix: Prefix | None = None,
     ) -> SpectralTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=handle.device)
-        self.handle, self.kind, self.store, self.reach = handle, kind, store, view
+        self.handle, self.kind, self.store, self.prefix = handle, kind, store, prefix
         return self
 
     @property
     def length(self) -> int:
         """The columns that are there."""
-        return self.store.timeline.length if self.kind.static else self.shape[2]
+        return self.require_store().timeline.length if self.kind.static else self.shape[2]
 
     @property
     def shape_only(self) -> bool:
         """Whether Dynamo traces with this tensor, which then has no store and is asked for no values."""
         return self.store is None and isinstance(self.handle, FakeTensor)
+
+    def require_store(self) -> SpectralStore:
+        """The store of a tensor that is not traced."""
+        assert self.store is not None, "only a traced tensor has no store"
+        return self.store
 
     def __tensor_flatten__(self) -> tuple[list[str], Kind]:
         return _INNER, self.kind
@@ -82,32 +89,33 @@ class SpectralTensor(torch.Tensor):
         """What AOTAutograd's cache of graphs knows this tensor by."""
         return repr((tuple(self.shape), self.kind))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents=None):  # mypy refuses annotations here, which torch's own lacks
         return f"SpectralTensor({self.kind.role}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def dense(self) -> torch.Tensor:
-        """The tensor that this stands for, decoded: keys rotated as attention sees them, padding as zeros."""
-        if self.store is None:  # traced, by Dynamo for the shape alone, by other compilers for what the graph is to compute
+        """The dense tensor that this stands for: keys after RoPE, as attention sees them, and padding as zeros."""
+        if self.store is None:  # traced: by Dynamo for the shape alone, by other compilers for what the graph is to compute
             return decoded(self.handle, self.kind.role, list(self.shape), self.dtype, self.kind.strict)
         return self.store.dense(self.kind.role, self.shape[2])
 
     def _on(self, store: SpectralStore, length: int | None = None) -> SpectralTensor:
-        """This tensor on another store, whose columns it reads up to ``length``, by default its own."""
+        """The same role of ``store``, up to column ``length``, by default as many as this tensor has."""
         length = self.shape[2] if length is None or self.kind.static else length
         shape = torch.Size((store.timeline.batch, store.layout.kv_heads, length, store.layout.head_dim))
-        view = View(None if self.kind.static else length)
-        store.add_view(view)
-        new = SpectralTensor(store.handle, shape, self.kind._replace(dtype=store.dtype), store, view)
+        prefix = Prefix(None if self.kind.static else length)
+        store.add_prefix(prefix)
+        new = SpectralTensor(store.handle, shape, self.kind._replace(dtype=store.dtype), store, prefix)
         if hasattr(self, "_dynamo_weak_dynamic_indices"):
-            torch._dynamo.maybe_mark_dynamic(new, 2)  # what a prefill returned keeps its mark
+            torch._dynamo.maybe_mark_dynamic(new, 2)  # a copy of what a prefill returned keeps its mark
         return new
 
     def _moved(self, key: Any, move: Callable[[torch.Tensor], torch.Tensor], holder: Any = None) -> SpectralTensor:
-        """This tensor on a store of its own with ``move`` applied to every buffer.
+        """The same role of a new store, with ``move`` applied to every buffer.
 
-        ``key`` names the operation: the layer's other role shares the new store, and other layers its timeline.
+        ``key`` names the operation, with ``holder`` alive where it contains its id: the other role of the layer gets the same
+        new store, and the other layers get stores on the same new timeline (``SharedResults``).
         """
-        store, length = self.store, self.length
+        store, length = self.require_store(), self.length
 
         def timeline() -> Timeline:
             return store.timeline.crop(min(length, store.timeline.length)).map(move)
@@ -119,7 +127,7 @@ class SpectralTensor(torch.Tensor):
 
         return self._on(store.derived.get((key, length), self.kind.role, build, holder), length)
 
-    # What PyTorch itself returns from these is a view to it, which Dynamo would build again from the tensor that it came of.
+    # PyTorch records what these return as a view of ``self``, which Dynamo would then rebuild from ``self``.
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         made = NotImplemented
@@ -136,12 +144,12 @@ class SpectralTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralTensor:
         store = memo.get(id(self.store))
         if store is None:
-            store = self.store.__deepcopy__(memo)
+            store = self.require_store().__deepcopy__(memo)
         memo[id(self)] = new = self._on(store)
         return new
 
     def __copy__(self) -> SpectralTensor:
-        return self._on(self.store)
+        return self._on(self.require_store())
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(_WRITES)
@@ -152,13 +160,13 @@ class SpectralTensor(torch.Tensor):
             " tensor that it stands for; copy.deepcopy(cache) copies a cache"
         )
 
-    # of these PyTorch's own would read the memory that there is none of
+    # PyTorch's own methods of these names would read memory that a wrapper tensor does not have
     share_memory_ = is_shared = storage = data_ptr = numpy = tolist = __array__ = __dlpack__ = _refuse
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.store is not None:
             self._refuse()
-        return str, (self._stable_hash_for_caching(),)  # what torch before 2.13 knows a graph by with such an input
+        return str, (self._stable_hash_for_caching(),)  # torch before 2.13 hashes the pickle of a graph's inputs for its cache
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -183,7 +191,7 @@ class SpectralTensor(torch.Tensor):
             return x.dense()
 
         if func in (aten.detach.default, aten.alias.default):
-            return SpectralTensor(first.handle, first.shape, first.kind, first.store, first.reach)
+            return SpectralTensor(first.handle, first.shape, first.kind, first.store, first.prefix)
         out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
         views = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns)
         if views and isinstance(first, SpectralTensor) and first.store is not None:
@@ -192,7 +200,7 @@ class SpectralTensor(torch.Tensor):
 
 
 class Decoded(torch.Tensor):
-    """What a view of a compressed tensor comes to, decoded: to be read, since what is written to it would reach no cache."""
+    """A view of a decoded compressed tensor. It may be read; writing to it, which would not change the cache, is an error."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -212,8 +220,13 @@ class Decoded(torch.Tensor):
         return out
 
 
+def shape_of(x: SpectralTensor) -> torch.Tensor:
+    """A tensor of the shape and dtype of ``x`` that holds one element, for graphs that only read sizes off it."""
+    return x.handle.new_zeros((), dtype=x.dtype).expand(x.shape)
+
+
 def _only_cut(index: Any, ndim: int) -> tuple[int, slice] | None:
-    """The dimension and the range of an index that cuts along one dimension, if that is all it does."""
+    """The dimension and the slice of an ``index`` that does nothing but cut along one dimension; None for any other."""
     given = index if isinstance(index, tuple) else (index,)
     if not all(x is Ellipsis or isinstance(x, slice) for x in given) or given.count(Ellipsis) > 1:
         return None
@@ -231,7 +244,7 @@ def _traced(args: Any) -> bool:
 
 
 def _write(x: SpectralTensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> SpectralTensor:
-    """What a static cache does with new tokens, which can only come after those that are there."""
+    """``index_copy_`` of new tokens into a static cache, which can only come after those that are there."""
     if x.store is None and not x.shape_only:
         raise RuntimeError(
             'a graph of another compiler than backend="spectral" would write to a compressed static cache: compile with that'
@@ -251,19 +264,20 @@ def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Any:
     if dim % 4 == 2 and len(tensors) == 2 and not isinstance(tensors[1], SpectralTensor):
         length, new = first.shape[2], tensors[1]
         if new.shape[2] == 0:
-            return first._on(first.store)
-        store = first.store
+            return first._on(first.require_store())
+        store = first.require_store()
         if length > store.timeline.length:
             return NotImplemented  # the other role still lacks the chunk before this one
         if length != store.timeline.length:
-            store = store.derived.get(("append", length), first.kind.role, lambda: store.fork(length))
+            longer = store
+            store = longer.derived.get(("append", length), first.kind.role, lambda: longer.fork(length))
         return first._on(store.append_eagerly(first.kind.role, new), length + new.shape[2])
-    stores = [t.store for t in tensors if isinstance(t, SpectralTensor)]
+    stores = [t.require_store() for t in tensors if isinstance(t, SpectralTensor)]
     alike = {(s.layout, s.dtype, s.timeline.length, bool(s.pending)) for s in stores}
-    if dim % 4 != 0 or len(stores) < len(tensors) or len(alike) > 1 or first.shape[2] != first.store.timeline.length:
+    if dim % 4 != 0 or len(stores) < len(tensors) or len(alike) > 1 or first.shape[2] != stores[0].timeline.length:
         return NotImplemented
     key = ("stack", *(id(store) for store in stores))
-    return first._on(first.store.derived.get(key, first.kind.role, lambda: SpectralStore.stack(stores), stores))
+    return first._on(stores[0].derived.get(key, first.kind.role, lambda: SpectralStore.stack(stores), stores))
 
 
 def _slice(x: SpectralTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
@@ -271,9 +285,9 @@ def _slice(x: SpectralTensor, dim: int = 0, start: int | None = None, end: int |
     if step != 1 or (dim % 4 != 0 and first != 0):
         return NotImplemented
     if last - first == x.shape[dim]:
-        return x._on(x.store)
+        return x._on(x.require_store())
     if dim % 4 == 2 and not x.kind.static:
-        return x._on(x.store, last)
+        return x._on(x.require_store(), last)
     if dim % 4 == 0:
         return x._moved(("rows", first, last), lambda t: t[first:last].clone())
     return NotImplemented
@@ -314,8 +328,9 @@ def _to_copy(x: SpectralTensor, dtype: torch.dtype | None = None, device: Any = 
         return NotImplemented
 
     moved = x._moved(("to", dtype, str(device)), lambda t: t.to(device=device, copy=True))
-    moved.store.cast(dtype)
-    return moved._on(moved.store)
+    store = moved.require_store()
+    store.cast(dtype)
+    return moved._on(store)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {

@@ -16,6 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def _without_adapter(model: nn.Module) -> PreTrainedModel:
     elif any(config.is_prompt_learning for config in configs.values()):
         raise ValueError("its adapter learns prompts, which are not part of the model: merge it, or use a LoRA adapter")
     else:
-        base = model.get_base_model()
+        base = cast(Any, model).get_base_model()
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"{type(base).__name__} is no transformers model: give what from_pretrained returned")
     return base
@@ -82,13 +83,14 @@ def _modeling(base: PreTrainedModel) -> str:
 @functools.cache
 def _fresh(name: str) -> ModuleType:
     """The module ``name`` executed from its file once more, without what was assigned to it or to what it imports."""
-    public = importlib.import_module(name)
+    file = _file(name)
     package, _, last = name.rpartition(".")
-    spec = importlib.util.spec_from_file_location(f"{package}._as_written_{last}", public.__file__)
+    spec = importlib.util.spec_from_file_location(f"{package}._as_written_{last}", file)
+    assert spec is not None and spec.loader is not None, "a file of Python has a loader"
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # Dynamo looks for globals by the module's name
     spec.loader.exec_module(module)
-    authors = str(Path(importlib.import_module(name.partition(".")[0]).__file__).parent)
-    for statement in ast.walk(ast.parse(Path(public.__file__).read_text(encoding="utf-8"))):
+    authors = str(_file(name.partition(".")[0]).parent)
+    for statement in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(statement, ast.ImportFrom) or not statement.level:
             continue
         source = importlib.util.resolve_name("." * statement.level + (statement.module or ""), module.__package__)
@@ -97,6 +99,13 @@ def _fresh(name: str) -> ModuleType:
             if isinstance(value, FunctionType) and not value.__code__.co_filename.startswith(authors):
                 setattr(module, alias.asname or alias.name, getattr(_fresh(source), alias.name))
     return module
+
+
+def _file(name: str) -> Path:
+    """The file of the module ``name``."""
+    file = importlib.import_module(name).__file__
+    assert file is not None, f"{name} is a module of Python, with a file"
+    return Path(file)
 
 
 def _share(base: nn.Module, new: nn.Module) -> None:

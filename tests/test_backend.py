@@ -19,12 +19,12 @@ from transformers import DynamicCache
 import spectral_compile as sc
 from spectral_compile import backend, config, report
 from spectral_compile.backend import records, varying
+from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec import PRESETS, Preset
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.buffers import allocate
 from spectral_compile.passes.edges import too_wide
 from spectral_compile.report import SpectralWarning
-from spectral_compile.store import Timeline
 from tests.tiny import GREEDY, GROUPED, WINDOWS, build, tokens
 
 EAGER = {"preset": "exact", "inner": "eager", **WINDOWS}

@@ -16,14 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from spectral_compile import SpectralConfig, SpectralTensor, memory_stats, report
+from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
 from spectral_compile.kernels.advance.op import advance_
 from spectral_compile.kernels.append.op import append_
 from spectral_compile.kernels.buffers import UNUSED, Buffers
-from spectral_compile.passes.rewrite import Plan, SitePlan
+from spectral_compile.plan import Plan, SitePlan
 from spectral_compile.report import SpectralWarning
 from spectral_compile.runtime import BoundGraph
-from spectral_compile.store import Timeline
 from tests.budget import examples
 
 HEADS, DIM, LAYERS = 2, 8, 2

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from spectral_compile.bench.measure import Geometry, Settings
+from spectral_compile.cache.store import SpectralStore
+from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec.layout import Layout
 from spectral_compile.config import SpectralConfig
 from spectral_compile.evaluation.contenders import options_of
 from spectral_compile.kernels.buffers import UNUSED
-from spectral_compile.store import SpectralStore, Timeline
 
 DECAY = 0.75  # channel i of the spectrum has a standard deviation of (i + 1) ** -DECAY
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from .layout import Rotary, Tiers
 from .quantise import dequantise, quantise, search_step
 
-_LEAST_WEIGHT = 1e-3
+_LEAST_WEIGHT = 1e-3  # of a channel against the mean, so that it can be divided by
 SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
 REFRESH = 2.0  # a new segment starts when its old basis loses this many times what a fresh one would, in keys or values
-_RANGE = (0.1, 50.0)  # of a token against the mean: what a few queries show is noisy, and others come later
+_RANGE = (0.1, 50.0)  # of a token_weight against the mean: it is an estimate from a few queries, and others come later
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -53,9 +53,9 @@ def fit(
 def _gram(y: Tensor, token_scale: Tensor | None) -> Tensor:
     if token_scale is None:
         return y.mT @ y
-    # in parts, for there is no room for another copy
-    parts = zip(y.split(SAMPLE, -2), token_scale.square().split(SAMPLE, -1), strict=True)
-    return sum(part.mT @ (part * squared[..., None]) for part, squared in parts)
+    # SAMPLE tokens at a time: a scaled copy of all tokens would not fit beside the prompt on a full GPU
+    slices = zip(y.split(SAMPLE, -2), token_scale.square().split(SAMPLE, -1), strict=True)
+    return sum(some.mT @ (some * squared[..., None]) for some, squared in slices)
 
 
 def even(weight: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def even(weight: Tensor) -> Tensor:
 def token_scale(token_weight: Tensor, counted: Tensor | None = None) -> Tensor:
     """What to multiply each token by where a basis is chosen: the fourth root of its token_weight over the mean one.
 
-    Of what few tokens attend to all is forgotten else, so nothing is ever a tenth as important as the mean, or fifty times.
+    The quotient is clamped to ``_RANGE``: without a floor the basis would lose all of what few queries have attended to yet.
 
     token_weight: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean, by default all
     -> ``[..., n]``.

@@ -1,4 +1,4 @@
-"""What is fixed about one layer's compressed cache: shapes, tiers, windows and RoPE, in one hashable value."""
+"""What is fixed about one layer's compressed cache: shapes, tiers, exact and recent tokens, and RoPE, in one hashable value."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Layout:
     """The static geometry of one layer's store.
 
     A group is ``head_group`` KV heads coded jointly: ``width = head_group * head_dim`` channels. Tokens are held as
-    ``first_exact`` exact ones, then coded ones, then ``recent`` to ``recent + block - 1`` that are kept as they came. Coding
-    moves ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With ``segment`` > 0
-    every ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures new tokens.
+    ``first_exact`` exact ones, then coded ones, then ``recent`` to ``recent + block - 1`` recent ones.
+    Coding moves ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With
+    ``segment`` > 0 every ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures
+    new tokens.
     ``query_weighted`` counts key channels by their queries, ``token_weighted`` the tokens of a prompt by the attention they
     get, and ``normalised`` takes the norm out of each token's values. Steps are ``margin`` times those of least squared error.
     With ``recent_bits`` 8 a recent token is a byte a channel and one for each head; with 16 it is in the model's dtype.

@@ -8,15 +8,16 @@ from itertools import pairwise
 from ..errors import Mistake
 from .layout import Layout, Rotary, Tiers
 
-_JOINT_WIDTH = 192  # wider groups cost attention more than they save: every key is rebuilt from all of its group's codes
+# channels that are coded jointly at most: attention rebuilds each key from all codes of its group, so wider ones are slower
+_JOINT_WIDTH = 192
 
 
-def tiers(parts: tuple[int, int, int], width: int) -> Tiers:
-    """Channels at 8, 4 and 2 bits in a group of ``width``, from 32ths of it."""
-    # Rounding the running sums down, not the parts, keeps the total within the width.
-    ends = [width * sum(parts[:count]) // 32 for count in range(4)]
+def tiers(in_32ths: tuple[int, int, int], width: int) -> Tiers:
+    """Channels at 8, 4 and 2 bits in a group of ``width`` channels, given in 32ths of it."""
+    # The running sums are rounded down, and not each tier by itself, so that the total is at most the width.
+    ends = [width * sum(in_32ths[:count]) // 32 for count in range(4)]
     bits8, bits4, bits2 = (end - start for start, end in pairwise(ends))
-    if bits2:  # GPUs copy words of four bytes: the tier of 2 bits fills whole ones, the nearest number, if there is room
+    if bits2:  # a GPU copies words of four bytes: the 2-bit tier is rounded to whole words, if there are channels for it
         fixed = bits8 + -(-bits4 // 2)
         row, begin = max(fixed // 4 + 1, (fixed + -(-bits2 // 4) + 2) // 4), (fixed + 2) // 4
         if bits8 < 4 * begin < 4 * row:

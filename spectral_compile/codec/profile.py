@@ -1,4 +1,4 @@
-"""Bits where they matter: which layers a preset codes finely and which coarsely, for the bytes that it has."""
+"""Profiles: which layers of a model get more bits and which get fewer, for the bytes that a preset has in all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_whole
 from .layout import Layout, Tiers
@@ -19,9 +19,9 @@ from .presets import tiers
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-_MOST = 4  # grades in one model: kernels are compiled for each
-_TOKENS = 4096  # over which the bytes of a basis are spread
-_HALVINGS = 40
+_MOST = 4  # grades in one model, since kernels are compiled for each
+_TOKENS = 4096  # the bytes of a basis count as if it served as many tokens
+_HALVINGS = 40  # of the interval in which the price of a byte is searched
 _LARGEST = 2**20  # bytes of a file; a hundred layers take ten thousand
 
 
@@ -107,7 +107,8 @@ class Profile:
         if not isinstance(found, dict) or set(found) != {field.name for field in fields(cls)}:
             what = "this dictionary" if isinstance(source, dict) else source
             raise ValueError(f"{what} is no profile: write one with `spectral-compile calibrate`")
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in found.items()})
+        values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+        return cls(**values)
 
     def save(self, path: str | Path) -> None:
         """Write a file that the option ``profile`` takes."""
@@ -152,7 +153,11 @@ def _read(source: str | Path) -> bytes:
 
 
 def _loss(fine: float, coarse: float, usual: float, most: float) -> float:
-    """Between two measured losses those in between as usual, on a logarithmic scale; below the finer in proportion."""
+    """The loss of a grade in one layer, of which two losses were measured: ``fine`` under ``USUAL``, ``coarse`` under the
+    cheapest grade. ``usual`` and ``most`` are what this grade and the cheapest usually lose, where ``USUAL`` loses 1.
+
+    Between the two it is interpolated on logarithmic scales; for finer grades than ``USUAL`` it is proportional to ``usual``.
+    """
     if usual <= 1 or fine == 0:
         return fine * usual
     return fine * max(coarse / fine, 1.0) ** (math.log(usual) / math.log(most))

@@ -17,7 +17,7 @@ FACTORS = (
 _TINY = torch.finfo(torch.float32).tiny
 LEAST_RMS = _TINY**0.5  # of a channel, so that its step can be divided by
 _OCTAVE, _UNIT = 8, 128
-_MOST, _SIZE_UNIT = 127, 192  # of a window's bytes: the largest, and the code of the size 1
+_MOST, _SIZE_UNIT = 127, 192  # of recent tokens in bytes: the largest code of a channel, and the code of the size 1
 
 
 def _by_channel(tiers: Tiers, per_tier: tuple[float, float, float], like: Tensor) -> Tensor:
@@ -29,31 +29,35 @@ def _half(tiers: Tiers, like: Tensor) -> Tensor:
     return _by_channel(tiers, (128.0, 8.0, 2.0), like)
 
 
-def _join(codes: Tensor, bits: int) -> Tensor:
-    fields = 8 // bits
-    codes = F.pad(codes, (0, -codes.shape[-1] % fields))
+def _pack_tier(codes: Tensor, bits: int) -> Tensor:
+    """Codes of ``bits`` bits in bytes, ``8 // bits`` to a byte from its low bits up: uint8 ``[..., n]`` -> ``[..., bytes]``."""
+    per_byte = 8 // bits
+    codes = F.pad(codes, (0, -codes.shape[-1] % per_byte))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.unflatten(-1, (codes.shape[-1] // fields, fields)) << shifts).sum(-1, dtype=torch.uint8)
+    return (codes.unflatten(-1, (codes.shape[-1] // per_byte, per_byte)) << shifts).sum(-1, dtype=torch.uint8)
 
 
-def _part(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` fields: each byte spreads over a word that has a byte for each of its fields, the lowest first."""
+def _unpack_tier(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` codes of 4 or 2 ``bits``: uint8 ``[..., bytes]`` -> ``[..., count]``.
+
+    Each byte is widened to a word of as many bytes as it holds codes, into which shifts and masks spread them.
+    """
     word = packed.to(torch.int16 if bits == 4 else torch.int32, memory_format=torch.contiguous_format)
-    for shift, fields in ((4, 0x0F0F),) if bits == 4 else ((12, 0x000F000F), (6, 0x03030303)):
+    for shift, mask in ((4, 0x0F0F),) if bits == 4 else ((12, 0x000F000F), (6, 0x03030303)):
         word |= word << shift
-        word &= fields
+        word &= mask
     return word.view(torch.uint8)[..., :count]
 
 
 def pack(codes: Tensor, tiers: Tiers) -> Tensor:
     """Lay a token's codes out in bytes: the 8-bit tier, the 4-bit tier two to a byte, the 2-bit tier four to a byte.
 
-    Fields fill a byte from the low bits up; each tier starts on a byte and is padded with zeros, and so is the row.
+    Codes fill a byte from the low bits up; each tier starts on a byte and is padded with zeros, and so is the row.
 
     codes: any integer dtype, ``[..., rank]``, each below ``2**bits`` of its tier -> uint8 ``[..., row_bytes]``.
     """
     codes8, codes4, codes2 = codes.to(torch.uint8).split((tiers.bits8, tiers.bits4, tiers.bits2), dim=-1)
-    row = torch.cat([codes8, _join(codes4, 4), _join(codes2, 2)], dim=-1)
+    row = torch.cat([codes8, _pack_tier(codes4, 4), _pack_tier(codes2, 2)], dim=-1)
     return F.pad(row, (0, tiers.row_bytes - row.shape[-1]))
 
 
@@ -61,7 +65,7 @@ def unpack(packed: Tensor, tiers: Tiers) -> Tensor:
     """Undo ``pack``: uint8 ``[..., row_bytes]`` -> uint8 ``[..., rank]``."""
     bytes4 = -(-tiers.bits4 // 2)
     packed8, packed4, packed2 = packed.tensor_split((tiers.bits8, tiers.bits8 + bytes4), dim=-1)
-    return torch.cat([packed8, _part(packed4, 4, tiers.bits4), _part(packed2, 2, tiers.bits2)], dim=-1)
+    return torch.cat([packed8, _unpack_tier(packed4, 4, tiers.bits4), _unpack_tier(packed2, 2, tiers.bits2)], dim=-1)
 
 
 def _codes(coefficients: Tensor, step: Tensor, half: Tensor) -> Tensor:
@@ -96,14 +100,15 @@ def search_step(coefficients: Tensor, tiers: Tiers) -> Tensor:
     live = (coefficients != 0).any(-1, keepdim=True)
     rms = (coefficients.square().sum(-2) / live.sum(-2).clamp_min(1)).sqrt().clamp_min(LEAST_RMS)
     half = _half(tiers, coefficients)
-    best = least = None
-    for factors in zip(*FACTORS, strict=True):
+
+    def tried(factors: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
         step = rms * _by_channel(tiers, factors, coefficients)
-        error = ((_values(_codes(coefficients, step, half), step, half) - coefficients).square() * live).sum(-2)
-        if best is None:
-            best, least = step, error
-        else:
-            best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+        return step, ((_values(_codes(coefficients, step, half), step, half) - coefficients).square() * live).sum(-2)
+
+    first, *others = zip(*FACTORS, strict=True)
+    best, least = tried(first)
+    for step, error in map(tried, others):
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best
 
 

@@ -31,7 +31,8 @@ RIVALS = {  # the quantised caches of transformers: back end and bits
     "hqq-4": ("hqq", 4),
     "hqq-2": ("hqq", 2),
 }
-WITHOUT = {  # what a preset becomes without one of its ingredients: ``balanced-token_weighted`` is balanced without it
+# what changes in a preset without one of its ingredients: ``balanced-token_weighted`` is balanced without token weights
+WITHOUT: dict[str, dict[str, Any]] = {
     "joint": {"head_group": 1},
     "query_weighted": {"query_weighted": False},
     "token_weighted": {"token_weighted": False},
@@ -102,7 +103,8 @@ def contender(model: PreTrainedModel, name: str | Preset, inner: str = "eager", 
     options = {"preset": name} if isinstance(name, Preset) else options_of(name, profile)
     if options is not None:
         reset()
-        compiled = torch.compile(model, backend=spectral, options={**options, "strict": True, "inner": inner})
+        asked: dict[str, Any] = {**options, "strict": True, "inner": inner}
+        compiled = torch.compile(model, backend=spectral, options=asked)
         return Contender(str(name), compiled, empty, compressed=True)
     if name in RIVALS:
         backend, bits = RIVALS[name]

@@ -48,10 +48,10 @@ class Agreement:
         )
 
     @classmethod
-    def mean(cls, parts: Sequence[Agreement]) -> Agreement:
-        """All tokens of ``parts``, which have equally many, together."""
-        columns = zip(*((p.nll, p.dense_nll, p.kl, p.top1) for p in parts), strict=True)
-        return cls(sum(p.tokens for p in parts), *(math.fsum(column) / len(parts) for column in columns))
+    def mean(cls, texts: Sequence[Agreement]) -> Agreement:
+        """The agreement on all tokens of ``texts``, which have equally many each."""
+        columns = zip(*((text.nll, text.dense_nll, text.kl, text.top1) for text in texts), strict=True)
+        return cls(sum(text.tokens for text in texts), *(math.fsum(column) / len(texts) for column in columns))
 
     @property
     def perplexity(self) -> float:
@@ -83,8 +83,8 @@ def read(cache_of: Contender, ids: torch.Tensor, prompt: int, decode: int = 0, c
     cache_of.run(cache, ids[:, :prompt], logits_to_keep=1)
     size = weigh(cache).share(len(ids))
     copied = copy.deepcopy(cache) if decode else cache
-    parts = ids[:, prompt:-1].split(chunk or ids.shape[1], 1)
-    extended = torch.cat([cache_of.run(cache, part).logits for part in parts], 1)
+    chunks = ids[:, prompt:-1].split(chunk or ids.shape[1], 1)
+    extended = torch.cat([cache_of.run(cache, tokens).logits for tokens in chunks], 1)
     steps = [cache_of.run(copied, ids[:, i : i + 1]).logits for i in range(prompt, prompt + decode)]
     decoded = torch.cat([extended[:, :0], *steps], 1)
     return [Reading(size, *logits) for logits in zip(extended, decoded, strict=True)]
@@ -150,40 +150,51 @@ class Result:
         return getattr(next(iter(self.scores.values())), which)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What each cache is tried on: the first ``prompt`` tokens of each text are read, and the others predicted (``read``).
+
+    ``passages`` are texts by name, int64 [1, n], all of the same length; ``batch`` of them are read at a time. ``decode`` and
+    ``chunk`` are as in ``read``. ``questions`` are asked one by one.
+    """
+
+    passages: dict[str, torch.Tensor]
+    prompt: int
+    decode: int = 0
+    chunk: int | None = None
+    questions: Sequence[Question] = ()
+    batch: int = 1
+
+
 def compare(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     names: Iterable[str],
-    passages: dict[str, torch.Tensor],
-    prompt: int,
-    decode: int = 0,
-    chunk: int | None = None,
-    asked: Sequence[Question] = (),
+    trial: Trial,
     inner: str = "eager",
     profile: Profile | None = None,
-    batch: int = 1,
     step: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Result]:
     """A ``Result`` for the dense cache and then for each of ``names``; ``step`` is told of every text and question to come.
 
-    ``batch`` texts are read at a time; all have the same number of tokens.
-
-    Layers that this backend leaves dense are dense in its caches, and count. RuntimeError where its graphs do not compress the
-    same ones, ``Refused`` where they compress none.
+    Only questions need the ``tokenizer``. Layers that this backend leaves dense are dense in its caches, and count.
+    RuntimeError where its graphs do not compress the same ones, ``Refused`` where they compress none.
     """
     dense: dict[str, Reading] = {}
-    kinds = {"prefill", "extend"} | ({"decode"} if decode or asked else set())
+    kinds = {"prefill", "extend"} | ({"decode"} if trial.decode or trial.questions else set())
     for name in (DENSE, *names):
         cache_of = contender(model, name, inner, profile)
-        scores, answered = {}, {}
-        for start in range(0, len(passages), batch):
-            together = dict(list(passages.items())[start : start + batch])
+        scores: dict[str, Score] = {}
+        answered: dict[str, tuple[int, int]] = {}
+        for start in range(0, len(trial.passages), trial.batch):
+            together = dict(list(trial.passages.items())[start : start + trial.batch])
             for text in together:
                 step(f"{name}: {text}")
-            readings = read(cache_of, torch.cat(list(together.values())), prompt, decode, chunk)
+            readings = read(cache_of, torch.cat(list(together.values())), trial.prompt, trial.decode, trial.chunk)
             for (text, ids), reading in zip(together.items(), readings, strict=True):
-                scores[text] = score(reading, dense.setdefault(text, reading), ids[0, prompt + 1 :].to(model.device))
-        for question in asked:
+                targets = ids[0, trial.prompt + 1 :].to(model.device)
+                scores[text] = score(reading, dense.setdefault(text, reading), targets)
+        for question in trial.questions:
             step(f"{name}: {question.task} at {question.depth:.0%}")
             found, cases = answered.get(question.task, (0, 0))
             answered[question.task] = found + answers(cache_of, tokenizer, question), cases + 1

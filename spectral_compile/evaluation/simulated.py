@@ -14,18 +14,18 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from spectral_compile.stats import storage_bytes
 
-_SINKS = 4  # tokens
-RECENT = 96  # tokens, which in 16 bits take the bytes of ``balanced``'s window
+_FIRST_EXACT = 4  # tokens, as in ``Layout``
+RECENT = 96  # tokens: in 16 bits about the bytes of ``balanced``'s recent tokens, of which it keeps 216 in 8 bits
 _GROUP = 32  # numbers with one scale and one zero; as many tokens are coded at a time
 Codec = Callable[[torch.Tensor], tuple[torch.Tensor, float]]  # float32 [B, H, n, D] -> the same with losses, and bytes
 
 
 def ranged(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, float]:
     """Integers between least and greatest of ``_GROUP`` numbers along ``axis`` < 0; scale and zero take 16 bits each."""
-    parts = x.unflatten(axis, (-1, _GROUP))
-    least, most = parts.amin(axis, keepdim=True), parts.amax(axis, keepdim=True)
+    groups = x.unflatten(axis, (-1, _GROUP))
+    least, most = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
     scale = ((most - least) / (2**bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
-    coded = ((parts - least) / scale).round() * scale + least
+    coded = ((groups - least) / scale).round() * scale + least
     return coded.flatten(axis - 1, axis), x.numel() * (bits / 8 + 4 / _GROUP)
 
 
@@ -70,20 +70,20 @@ SIMULATED = {
 class SimulatedCache(DynamicCache):
     """A dense cache that loses what a codec would lose of all tokens between its first and its last.
 
-    Layers that keep only a window of their tokens, or states alone, stay as they are.
+    Layers with a sliding window, or with states instead of tokens, stay as they are.
     """
 
     def __init__(self, codecs: tuple[Codec, Codec], config: PreTrainedConfig) -> None:
         super().__init__(config=config)
         self.codecs = codecs
-        self.coded: dict[int, int] = {}  # by layer: where its exact window begins
+        self.coded: dict[int, int] = {}  # by layer: the first token that is not coded yet, after the first exact ones
         self.coded_bytes = 0.0
 
     @property
     def stored_bytes(self) -> float:
         """What codes, scales and exact tokens would take."""
         exact = (
-            x[:, :, :1].nbytes * (x.shape[2] - coded + _SINKS)
+            x[:, :, :1].nbytes * (x.shape[2] - coded + _FIRST_EXACT)
             for i, coded in self.coded.items()
             for x in (self.layers[i].keys, self.layers[i].values)
         )
@@ -96,7 +96,7 @@ class SimulatedCache(DynamicCache):
         layer = self.layers[layer_idx]
         if layer.is_sliding:
             return attended
-        begin = self.coded.setdefault(layer_idx, _SINKS)
+        begin = self.coded.setdefault(layer_idx, _FIRST_EXACT)
         end = begin + max(0, layer.keys.shape[2] - RECENT - begin) // _GROUP * _GROUP
         if end > begin:
             layer.keys, layer.values = (

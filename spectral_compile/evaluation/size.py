@@ -20,8 +20,8 @@ class Size:
     coded_ratio: float | None = None
 
     def share(self, rows: int) -> Size:
-        """Of one of ``rows`` rows that hold equally many tokens."""
-        parts = {part: size // rows for part, size in self.parts.items()}
+        """The size of one row, where ``rows`` rows hold equally many tokens."""
+        parts = {name: size // rows for name, size in self.parts.items()}
         return replace(self, stored_bytes=self.stored_bytes // rows, parts=parts)
 
 
@@ -36,8 +36,8 @@ def weigh(cache: Cache) -> Size:
         return Size(stored, {"dense" if isinstance(cache, DynamicCache) else "quantised": stored})
     stats = memory_stats(cache)
     row_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in keys)
-    coded = int(keys[0].store.timeline.ledger[:, 3].sum())
-    coded_bytes = sum(stats.parts[part] for part in ("codes", "bases", "scales"))
+    coded = int(keys[0].require_store().timeline.ledger[:, 3].sum())
+    coded_bytes = sum(stats.parts[name] for name in ("codes", "bases", "scales"))
     return Size(stats.stored_bytes, stats.parts, coded * row_bytes / coded_bytes if coded else None)
 
 

@@ -84,16 +84,19 @@ TASKS: dict[str, Callable[[random.Random], Hidden]] = {
 
 
 def questions(tokenizer: PreTrainedTokenizerBase, task: str, tokens: int, cases: int, seed: int = 0) -> list[Question]:
-    """``cases`` questions on some ``tokens`` tokens of prose, other prose in each, with what matters evenly spread."""
+    """``cases`` questions on some ``tokens`` tokens of prose, other prose in each.
+
+    The line that matters stands at evenly spaced depths: in the middle of each ``cases``-th of the text, one a question.
+    """
     chance, made = random.Random(f"{task} {seed}"), []
     for case, text in enumerate(prose(cases)):
         hay = take(tokenizer, text, tokens, "the built-in prose")[0]
         depth, hidden = (case + 0.5) / cases, TASKS[task](chance)
         # what matters at its depth, and what else there is at random ones
         places = sorted([(depth, hidden.lines[0]), *((chance.random(), line) for line in hidden.lines[1:])])
-        parts = [tokenizer.decode(part) for part in hay.tensor_split([int(place * tokens) for place, _ in places])]
-        told = "\n\n".join(x for pair in zip(parts, (line for _, line in places), strict=False) for x in pair)
-        asked = f"{told}\n\n{parts[-1]}\n\n{hidden.question}"
+        cut = [tokenizer.decode(ids) for ids in hay.tensor_split([int(place * tokens) for place, _ in places])]
+        told = "\n\n".join(x for pair in zip(cut, (line for _, line in places), strict=False) for x in pair)
+        asked = f"{told}\n\n{cut[-1]}\n\n{hidden.question}"
         chat = bool(tokenizer.chat_template)
         if chat:
             turn = {"role": "user", "content": asked}

@@ -16,16 +16,18 @@ SOURCES = ("argparse", "inspect", "typing", "tarfile", "doctest", "difflib", "tu
 UNSEEN = ("pickletools", "subprocess")  # and these are for calibration alone
 
 
-def prose(pieces: int) -> list[str]:
-    """The documentation of Python in disjoint pieces of equal length."""
+def prose(count: int) -> list[str]:
+    """The documentation of Python cut into ``count`` texts of equal length."""
     text = "\n\n".join(dict.fromkeys(topics.values()))
-    size = len(text) // pieces
-    return [text[i * size : (i + 1) * size] for i in range(pieces)]
+    size = len(text) // count
+    return [text[i * size : (i + 1) * size] for i in range(count)]
 
 
 def source(module: str) -> str:
     """The source of a module of the standard library."""
-    return Path(find_spec(module).origin).read_text(encoding="utf-8")
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, "it is a file of the standard library"
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def dialogue(tokenizer: PreTrainedTokenizerBase, start: int) -> str:
@@ -35,10 +37,10 @@ def dialogue(tokenizer: PreTrainedTokenizerBase, start: int) -> str:
     """
     turns = []
     for topic, text in list(topics.items())[start:]:
-        paragraphs = [part for part in text.split("\n\n")[2:] if len(part) > 80]
-        for name, part in zip(("about", "more about"), paragraphs, strict=False):
+        paragraphs = [paragraph for paragraph in text.split("\n\n")[2:] if len(paragraph) > 80]
+        for name, paragraph in zip(("about", "more about"), paragraphs, strict=False):
             turns.append({"role": "user", "content": f"What can you tell me {name} {topic.lower()} in Python?"})
-            turns.append({"role": "assistant", "content": " ".join(part.split())})
+            turns.append({"role": "assistant", "content": " ".join(paragraph.split())})
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(turns, tokenize=False)
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

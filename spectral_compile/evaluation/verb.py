@@ -19,7 +19,7 @@ from spectral_compile.codec import PRESETS, Profile
 from spectral_compile.command import count, need_matplotlib, output, phases
 from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation import contenders
-from spectral_compile.evaluation.measure import Result, compare
+from spectral_compile.evaluation.measure import Result, Trial, compare
 from spectral_compile.evaluation.plot import Point, draw
 from spectral_compile.evaluation.tasks import TASKS, questions
 from spectral_compile.evaluation.texts import texts
@@ -123,7 +123,8 @@ def evaluate(
                 traced = trace(loaded, name, next(iter(passages.values()))[:, :tokens], steps, inner, known)
                 output().print(show(traced, name, tokenizer))
             return
-        for result in compare(loaded, tokenizer, names, passages, tokens, decode, chunk, asked, inner, known, batch, step):
+        trial = Trial(passages, tokens, decode, chunk, asked, batch)
+        for result in compare(loaded, tokenizer, names, trial, inner, known, step):
             results.append(result)
             if json_:
                 written = {"settings": settings, "caches": [r.summary() for r in results]}

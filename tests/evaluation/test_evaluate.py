@@ -25,7 +25,7 @@ from spectral_compile.evaluation import contenders, simulated, tasks
 from spectral_compile.evaluation import texts as built_in
 from spectral_compile.evaluation.calibrate import calibrate
 from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched, split
-from spectral_compile.evaluation.measure import Agreement, Result, compare, read
+from spectral_compile.evaluation.measure import Agreement, Result, Trial, compare, read
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.evaluation.trace import Step, show, trace
 from spectral_compile.evaluation.verb import table
@@ -59,7 +59,7 @@ def llama() -> PreTrainedModel:
 def results(llama: PreTrainedModel) -> dict[str, Result]:
     options = {json.dumps({"preset": name, **WINDOW}): name for name in ("quality", "balanced", "compact")}
     rivals = ("kivi-4", "turbo-2", *(() if contenders.obstacle("fp8", llama.config) else ("fp8",)))
-    made = compare(llama, None, ("exact", *options, "seed", *rivals), TEXTS, PROMPT, DECODED)
+    made = compare(llama, None, ("exact", *options, "seed", *rivals), Trial(TEXTS, PROMPT, DECODED))
     named = (replace(result, name=options.get(result.name, result.name)) for result in made)
     return {result.name: result for result in named}
 
@@ -73,7 +73,8 @@ def test_the_dense_cache_agrees_with_itself(results: dict[str, Result]) -> None:
 
 
 def test_texts_read_together_give_what_they_give_alone(results: dict[str, Result], llama: PreTrainedModel) -> None:
-    for found in compare(llama, None, ("seed", "kivi-4", *(["exact"] if FULL else [])), TEXTS, PROMPT, DECODED, batch=2):
+    names = ("seed", "kivi-4", *(["exact"] if FULL else []))
+    for found in compare(llama, None, names, Trial(TEXTS, PROMPT, DECODED, batch=2)):
         alone = results[found.name]
         assert found.dense_bytes == alone.dense_bytes
         assert found.size.stored_bytes == pytest.approx(alone.size.stored_bytes, rel=1e-3)
@@ -355,7 +356,7 @@ def test_layers_that_stay_dense_are_dense_in_every_cache_and_count(name: str) ->
     """Of two layers the first keeps a window of 24 tokens."""
     model, texts = build(name), {"one": tokens(1, 210)}
     options = json.dumps({"preset": "exact", **WINDOWS})
-    dense, exact, turbo = compare(model, None, (options, "turbo-4"), texts, 200)
+    dense, exact, turbo = compare(model, None, (options, "turbo-4"), Trial(texts, 200))
     assert abs(exact.mean().kl) < 1e-6 and exact.mean().top1 == 1
     window, whole = (storage_bytes(vars(layer)) for layer in dense_after(model, texts["one"][:, :200]).layers)
     assert dense.dense_bytes == dense.size.stored_bytes == whole + window
@@ -373,7 +374,7 @@ def dense_after(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
 
 def test_a_model_with_states_is_compared_too() -> None:
     options = json.dumps({"preset": "exact", **WINDOWS})
-    dense, exact = compare(HYBRIDS["qwen3.5"]().eval(), None, (options,), {"one": tokens(1, 60)}, 48)
+    dense, exact = compare(HYBRIDS["qwen3.5"]().eval(), None, (options,), Trial({"one": tokens(1, 60)}, 48))
     assert abs(exact.mean().kl) < 1e-5
     assert exact.size.parts["states"] > 0 and dense.dense_bytes > exact.size.parts["states"]
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.bench.generation import recordings
-from spectral_compile.store import SpectralStore
+from spectral_compile.cache.store import SpectralStore
 from spectral_compile.tensor import SpectralTensor
 from tests.budget import examples
 from tests.tiny import EXACT, GREEDY, build, tokens
