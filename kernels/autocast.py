@@ -16,10 +16,15 @@ def without_autocast(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        kind = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        kind = _first_tensor(args).device.type
         if not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    """Of arguments, or of the values among them that hold tensors."""
+    return next(x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(x, torch.Tensor))

@@ -8,7 +8,6 @@ import torch
 
 from spectral_compile.codec.layout import Layout
 
-LEDGER = 6  # columns of a ledger: see ``reference``
 UNUSED = torch.iinfo(torch.int32).max  # start of a segment that does not exist
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,41 +16,53 @@ import triton.language as tl
 
 from spectral_compile.codec.layout import Tiers
 
-Piece = tuple[int, int, int, int]  # first halfword, halfwords, padded halfwords, bits of a digit
-
-HALFWORDS = 8  # the fewest of a piece, of which a lane's part of an operand is just what it has loaded
+HALFWORDS = 8  # the fewest of a row field: then a lane's share of an operand is just what that lane has loaded
 _PTX = {torch.bfloat16: ("bf16", 7), torch.float16: ("f16", 10)}  # names, and bits of the mantissa
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no instructions
 PACKED = {} if INTERPRETED.value else _PTX  # for which there are instructions on two numbers at a time
 
 
-@functools.cache
-def pieces(tiers: Tiers) -> tuple[Piece, ...]:
-    """A row of codes as parts whose extents are powers of two, none of fewer than ``HALFWORDS``.
+class RowField(NamedTuple):
+    """A run of halfwords of a token's row of codes, which a kernel takes as one operand."""
 
-    Digits have 2 bits, or 4 where no code of 2 bits stands, in a part of its own where that leaves fewer digits; 8 where all
+    first: int  # halfword
+    held: int  # halfwords
+    padded: int  # halfwords of the operand, a power of two
+    bits: int  # of a digit
+
+    @property
+    def digits(self) -> int:
+        """Extent of the operand."""
+        return self.padded * (16 // self.bits)
+
+
+@functools.cache
+def row_fields(tiers: Tiers) -> tuple[RowField, ...]:
+    """The fields of a row of codes, none of fewer than ``HALFWORDS``.
+
+    Digits have 2 bits, or 4 where no code of 2 bits stands, in a field of its own where that leaves fewer digits; 8 where all
     codes are bytes.
     """
     wide, row = tiers.bits8 + -(-tiers.bits4 // 2), tiers.row_bytes // 2
     if not tiers.bits2:
-        return _parts(0, row, 4 if tiers.bits4 else 8)
-    whole = _parts(0, row, 2)
+        return _fields(0, row, 4 if tiers.bits4 else 8)
+    whole = _fields(0, row, 2)
     if wide == 0 or wide % 4:
         return whole
-    split = _parts(0, wide // 2, 4) + _parts(wide // 2, row, 2)
-    return min(whole, split, key=lambda parts: (sum(padded * (16 // bits) for _, _, padded, bits in parts), len(parts)))
+    split = _fields(0, wide // 2, 4) + _fields(wide // 2, row, 2)
+    return min(whole, split, key=lambda fields: (sum(field.digits for field in fields), len(fields)))
 
 
-def _parts(at: int, end: int, bits: int) -> tuple[Piece, ...]:
-    parts = []
+def _fields(at: int, end: int, bits: int) -> tuple[RowField, ...]:
+    fields = []
     while at < end:
         left = end - at
         padded = max(HALFWORDS, triton.next_power_of_2(left))
         if left - padded // 2 <= padded // 4 >= HALFWORDS:
-            padded //= 2  # two parts with little padding instead of one with much
-        parts.append((at, min(left, padded), padded, bits))
+            padded //= 2  # two fields with little padding instead of one with much
+        fields.append(RowField(at, min(left, padded), padded, bits))
         at += padded
-    return tuple(parts)
+    return tuple(fields)
 
 
 @functools.cache
@@ -113,14 +126,14 @@ def scaled(dtype: torch.dtype) -> str | None:
 
 
 @triton.jit
-def pair(a, b):
+def side_by_side(a, b):
     """[N, K] and [N, K] side by side: [N, 2 * K]."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
 def _four(a, b, c, d):
-    return pair(pair(a, b), pair(c, d))
+    return side_by_side(side_by_side(a, b), side_by_side(c, d))
 
 
 @triton.jit
@@ -129,58 +142,58 @@ def _field(x, AT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, slots, ok, ROW: tl.constexpr, PIECES: tl.constexpr):
-    """Rows of ``ROW`` halfwords of some tokens, one tensor [N, halfwords] a piece."""
+def load(ptr, slots, ok, SIDE: tl.constexpr):
+    """The rows of codes of some tokens, one tensor [N, halfwords] a field."""
     out = ()
-    for i in tl.static_range(len(PIECES)):
-        j = tl.arange(0, PIECES[i][2])
-        held = ok[:, None] & (j < PIECES[i][1])[None, :]
-        x = tl.load(ptr + slots[:, None] * ROW + (PIECES[i][0] + j)[None, :], mask=held, other=0)
+    for i in tl.static_range(len(SIDE.fields)):
+        j = tl.arange(0, SIDE.fields[i].padded)
+        held = ok[:, None] & (j < SIDE.fields[i].held)[None, :]
+        x = tl.load(ptr + slots[:, None] * SIDE.halfwords + (SIDE.fields[i].first + j)[None, :], mask=held, other=0)
         out = out + (x,)
     return out
 
 
 @triton.jit
-def digits(rows, PIECES: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
-    """Loaded rows as digits, one tensor [N, digits] a piece, lowest fields of all halfwords first."""
+def digits(rows, FIELDS: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
+    """Loaded rows as digits, one tensor [N, digits] a field, lowest fields of all halfwords first."""
     out = ()
-    for i in tl.static_range(len(PIECES)):
+    for i in tl.static_range(len(FIELDS)):
         x = rows[i]
         if UNPACK is None:
             x = x.to(tl.int32)
-            if PIECES[i][3] == 8:
-                x = pair(_field(x, 0, 8, DTYPE), _field(x, 8, 8, DTYPE))
-            elif PIECES[i][3] == 4:
+            if FIELDS[i].bits == 8:
+                x = side_by_side(_field(x, 0, 8, DTYPE), _field(x, 8, 8, DTYPE))
+            elif FIELDS[i].bits == 4:
                 x = _four(_field(x, 0, 4, DTYPE), _field(x, 4, 4, DTYPE), _field(x, 8, 4, DTYPE), _field(x, 12, 4, DTYPE))
             else:
                 low = _four(_field(x, 0, 2, DTYPE), _field(x, 2, 2, DTYPE), _field(x, 4, 2, DTYPE), _field(x, 6, 2, DTYPE))
                 high = _four(_field(x, 8, 2, DTYPE), _field(x, 10, 2, DTYPE), _field(x, 12, 2, DTYPE), _field(x, 14, 2, DTYPE))
-                x = pair(low, high)
-        elif PIECES[i][3] == 8:
+                x = side_by_side(low, high)
+        elif FIELDS[i].bits == 8:
             a, b = tl.inline_asm_elementwise(UNPACK[2], "=r,=r,r", [x], (DTYPE.value,) * 2, True, 2)
-            x = pair(a, b)
-        elif PIECES[i][3] == 4:
+            x = side_by_side(a, b)
+        elif FIELDS[i].bits == 4:
             a, b, c, d = tl.inline_asm_elementwise(UNPACK[1], "=r,=r,=r,=r,r", [x], (DTYPE.value,) * 4, True, 2)
             x = _four(a, b, c, d)
         else:
             a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                 UNPACK[0], "=r,=r,=r,=r,=r,=r,=r,=r,r", [x], (DTYPE.value,) * 8, True, 2
             )
-            x = pair(_four(a, b, c, d), _four(e, f, g, h))
+            x = side_by_side(_four(a, b, c, d), _four(e, f, g, h))
         out = out + (x,)
     return out
 
 
 @triton.jit
-def opaque(parts):
-    """The same tensors; those of 16 bits are of unknown origin to Triton.
+def as_loaded(tensors):
+    """The same tensors; where those of 16 bits came from is hidden from Triton by a move.
 
-    It lays out an operand that was joined in a way that costs moves. Of one that was loaded it computes all again in every
-    warp, and waits for each load before it begins the next.
+    Triton lays out an operand that was joined from others in a way that costs moves. Of an operand that was loaded it computes
+    all again in every warp, and waits for each load before it begins the next.
     """
     out = ()
-    for i in tl.static_range(len(parts)):
-        x = parts[i]
+    for i in tl.static_range(len(tensors)):
+        x = tensors[i]
         if not INTERPRETED and x.dtype.primitive_bitwidth == 16:
             x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
         out = out + (x,)
@@ -188,32 +201,29 @@ def opaque(parts):
 
 
 @triton.jit
-def rows(
-    basis, affine, channels, live, R: tl.constexpr, W: tl.constexpr, TIERS: tl.constexpr, FIRST: tl.constexpr,
-    HELD: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Of one piece the basis' bytes [digits, channels] and what they are times [digits], zero where there is padding."""
-    digit = tl.arange(0, PADDED * (16 // BITS))
-    at, field = digit % PADDED, digit // PADDED
-    byte, bit = 2 * (FIRST + at) + field * BITS // 8, field * BITS % 8
-    in8, in4 = byte < TIERS[0], byte < TIERS[0] + (TIERS[1] + 1) // 2
-    nibble, crumb = (byte - TIERS[0]) * 2 + bit // 4, (byte - TIERS[0] - (TIERS[1] + 1) // 2) * 4 + bit // 2
-    real = (at < HELD) & (in8 | (in4 & (nibble < TIERS[1])) | (~in4 & (crumb < TIERS[2])))
-    r = tl.where(in8, byte, TIERS[0] + tl.where(in4, nibble, TIERS[1] + crumb))
-    x = tl.load(basis + r[:, None] * W + channels[None, :], mask=real[:, None] & live[None, :], other=0)
+def digit_rows(basis, affine, channels, live, WIDTH: tl.constexpr, SIDE: tl.constexpr, FIELD: tl.constexpr):
+    """Of one field the basis' bytes [digits, channels] and what they are times [digits], zero where there is padding."""
+    digit = tl.arange(0, FIELD.padded * (16 // FIELD.bits))
+    at, field = digit % FIELD.padded, digit // FIELD.padded
+    byte, bit = 2 * (FIELD.first + at) + field * FIELD.bits // 8, field * FIELD.bits % 8
+    in8, in4 = byte < SIDE.tiers[0], byte < SIDE.tiers[0] + (SIDE.tiers[1] + 1) // 2
+    nibble, crumb = (byte - SIDE.tiers[0]) * 2 + bit // 4, (byte - SIDE.tiers[0] - (SIDE.tiers[1] + 1) // 2) * 4 + bit // 2
+    real = (at < FIELD.held) & (in8 | (in4 & (nibble < SIDE.tiers[1])) | (~in4 & (crumb < SIDE.tiers[2])))
+    r = tl.where(in8, byte, SIDE.tiers[0] + tl.where(in4, nibble, SIDE.tiers[1] + crumb))
+    x = tl.load(basis + r[:, None] * WIDTH + channels[None, :], mask=real[:, None] & live[None, :], other=0)
     place = tl.exp2(tl.where(in8, bit, tl.where(in4, bit % 4, 0)).to(tl.float32))
-    return x, tl.load(affine + r, mask=real, other=0.0) * tl.load(affine + R + r, mask=real, other=0.0) * place
+    return x, tl.load(affine + r, mask=real, other=0.0) * tl.load(affine + SIDE.rank + r, mask=real, other=0.0) * place
 
 
 @triton.jit
 def matrix(
-    basis, affine, channels, live, gain, R: tl.constexpr, W: tl.constexpr, TIERS: tl.constexpr, PIECES: tl.constexpr,
-    DTYPE: tl.constexpr, SCALED: tl.constexpr,
+    basis, affine, channels, live, gain,
+    WIDTH: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """The matrix from digits to some channels times their weights and ``gain``, one tensor [digits, channels] a piece."""
+    """The matrix from digits to some channels times their weights and ``gain``, one tensor [digits, channels] a field."""
     out = ()
-    for i in tl.static_range(len(PIECES)):
-        x, scale = rows(basis, affine, channels, live, R, W, TIERS, PIECES[i][0], PIECES[i][1], PIECES[i][2], PIECES[i][3])
+    for i in tl.static_range(len(SIDE.fields)):
+        x, scale = digit_rows(basis, affine, channels, live, WIDTH, SIDE, SIDE.fields[i])
         scale = scale * gain
         if SCALED is None:
             x = (x.to(tl.float32) * scale[:, None]).to(DTYPE)

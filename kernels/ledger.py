@@ -1,19 +1,44 @@
-"""The ledger as the host knows it, without waiting for the GPU once a layer."""
+"""The ledger: what a store's rows hold, counted on the device, and as the host knows it without a wait a layer."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-_read: dict[int, list[list[int]]] = {}  # ledgers by address as this step left them, which all layers read
+
+class LedgerRow(NamedTuple):
+    """The columns of a ledger, int64 [B, 6], in their order; those of one row where it has been read."""
+
+    before: int  # tokens before this step
+    coded: int  # of these, coded ones
+    after: int  # tokens after this step
+    coded_after: int
+    waiting: int  # 1 while the row has too few tokens to compute a basis from
+    gaps: int  # tokens whose position is not one more than that of the token before
 
 
-def on_host(ledger: torch.Tensor) -> list[list[int]]:
+COLUMNS = len(LedgerRow._fields)
+_read: dict[int, list[LedgerRow]] = {}  # ledgers by address as this step left them, which all layers read
+
+
+def columns_of(ledger: torch.Tensor) -> LedgerRow:
+    """The columns of a ledger, views [B] of it."""
+    return LedgerRow(*ledger.unbind(1))
+
+
+def rows_of(ledger: torch.Tensor) -> list[LedgerRow]:
+    """The rows of a ledger; on a GPU the host waits for them."""
+    return [LedgerRow(*row) for row in ledger.tolist()]
+
+
+def on_host(ledger: torch.Tensor) -> list[LedgerRow]:
     """The rows of a ledger; on a GPU the first layer of a step waits for them."""
     if not ledger.is_cuda:
-        return ledger.tolist()
+        return rows_of(ledger)
     key = ledger.data_ptr()
     if key not in _read:
-        _read[key] = ledger.tolist()
+        _read[key] = rows_of(ledger)
     return _read[key]
 
 

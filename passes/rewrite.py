@@ -13,12 +13,13 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Node
 
-from spectral_compile.kernels.advance import advance_
-from spectral_compile.kernels.append import append_
-from spectral_compile.kernels.attend import attend_
-from spectral_compile.kernels.buffers import LEDGER, Buffers, Capacity, allocate
+from spectral_compile.kernels.advance.op import advance_
+from spectral_compile.kernels.append.op import append_
+from spectral_compile.kernels.attend.op import attend_
+from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from spectral_compile.kernels.causal import causal
-from spectral_compile.kernels.importance import importance
+from spectral_compile.kernels.importance.op import importance
+from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.passes.trace import Site, Trace, fake
 from spectral_compile.plan import Plan, SitePlan
 
@@ -52,7 +53,7 @@ def rewrite(trace: Trace) -> None:
         with fake_mode:
             return torch.empty(shape, dtype=dtype, device=device)
 
-    ledger = placeholder("spectral_ledger", ("ledger",), empty(batch, LEDGER, dtype=torch.int64))
+    ledger = placeholder("spectral_ledger", ("ledger",), empty(batch, COLUMNS, dtype=torch.int64))
     positions = placeholder("spectral_positions", ("positions",), empty(batch, 1, dtype=torch.int32))
     valid = columns = visible = None
     if padding is not None:

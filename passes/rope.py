@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from spectral_compile.codec.layout import Layout, Rotary
-from spectral_compile.kernels.reference import rotate
+from spectral_compile.kernels.dense import rotate
 from spectral_compile.passes.constants import PLANES, planes_equal
 from spectral_compile.passes.lift import Unliftable, arguments_of, computed_from, hint, is_size, lift
 from spectral_compile.passes.trace import Site, Trace, fake, is_call, is_float

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import io
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from typer.core import TyperGroup
 
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, mistakes
-from spectral_compile.files import write_whole
 
 WIDTH = 200  # of tables that go to a file
 
@@ -63,13 +60,6 @@ def need_matplotlib() -> None:
     """``Mistake`` where plots cannot be drawn."""
     if find_spec("matplotlib") is None:
         raise Mistake("--plot needs matplotlib: pip install 'spectral-compile[bench]'")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib as PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    write_whole(path, content.getvalue())
 
 
 def output() -> Console:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
-from spectral_compile.kernels import fused, reference
+from spectral_compile.kernels import dense
+from spectral_compile.kernels.advance import reference as advancing
+from spectral_compile.kernels.append import reference as appending
+from spectral_compile.kernels.attend import kernel
+from spectral_compile.kernels.attend import reference as attending
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
+from spectral_compile.kernels.ledger import columns_of
+from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,7 +58,9 @@ def layouts(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS)) -> Layou
 
 
 @dataclass(repr=False)
-class Chunk:
+class Step:
+    """A chunk with the positions of its columns, and the weights of its tokens if it is a prompt."""
+
     query: Tensor
     key: Tensor  # as stored, before RoPE
     value: Tensor
@@ -60,7 +69,11 @@ class Chunk:
     token_weight: Tensor | None = None
 
     def __repr__(self) -> str:
-        return f"Chunk({self.key.shape[2]} columns, ids={self.ids}, valid={self.valid})"
+        return f"Step({self.key.shape[2]} columns, ids={self.ids}, valid={self.valid})"
+
+    @property
+    def chunk(self) -> Chunk:
+        return Chunk(self.query, self.key, self.value, self.valid)
 
 
 @dataclass
@@ -68,7 +81,7 @@ class Case:
     layout: Layout
     batch: int
     groups: int
-    chunks: list[Chunk]
+    chunks: list[Step]
     scale: float
 
     @property
@@ -105,7 +118,7 @@ def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), batch: int
         scale = torch.logspace(0, -1.5, dim)[torch.randperm(dim, generator=generator)]  # another spectrum in every chunk
         part = slice(at, at + count)
         chunks.append(
-            Chunk(
+            Step(
                 query=randn(batch, heads * groups, count, dim),
                 key=randn(batch, heads, count, dim) * scale,
                 value=randn(batch, heads, count, dim) * scale,
@@ -120,7 +133,7 @@ def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), batch: int
 
 
 @dataclass
-class Books:
+class PlainStore:
     """A store without its growth: room for everything from the start."""
 
     layout: Layout
@@ -129,7 +142,7 @@ class Books:
     buffers: Buffers
 
     @classmethod
-    def blank(cls, layout: Layout, batch: int, columns: int) -> Books:
+    def blank(cls, layout: Layout, batch: int, columns: int) -> PlainStore:
         segments = columns // layout.segment + 1 if layout.segment else 3
         capacity = Capacity(columns, layout.recent + max(layout.warmup, layout.block), segments)
         ledger = torch.tensor([[0, 0, 0, 0, 1, 0]]).repeat(batch, 1)
@@ -139,68 +152,67 @@ class Books:
     def row(self, row: int) -> list[Tensor]:
         return [self.ledger[row], self.positions[row, :-1], *(buffer[row] for buffer in self.buffers)]
 
-    def advance(self, chunk: Chunk) -> None:
-        reference.advance(self.ledger, self.positions, chunk.ids, chunk.valid, chunk.key, self.layout)
+    @property
+    def past(self) -> Past:
+        return Past(self.ledger, self.positions, self.buffers, self.layout)
 
-    def attend(
-        self, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
-    ) -> Tensor:
-        parts = chunk.query, chunk.key, chunk.value, mask, columns
-        books = self.ledger, self.positions, chunk.valid, self.buffers, self.layout
-        return reference.attend(*parts, *books, scale, **{"sliding_window": 0, **how})
+    def advance(self, step: Step) -> None:
+        advancing.advance(self.ledger, self.positions, step.ids, step.valid, step.key, self.layout)
 
-    def append(self, chunk: Chunk) -> None:
-        tokens = chunk.query, chunk.key, chunk.value
-        reference.append(*tokens, self.ledger, chunk.valid, chunk.token_weight, self.buffers, self.layout)
-        if chunk.key.shape[2] == 1:
-            self.catch_up(chunk)
-            nothing = (x[:, :, :0] for x in (chunk.query, chunk.key, chunk.value))
-            reference.append(*nothing, self.ledger, None, None, self.buffers, self.layout)
+    def attend(self, step: Step, scale: float, hidden: Hidden = NOTHING_HIDDEN, **how: Any) -> Tensor:
+        return attending.attend(step.chunk, self.past, Scoring(scale, **how), hidden)
 
-    def catch_up(self, chunk: Chunk) -> None:
+    def append(self, step: Step) -> None:
+        appending.append(step.chunk, self.ledger, self.buffers, self.layout, step.token_weight)
+        if step.chunk.columns == 1:
+            self.catch_up(step)
+            nothing = Chunk(*(x[:, :, :0] for x in (step.query, step.key, step.value)))
+            appending.append(nothing, self.ledger, self.buffers, self.layout)
+
+    def catch_up(self, step: Step) -> None:
         """The step of no columns that follows one of one column."""
-        reference.advance(self.ledger, self.positions, None, None, chunk.key[:, :, :0], self.layout)
+        advancing.advance(self.ledger, self.positions, None, None, step.key[:, :, :0], self.layout)
 
     def held(self, row: int) -> tuple[Tensor, Tensor]:
         """What the store held before this step, dense."""
-        before, coded = self.ledger[row, :2].tolist()
-        return reference.materialise(row, before, coded, self.positions[row], self.buffers, self.layout)
+        rows = columns_of(self.ledger)
+        before, coded = int(rows.before[row]), int(rows.coded[row])
+        return dense.materialise(row, before, coded, self.positions[row], self.buffers, self.layout)
 
 
-def tokens_of(chunk: Chunk, row: int) -> Tensor:
+def tokens_of(chunk: Step, row: int) -> Tensor:
     return chunk.valid[row] if chunk.valid is not None else torch.ones(chunk.key.shape[2], dtype=torch.bool)
 
 
-def on_device(books: Books) -> tuple[Tensor, Tensor, Buffers]:
-    """Copies, so that what kernels write is not what the reference writes."""
-    ledger, positions, *buffers = (x.to(DEVICE, copy=True) for x in (books.ledger, books.positions, *books.buffers))
-    return ledger, positions, Buffers(*buffers)
+def moved(values: Any, device: str) -> Any:
+    """A value of tensors on a device, as copies."""
+    if isinstance(values, Tensor):
+        return values.to(device, copy=True)
+    return type(values)(*(moved(x, device) for x in values)) if isinstance(values, tuple) else values
 
 
-def fused_attend(
-    books: Books, chunk: Chunk, scale: float, mask: Tensor | None = None, columns: Tensor | None = None, **how: object
-) -> Tensor:
-    ledger, positions, buffers = on_device(books)
-    given = (chunk.query, chunk.key, chunk.value, mask, columns, None, None, chunk.valid)
-    query, key, value, mask, columns, _, _, valid = (x if x is None else x.to(DEVICE) for x in given)
-    held = ledger, positions, valid, buffers, books.layout
-    out = fused.attend(query, key, value, mask, columns, *held, scale, **{"sliding_window": 0, **how})
-    return out.to("cpu")
+def by_kernels(store: PlainStore, step: Step, scale: float, hidden: Hidden = NOTHING_HIDDEN, **how: Any) -> Tensor:
+    """Attention by the kernels, on copies of everything, so that nothing is written that the reference reads."""
+    chunk, past, scoring, hidden = (moved(x, DEVICE) for x in (step.chunk, store.past, Scoring(scale, **how), hidden))
+    return kernel.attend(chunk, past, scoring, hidden).to("cpu")
 
 
-def store(
+def filled(
     preset: str,
     dim: int,
     past: int,
-    chunk: int,
+    new: int,
     ids: Tensor | None = None,
     batch: int = 1,
     head_group: int | None = None,
     recent_bits: int = 16,
     turned: int | None = None,
     key_size: float = 1.0,
-) -> tuple[Books, Chunk]:
-    """A store with ``past`` tokens and a chunk that has been entered in its books; RoPE is of ``turned`` channels, or all."""
+) -> tuple[PlainStore, Step]:
+    """A store with ``past`` tokens, and a step of ``new`` ones that has been entered in its ledger.
+
+    RoPE is of ``turned`` channels, or of all.
+    """
     generator = torch.Generator().manual_seed(dim + past)
     pairs = (dim if turned is None else turned) // 2
     rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs))) if pairs else None
@@ -208,17 +220,17 @@ def store(
     layout = chosen.layout(2, dim, rotary)
     layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), recent_bits=recent_bits)
 
-    def some(count: int) -> Chunk:
+    def some(count: int) -> Step:
         def randn(heads: int) -> Tensor:
             return torch.randn(batch, heads, count, dim, generator=generator)
 
-        return Chunk(randn(4), randn(2) * torch.logspace(0, -1.5, dim) * key_size, randn(2), None, None)
+        return Step(randn(4), randn(2) * torch.logspace(0, -1.5, dim) * key_size, randn(2), None, None)
 
-    books = Books.blank(layout, batch, past + chunk)
-    first, second = some(past), some(chunk)
+    store = PlainStore.blank(layout, batch, past + new)
+    first, second = some(past), some(new)
     first.ids = None if ids is None else ids[None, :past]
     second.ids = None if ids is None else ids[None, past:]
-    books.advance(first)
-    books.append(first)
-    books.advance(second)
-    return books, second
+    store.advance(first)
+    store.append(first)
+    store.advance(second)
+    return store, second

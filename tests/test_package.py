@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 SITE = sysconfig.get_path("purelib")
 
 LAYOUT = """
-import spectral_compile.codec, spectral_compile.kernels.reference, spectral_compile.passes.attention as attention
-print(spectral_compile.__file__, spectral_compile.kernels.reference.__file__, attention.__file__, sep="\\n")
+import spectral_compile.codec, spectral_compile.kernels.append.reference, spectral_compile.passes.attention as attention
+print(spectral_compile.__file__, spectral_compile.kernels.append.reference.__file__, attention.__file__, sep="\\n")
 """
 TRANSFORMERS = """
 import transformers
@@ -91,7 +91,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources(root: Path) -> list[str]:
-    return [str(root / name) for name in ("spectral_compile/__init__.py", "kernels/reference.py", "passes/attention.py")]
+    return [str(root / name) for name in ("spectral_compile/__init__.py", "kernels/append/reference.py", "passes/attention.py")]
 
 
 def test_an_uninstalled_checkout_imports_from_its_root() -> None:
@@ -107,7 +107,7 @@ def test_an_editable_install_imports_from_the_checkout(source: Path, tmp_path: P
 def test_a_wheel_imports_from_where_it_was_installed(installed: Path, tmp_path: Path) -> None:
     package = installed / "spectral_compile"
     files = output(python(LAYOUT, tmp_path, installed))
-    assert files == [str(package / name) for name in ("__init__.py", "kernels/reference.py", "passes/attention.py")]
+    assert files == [str(package / name) for name in ("__init__.py", "kernels/append/reference.py", "passes/attention.py")]
 
 
 def test_the_wheel_puts_nothing_but_spectral_compile_at_the_top(wheel: Path) -> None:

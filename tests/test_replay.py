@@ -51,7 +51,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(3, full=5), deadline=None)
+@settings(max_examples=examples(2, full=5), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 2), st.integers(20, 60), st.integers(1, 25), st.integers(0, 9)), min_size=1, max_size=3)
 )

@@ -18,8 +18,8 @@ from torch import Tensor
 from spectral_compile import SpectralConfig, SpectralTensor, memory_stats, report
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
-from spectral_compile.kernels.advance import advance_
-from spectral_compile.kernels.append import append_
+from spectral_compile.kernels.advance.op import advance_
+from spectral_compile.kernels.append.op import append_
 from spectral_compile.kernels.buffers import UNUSED, Buffers
 from spectral_compile.plan import Plan, SitePlan
 from spectral_compile.report import SpectralWarning

@@ -107,7 +107,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 if OLDEST:
-    del MODELS["phi3-long-rope"], MODELS["gpt-j"]  # there its decode step stays dense, and all of GPT-J, as README says
+    del MODELS["phi3-long-rope"], MODELS["gpt-j"]  # there its decode step stays dense, and all of GPT-J, as docs/models.md says
 
 WINDOW = {**GROUPED, "sliding_window": 24}
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}

@@ -26,7 +26,7 @@ from spectral_compile.bench.measure import (
     times,
 )
 from spectral_compile.bench.store import Layer, Tokens, draw
-from spectral_compile.kernels import reference
+from spectral_compile.kernels.dense import rotate
 
 DEFAULT = ("llama-3-8b",)
 COPY, GQA, REPEATED = "copy", "SDPA enable_gqa", "SDPA after repeat_kv, bool mask"
@@ -87,7 +87,7 @@ def over_decoded(layer: Layer, tokens: Tokens, cached: int) -> torch.Tensor:
     key, value = (single.dense(role, cached) for role in ("key", "value"))
     at = torch.tensor([cached], device=key.device)
     query, new_key, new_value = (x[:, :, -1:].float() for x in (tokens.query, tokens.key, tokens.value))
-    key = torch.cat((key, reference.rotate(new_key, at, layer.layout.rotary)), 2)
+    key = torch.cat((key, rotate(new_key, at, layer.layout.rotary)), 2)
     value = torch.cat((value, new_value), 2)
     with sdpa_kernel(SDPBackend.MATH):
         return torch.cat([sdpa(*(x[None] for x in row), enable_gqa=True) for row in zip(query, key, value, strict=True)])
@@ -127,14 +127,3 @@ def show(rows: list[Row]) -> Table:
     caption = f"Floor: bytes over the bandwidth of a copy, {bandwidth}. Error: against float32 attention to the decoded store."
     measured = [row for row in rows if row is not copied]
     return table("Decode attention of one layer", measured, labels, figures, caption)
-
-
-def draw_panel(axes: Any, rows: list[Row]) -> None:
-    """Microseconds by cached tokens, of batch 1."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row.get("batch") == 1 and not row["error"]:
-            lines.setdefault(f"{row['geometry']}, {row['method']}", []).append((row["cached"], row["microseconds"]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(title="decode attention of one layer", xlabel="cached tokens", ylabel="microseconds", xscale="log", yscale="log")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -69,14 +68,3 @@ def show(rows: list[Row]) -> Table:
     labels = [Column("geometry", "geometry"), Column("cached", "tokens"), Column("what", "what")]
     figures = [Column("milliseconds", "ms", fixed(3)), Column("percent", "of the dense forward", lambda x: f"{x:.1f} %")]
     return table("Prefill of one layer: its dense forward, and storing its keys and values", rows, labels, figures)
-
-
-def draw_panel(axes: Any, rows: list[Row]) -> None:
-    """Percent of the dense forward by tokens."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row.get("percent") is not None:
-            lines.setdefault(f"{row['geometry']}, {row['what']}", []).append((row["cached"], row["percent"]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(title="storing a prompt", xlabel="tokens", ylabel="% of the layer's dense forward", xscale="log", ylim=(0, None))

@@ -318,22 +318,3 @@ def steady_show(rows: list[Row]) -> Table:
         *COUNTS,
     ]
     return table("Many new tokens", rows, labels, figures)
-
-
-def draw_panel(axes: Any, rows: list[Row]) -> None:
-    """Milliseconds a token by cached tokens."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if not row["error"]:
-            lines.setdefault(f"{row['geometry']}, {row['variant']}", []).append((row["cached"], row["step_median_ms"]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(title="generate, batch 1", xlabel="tokens in the prompt", ylabel="median ms a token", xscale="log", ylim=(0, None))
-
-
-def steady_draw_panel(axes: Any, rows: list[Row]) -> None:
-    """Milliseconds of each step."""
-    for row in rows:
-        if not row["error"]:
-            axes.plot(row["steps_ms"][DROPPED:], linewidth=0.6, label=f"{row['geometry']}, {row['variant']}")
-    axes.set(title="many new tokens", xlabel="new token", ylabel="ms", yscale="log")

@@ -90,10 +90,3 @@ def show(rows: list[Row]) -> Table:
     ]
     caption = f"Of {TIMED} steps after {WARM_UP}, each a call of the compiled model on an idle device; not waited for."
     return table("Host time of a decode step", rows, labels, figures, caption)
-
-
-def draw_panel(axes: Any, rows: list[Row]) -> None:
-    """Milliseconds by variant."""
-    measured = [row for row in rows if not row["error"]]
-    axes.barh([f"{row['geometry']}, {row['variant']}" for row in measured], [row["milliseconds"] for row in measured])
-    axes.set(title="host time of a decode step", xlabel="ms, median")

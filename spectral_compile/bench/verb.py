@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import transformers
@@ -20,8 +20,9 @@ from typer import Option
 
 from spectral_compile.bench import attention, encode, generation, host
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
+from spectral_compile.bench.plot import draw
 from spectral_compile.codec import PRESETS
-from spectral_compile.command import count, need_matplotlib, output, phases, save_figure
+from spectral_compile.command import count, need_matplotlib, output, phases
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation.contenders import options_of, split
@@ -35,17 +36,14 @@ class Part(NamedTuple):
     measurements: Callable[[Settings], list[Measurement]]
     derive: Callable[[list[Row]], None]
     show: Callable[[list[Row]], Table]
-    draw_panel: Callable[[Any, list[Row]], None]
 
 
 PARTS = {
-    "attention": Part(attention.measurements, attention.derive, attention.show, attention.draw_panel),
-    "encode": Part(encode.measurements, encode.derive, encode.show, encode.draw_panel),
-    "generate": Part(generation.measurements, generation.derive, generation.show, generation.draw_panel),
-    "steady": Part(
-        generation.steady_measurements, generation.steady_derive, generation.steady_show, generation.steady_draw_panel
-    ),
-    "host": Part(host.measurements, host.derive, host.show, host.draw_panel),
+    "attention": Part(attention.measurements, attention.derive, attention.show),
+    "encode": Part(encode.measurements, encode.derive, encode.show),
+    "generate": Part(generation.measurements, generation.derive, generation.show),
+    "steady": Part(generation.steady_measurements, generation.steady_derive, generation.steady_show),
+    "host": Part(host.measurements, host.derive, host.show),
 }
 
 
@@ -133,7 +131,7 @@ def bench(
         write()
         out.print(part.show(rows))
     if plot:
-        draw(plot, measured, facts)
+        draw(measured, facts, plot)
 
 
 def by_comma(what: str, given: str, known: Iterable[str], others: bool = False) -> list[str]:
@@ -165,16 +163,3 @@ def header(settings: Settings) -> dict[str, str]:
     name = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else str(settings.device)
     versions = {"torch": torch.__version__, "triton": triton, "transformers": transformers.__version__}
     return {"device": name, **versions, "dtype": str(settings.dtype), "command": shlex.join(sys.argv)}
-
-
-def draw(path: Path, measured: dict[str, list[Row]], facts: dict[str, str]) -> None:
-    """A panel for each part."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7 * len(measured), 5.5), layout="constrained")
-    for axes, (name, rows) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
-        PARTS[name].draw_panel(axes, rows)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}", fontsize="small")
-    save_figure(figure, path)

@@ -16,8 +16,11 @@ from spectral_compile.cache.sharing import Prefix, SharedResults
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec.layout import Layout
 from spectral_compile.foreign import remember
-from spectral_compile.kernels import advance, append, reference
+from spectral_compile.kernels import dense
+from spectral_compile.kernels.advance.op import advance
+from spectral_compile.kernels.append.op import append
 from spectral_compile.kernels.buffers import UNUSED, Buffers, allocate
+from spectral_compile.kernels.values import Chunk
 
 _PREFIXES = 16  # weak references that a store keeps before it drops those that are dead
 
@@ -172,7 +175,7 @@ class SpectralStore:
         out = torch.zeros(b, h, length, d, dtype=self.dtype, device=self.device)
         known = min(length, timeline.length)
         for row, (_, _, tokens, coded, *_) in enumerate(timeline.ledger.tolist()):
-            both = reference.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
+            both = dense.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
             places = timeline.columns[row, :known].nonzero().flatten()
             out[row, :, places] = both[role == "value"][:, : len(places)]
         if (new := self.pending.get(role)) is not None:
@@ -200,7 +203,7 @@ class SpectralStore:
         def advanced() -> Timeline:
             new = old.map(torch.clone)
             new.reserve(count)
-            advance.advance(new.ledger, new.positions, ids, None, key, layout)
+            advance(new.ledger, new.positions, ids, None, key, layout)
             new.enter(count, None)
             new.source = old
             new.entered = new.ledger.clone()
@@ -209,10 +212,10 @@ class SpectralStore:
 
         store.join(old.derived.get(("append", count), store, advanced))
         store.resize(old.ledger)
-        key = torch.stack([reference.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
+        key = torch.stack([dense.unrotate(k, at, layout.rotary) for k, at in zip(key, ids, strict=True)])
         no_query, entered = key.new_zeros(key.shape), store.timeline.entered
         assert entered is not None, "``advanced`` sets it, and it is kept until the last layer has been appended to"
-        append.append(no_query, key, value, entered, None, None, store.buffers, layout)
+        append(Chunk(no_query, key, value), entered, store.buffers, layout)
         if not torch.equal(entered, store.timeline.ledger):
             store.catch_up()
         return store
@@ -221,7 +224,7 @@ class SpectralStore:
         """Code the recent tokens that are due after ``Timeline.catch_up``: a step of no columns."""
         layout = self.layout
         nothing = torch.empty(self.timeline.batch, layout.kv_heads, 0, layout.head_dim, dtype=self.dtype, device=self.device)
-        append.append(nothing, nothing, nothing, self.timeline.ledger, None, None, self.buffers, layout)
+        append(Chunk(nothing, nothing, nothing), self.timeline.ledger, self.buffers, layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralStore:
         key = id(self.timeline)

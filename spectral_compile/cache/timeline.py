@@ -11,9 +11,9 @@ import torch
 
 from spectral_compile.cache.sharing import SharedResults
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels import advance
+from spectral_compile.kernels.advance.hide import REVEALS, hide
+from spectral_compile.kernels.advance.op import advance
 from spectral_compile.kernels.buffers import Capacity
-from spectral_compile.kernels.hide import REVEALS, hide
 
 # Coded slots to spare in a new cache, doubled whenever they are used up: buffers are then copied to larger ones, and a GPU must
 # record its CUDA graphs again.
@@ -25,10 +25,10 @@ class Timeline:
 
     ``length`` is the number of columns as transformers counts them, padding included, and lives on the host. On the device:
 
-    - ``ledger`` int64 [B, 6]: the counters of each row of the batch, such as its tokens and its coded tokens (``reference``);
+    - ``ledger`` int64 [B, 6]: the counters of each row of the batch, such as its tokens and its coded tokens (``LedgerRow``);
     - ``positions`` int32 [B, slots + 1]: the position of each token of a row; the last slot is scratch;
     - ``columns`` bool [B, columns]: which columns are tokens, the others being padding;
-    - ``visible`` uint8 [B, slots + 1] and ``flags`` int32 [B]: which stored tokens the mask of a step shows (``kernels.hide``).
+    - ``visible`` uint8 [B, slots + 1] and ``flags`` int32 [B]: which stored tokens the mask of a step shows (``advance.hide``).
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Timeline:
         if not self.due():
             return False
         nothing = torch.empty(self.batch, self.layout.kv_heads, 0, self.layout.head_dim, device=self.ledger.device)
-        advance.advance(self.ledger, self.positions, None, None, nothing, self.layout)
+        advance(self.ledger, self.positions, None, None, nothing, self.layout)
         return True
 
     def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Timeline:

@@ -1,6 +1,7 @@
 """Transform coding of keys and values in plain PyTorch: the reference for every kernel."""
 
 from .basis import (
+    REFRESH,
     SAMPLE,
     decode,
     encode,
@@ -22,6 +23,7 @@ from .quantise import dequantise, norm_code, norm_value, pack, quantise, recent_
 __all__ = [
     "GRADES",
     "PRESETS",
+    "REFRESH",
     "SAMPLE",
     "USUAL",
     "Layout",

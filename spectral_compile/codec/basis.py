@@ -12,6 +12,7 @@ from .quantise import dequantise, quantise, search_step
 
 _LEAST_WEIGHT = 1e-3  # of a channel against the mean, so that it can be divided by
 SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
+REFRESH = 2.0  # a new segment starts when its old basis loses this many times what a fresh one would, in keys or values
 _RANGE = (0.1, 50.0)  # of a token_weight against the mean: it is an estimate from a few queries, and others come later
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -16,10 +16,11 @@ from typer import Option
 
 from spectral_compile import models
 from spectral_compile.codec import PRESETS, Profile
-from spectral_compile.command import count, need_matplotlib, output, phases, save_figure
+from spectral_compile.command import count, need_matplotlib, output, phases
 from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation import contenders
 from spectral_compile.evaluation.measure import Result, Trial, compare
+from spectral_compile.evaluation.plot import Point, draw
 from spectral_compile.evaluation.tasks import TASKS, questions
 from spectral_compile.evaluation.texts import texts
 from spectral_compile.evaluation.trace import show, trace
@@ -46,22 +47,6 @@ def table(results: Sequence[Result], title: str) -> Table:
             cells += [f"{result.mean(which).kl:.4f}" for which in ("extended", "decoded")]
         shown.add_row(result.name, *cells, *(f"{found}/{cases}" for found, cases in result.answered.values()))
     return shown
-
-
-def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """A PNG of KL divergence against compression, a point for each cache but the dense one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for result in results[1:]:
-        kl = max(result.mean().kl, 1e-6)
-        axes.scatter(result.ratio, kl)
-        axes.annotate(result.name, (result.ratio, kl), xytext=(4, 4), textcoords="offset points", fontsize="small")
-    labels = {"xlabel": "dense bytes over all bytes held", "ylabel": "KL to dense, nats a token"}
-    axes.set(title=title, xscale="log", yscale="log", **labels)
-    axes.grid(which="both", alpha=0.3)
-    save_figure(figure, path)
 
 
 def evaluate(
@@ -147,4 +132,4 @@ def evaluate(
     title = f"{model or models.DEFAULT} in {dtype}: {tokens} tokens cached, {scored} scored, {len(passages)} texts"
     output().print(table(results, title))
     if plot:
-        draw(results, title, plot)
+        draw([Point(result.name, result.ratio, result.mean().kl) for result in results], title, plot)

@@ -15,16 +15,19 @@ from torch import Tensor
 
 from spectral_compile import codec
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
-from spectral_compile.kernels import reference
+from spectral_compile.kernels import dense
+from spectral_compile.kernels.advance import reference as advancing
+from spectral_compile.kernels.append import reference as appending
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
-from spectral_compile.kernels.encode import advance_triton
+from spectral_compile.kernels.ledger import columns_of, rows_of
+from spectral_compile.kernels.values import Chunk
 from tests.budget import examples
 
 pytest.importorskip("triton")
 
-from spectral_compile.kernels import fit
-from spectral_compile.kernels.append import append_triton
-from spectral_compile.kernels.steps import search_step
+from spectral_compile.kernels.advance import kernel as advance_kernel
+from spectral_compile.kernels.append import device, fit
+from spectral_compile.kernels.append.steps import search_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -130,17 +133,21 @@ def unpack(packed: Tensor, tiers: Tiers) -> Tensor:
     return codec.unpack(packed, tiers).int()
 
 
+def chunk_of(step: Step) -> Chunk:
+    return Chunk(step.query, step.key, step.value, step.valid)
+
+
 def copied(store: Store) -> Buffers:
     return Buffers(*(buffer.clone() for buffer in store.buffers))
 
 
 @settings(max_examples=examples(15, full=40))
 @given(cases())
-def test_books(case: Case) -> None:
+def test_ledgers(case: Case) -> None:
     ours, truth = Store(case), Store(case)
     for step in steps(case):
-        advance_triton(ours.ledger, ours.positions, step.ids, step.valid, step.key, case.layout)
-        reference.advance(truth.ledger, truth.positions, step.ids, step.valid, step.key, case.layout)
+        advance_kernel.advance(ours.ledger, ours.positions, step.ids, step.valid, step.key, case.layout)
+        advancing.advance(truth.ledger, truth.positions, step.ids, step.valid, step.key, case.layout)
         assert torch.equal(ours.ledger, truth.ledger)
         assert torch.equal(ours.positions[:, :-1], truth.positions[:, :-1])  # the last one is scratch
 
@@ -150,9 +157,9 @@ def test_books(case: Case) -> None:
 def test_lossless_store(case: Case) -> None:
     ours, truth = Store(case), Store(case)
     for step in steps(case):
-        advance_triton(ours.ledger, ours.positions, step.ids, step.valid, step.key, case.layout)
-        append_triton(step.query, step.key, step.value, ours.ledger, step.valid, None, ours.buffers, case.layout)
-        reference.append(step.query, step.key, step.value, ours.ledger, step.valid, None, truth.buffers, case.layout)
+        advance_kernel.advance(ours.ledger, ours.positions, step.ids, step.valid, step.key, case.layout)
+        device.append(chunk_of(step), ours.ledger, ours.buffers, case.layout)
+        appending.append(chunk_of(step), ours.ledger, truth.buffers, case.layout)
         for name, a, b in zip(Buffers._fields, ours.buffers, truth.buffers, strict=True):
             if name == "moment":
                 torch.testing.assert_close(a, b)
@@ -170,14 +177,13 @@ def test_coded_store(case: Case) -> None:
     rounded = 2**-10 if DEVICE == "cuda" and case.dtype != torch.float32 else 0.0
     flips = fields = 0
     for step in steps(case):
-        advance_triton(store.ledger, store.positions, step.ids, step.valid, step.key, layout)
+        advance_kernel.advance(store.ledger, store.positions, step.ids, step.valid, step.key, layout)
         expected, again, ours = copied(store), copied(store), store.buffers
         token_weight = None
-        if case.token_weighted and int(store.ledger[:, 0].max()) == 0:
+        if case.token_weighted and int(columns_of(store.ledger).before.max()) == 0:
             token_weight = torch.rand(case.batch, layout.groups, step.key.shape[2], generator=generator).square().to(DEVICE)
-        rest = store.ledger, step.valid, token_weight
-        append_triton(step.query, step.key, step.value, *rest, ours, layout)
-        reference.append(step.query, step.key, step.value, *rest, expected, layout)
+        device.append(chunk_of(step), store.ledger, ours, layout, token_weight)
+        appending.append(chunk_of(step), store.ledger, expected, layout, token_weight)
         for name in ("k_exact", "v_exact", "starts"):
             assert torch.equal(getattr(ours, name), getattr(expected, name)), name
         for side in "kv":  # sizes are rounded logarithms, which differ by one where two libraries' logarithms do
@@ -202,21 +208,22 @@ def test_coded_store(case: Case) -> None:
             flips += int((steps_apart > noise).sum())
             getattr(again, f"{coded.side}_codes")[coded.row][:, coded.slots] = a
         assert torch.equal(ours.k_codes, again.k_codes) and torch.equal(ours.v_codes, again.v_codes)  # no other was written
-        fields += int((store.ledger[:, 3] - store.ledger[:, 1]).sum()) * layout.groups * (layout.key.rank + layout.value.rank)
+        rows = columns_of(store.ledger)
+        fields += int((rows.coded_after - rows.coded).sum()) * layout.groups * (layout.key.rank + layout.value.rank)
     assert flips <= max(2, (0.02 if rounded else 0.005) * fields)
 
 
 @pytest.mark.parametrize("preset", ["balanced", "seed"])
-def test_long_prefill_in_pieces(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gram matrices are summed piece by piece, and steps are searched on a sample."""
-    monkeypatch.setattr(fit, "_PIECE", 1000)
+def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gram matrices are summed over some tokens at a time, and steps are searched on a sample."""
+    monkeypatch.setattr(fit, "_AT_ONCE", 1000)
     layout = replace(PRESETS[preset], head_group=1, warmup=500, recent=16).layout(1, 16)
     case = Case(layout, torch.float32, 1, 1, [3000], preset == "balanced", False, False, 0)
     store, (step,) = Store(case), steps(case)
-    advance_triton(store.ledger, store.positions, None, step.valid, step.key, layout)
+    advance_kernel.advance(store.ledger, store.positions, None, step.valid, step.key, layout)
     expected = copied(store)
-    append_triton(step.query, step.key, step.value, store.ledger, step.valid, None, store.buffers, layout)
-    reference.append(step.query, step.key, step.value, store.ledger, step.valid, None, expected, layout)
+    device.append(chunk_of(step), store.ledger, store.buffers, layout)
+    appending.append(chunk_of(step), store.ledger, expected, layout)
     assert torch.equal(store.buffers.starts, expected.starts)
     if DEVICE == "cpu":  # the same solver: another one turns eigenvectors whose eigenvalues are nearly equal
         for side in ("k_affine", "v_affine"):
@@ -232,10 +239,10 @@ def test_other_tokens_begin_a_segment() -> None:
     store, both = Store(case), steps(case)
     both[1].key[1] = both[1].key[1].flip(-1)
     for step in both:
-        advance_triton(store.ledger, store.positions, None, None, step.key, layout)
+        advance_kernel.advance(store.ledger, store.positions, None, None, step.key, layout)
         expected = copied(store)
-        append_triton(step.query, step.key, step.value, store.ledger, None, None, store.buffers, layout)
-        reference.append(step.query, step.key, step.value, store.ledger, None, None, expected, layout)
+        device.append(chunk_of(step), store.ledger, store.buffers, layout)
+        appending.append(chunk_of(step), store.ledger, expected, layout)
         assert torch.equal(store.buffers.starts, expected.starts)
     assert (store.buffers.starts < UNUSED).sum(1).tolist() == [1, 2]
 
@@ -254,7 +261,7 @@ class Coded(NamedTuple):
 def code(step: Step, ledger: Tensor, buffers: Buffers, layout: Layout) -> list[Coded]:
     """Code what the step codes, with the codec and in the segments that are there."""
     result = []
-    for row, (before, coded, _, coded_after, *_) in enumerate(ledger.tolist()):
+    for row, (before, coded, _, coded_after, *_) in enumerate(rows_of(ledger)):
         first = max(before - layout.first_exact, 0)
         starts = [s for s in buffers.starts[row].tolist() if s < coded_after]
         for segment, (a, b) in enumerate(pairwise([*starts, coded_after])):
@@ -268,9 +275,9 @@ def code(step: Step, ledger: Tensor, buffers: Buffers, layout: Layout) -> list[C
                 codes, basis, affine = (getattr(buffers, f"{side}_{name}")[row] for name in names)
                 basis = basis.mT
                 held, fresh = slots[slots < first], slots[slots >= first]
-                kept = reference.recent(row, side, held, buffers, layout)
+                kept = dense.recent(row, side, held, buffers, layout)
                 x = torch.cat((kept, new[:, fresh + layout.first_exact - before]), 1)
-                x = reference.group(x, layout).float()
+                x = dense.group(x, layout).float()
                 if side == "v" and layout.normalised:
                     buffers.v_norms[row, :, slots] = codec.norm_code(x)
                     x = x / codec.norm_value(codec.norm_code(x))[..., None]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_compile.kernels.eigen import eigenbasis
+from spectral_compile.kernels.append.eigen import eigenbasis
 from tests.budget import combinations, examples
 
 FLOOR = 1e-5  # of the largest eigenvalue: below a tenth of it, eigenvectors may be mixed

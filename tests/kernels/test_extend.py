@@ -1,4 +1,4 @@
-"""Long chunks over a compressed past: the past decoded piece by piece against the reference, and which chunks are long."""
+"""Long chunks over a compressed past, decoded some tokens at a time, against the reference; and which chunks are long."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectral_compile as sc
-from spectral_compile.kernels import extend
+from spectral_compile.kernels.attend import extend
+from spectral_compile.kernels.ledger import columns_of
+from spectral_compile.kernels.values import NOTHING_HIDDEN, Hidden, Scoring
 from tests.budget import examples
-from tests.stores import DEVICE, Books, Case, Chunk, cases, on_device, store, tokens_of
+from tests.stores import DEVICE, Case, PlainStore, Step, cases, filled, moved, tokens_of
 from tests.tiny import GREEDY, build, tokens
 
 
-def in_pieces(books: Books, chunk: Chunk, scale: float, dtype: torch.dtype, device: str) -> torch.Tensor:
-    ledger, positions, buffers = on_device(books) if device != "cpu" else (books.ledger, books.positions, books.buffers)
-    held = buffers.cast(dtype, books.layout)
-    given = (x.to(device, dtype) for x in (chunk.query, chunk.key, chunk.value))
-    valid = None if chunk.valid is None else chunk.valid.to(device)
-    return extend.attend(*given, ledger, positions, valid, held, books.layout, scale).float().cpu()
+def by_library(store: PlainStore, step: Step, scale: float, dtype: torch.dtype, device: str) -> torch.Tensor:
+    chunk, past = moved(step.chunk, device), moved(store.past, device)
+    chunk = chunk._replace(**{name: getattr(chunk, name).to(dtype) for name in ("query", "key", "value")})
+    past = past._replace(buffers=past.buffers.cast(dtype, past.layout))
+    return extend.attend(chunk, past, scale).float().cpu()
 
 
 @settings(max_examples=examples(20, full=100), deadline=None)
 @given(cases(), st.integers(1, 40))
-def test_pieces_give_what_the_reference_gives(case: Case, piece: int) -> None:
-    books = Books.blank(case.layout, case.batch, case.columns)
+def test_some_at_a_time_give_what_the_reference_gives(case: Case, at_once: int) -> None:
+    store = PlainStore.blank(case.layout, case.batch, case.columns)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extend, "PIECE", piece)
-        for chunk in case.chunks:
-            books.advance(chunk)
-            got, expected = in_pieces(books, chunk, case.scale, torch.float32, "cpu"), books.attend(chunk, case.scale)
+        patch.setattr(extend, "AT_ONCE", at_once)
+        for step in case.chunks:
+            store.advance(step)
+            got, expected = by_library(store, step, case.scale, torch.float32, "cpu"), store.attend(step, case.scale)
             for row in range(case.batch):
-                keep = tokens_of(chunk, row)
+                keep = tokens_of(step, row)
                 torch.testing.assert_close(got[row][:, keep], expected[row][:, keep], atol=2e-4, rtol=2e-4)
-            books.append(chunk)
+            store.append(step)
 
 
 @pytest.mark.gpu
@@ -42,13 +43,13 @@ def test_pieces_give_what_the_reference_gives(case: Case, piece: int) -> None:
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "f16"])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("preset", ["exact", "balanced", "seed"])
-def test_pieces_in_half_precision(
+def test_long_chunks_in_half_precision(
     preset: str, dim: int, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extend, "PIECE", 100)
-    books, chunk = store(preset, dim, past=500, chunk=600, batch=2)
-    expected = books.attend(chunk, 0.1)
-    got = in_pieces(books, chunk, 0.1, dtype, DEVICE)
+    monkeypatch.setattr(extend, "AT_ONCE", 100)
+    store, step = filled(preset, dim, past=500, new=600, batch=2)
+    expected = store.attend(step, 0.1)
+    got = by_library(store, step, 0.1, dtype, DEVICE)
     assert (got - expected).norm() < bound * expected.norm()
 
 
@@ -57,7 +58,7 @@ def test_a_prompt_in_long_chunks_gives_the_same_tokens(monkeypatch: pytest.Monke
     chunks = []
     original = extend.attend
     monkeypatch.setattr(extend, "LEAST", 64)
-    monkeypatch.setattr(extend, "attend", lambda query, *rest: chunks.append(query.shape[2]) or original(query, *rest))
+    monkeypatch.setattr(extend, "attend", lambda step, *rest: chunks.append(step.columns) or original(step, *rest))
     sc.reset()
     model, prompt = build("llama"), tokens(2, 300)
     mask = torch.ones_like(prompt)
@@ -76,18 +77,21 @@ def test_a_prompt_in_long_chunks_gives_the_same_tokens(monkeypatch: pytest.Monke
 def test_what_the_library_does_not_know_is_left_to_the_kernel() -> None:
     query = torch.zeros(1, 2, extend.LEAST, 64)
     mask = torch.ones(1, 1, extend.LEAST, extend.LEAST, dtype=torch.bool)
-    assert extend.takes(query, None, 0, 0.0, None)
-    for other in ((mask, 0, 0.0, None), (None, 9, 0.0, None), (None, 0, 30.0, None), (None, 0, 0.0, torch.zeros(2))):
-        assert not extend.takes(query, *other)
-    assert not extend.takes(query[:, :, 1:], None, 0, 0.0, None)
+    plain = Scoring(1.0)
+    assert extend.takes(query, NOTHING_HIDDEN, plain)
+    assert not extend.takes(query, Hidden(mask), plain)
+    for other in ({"sliding_window": 9}, {"softcap": 30.0}, {"sink_score": torch.zeros(2)}):
+        assert not extend.takes(query, NOTHING_HIDDEN, Scoring(1.0, **other))
+    assert not extend.takes(query[:, :, 1:], NOTHING_HIDDEN, plain)
 
 
 def test_a_row_of_padding_alone_sees_the_past() -> None:
-    books, chunk = store("balanced", 64, past=300, chunk=40, batch=2)
-    chunk.valid = torch.ones(2, 40, dtype=torch.bool)
-    chunk.valid[1] = False
-    books.ledger[1, 2] = books.ledger[1, 0]
-    got = in_pieces(books, chunk, 0.1, torch.float32, "cpu")
-    expected = books.attend(chunk, 0.1)
+    store, step = filled("balanced", 64, past=300, new=40, batch=2)
+    step.valid = torch.ones(2, 40, dtype=torch.bool)
+    step.valid[1] = False
+    rows = columns_of(store.ledger)
+    rows.after[1] = rows.before[1]
+    got = by_library(store, step, 0.1, torch.float32, "cpu")
+    expected = store.attend(step, 0.1)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
     assert got[1].any()

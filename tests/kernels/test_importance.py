@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_compile.kernels import importance as judging
-from spectral_compile.kernels.importance import importance
-from spectral_compile.kernels.shares import shares
+from spectral_compile.kernels.importance import kernel, reference
+from spectral_compile.kernels.importance.op import SAMPLE, importance
 from tests.budget import examples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,14 +20,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Tensor:
     """Of one row without padding: [Hq, n, D], [H, n, D] -> [G, n]."""
     count, per_key = key.shape[1], query.shape[0] // key.shape[0]
-    sample = -(-judging.SAMPLE // (per_key * head_group))
+    sample = -(-SAMPLE // (per_key * head_group))
     total, seen = torch.zeros(key.shape[0], count), torch.zeros(count)
     for i in range(1, sample + 1):
-        judge = max(i * count // sample - 1, 0)
+        token = max(i * count // sample - 1, 0)
         for head in range(query.shape[0]):
-            scores = query[head, judge] @ key[head // per_key, : judge + 1].mT * scale
-            total[head // per_key, : judge + 1] += scores.softmax(-1) * (judge + 1)
-        seen[: judge + 1] += per_key * head_group
+            scores = query[head, token] @ key[head // per_key, : token + 1].mT * scale
+            total[head // per_key, : token + 1] += scores.softmax(-1) * (token + 1)
+        seen[: token + 1] += per_key * head_group
     return total.unflatten(0, (-1, head_group)).sum(1) / seen
 
 
@@ -38,21 +37,21 @@ def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Te
     st.sampled_from([(1, 1, 1), (2, 2, 1), (4, 2, 2), (6, 3, 3)]),
     st.integers(1, 60),
     st.booleans(),
-    st.sampled_from([judging._shares, shares]),
+    st.sampled_from([reference.token_weights, kernel.token_weights]),
     st.integers(0, 2**31),
 )
 def test_it_is_the_mean_share_of_attention(
-    batch: int, heads: tuple[int, int, int], count: int, padded: bool, kernel: Callable[..., Tensor], seed: int
+    batch: int, heads: tuple[int, int, int], count: int, padded: bool, way: Callable[..., Tensor], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads, head_group = heads
     query = 2 * torch.randn(batch, q_heads, count, 8, generator=generator)
     key = torch.randn(batch, kv_heads, count, 8, generator=generator)
     valid = torch.rand(batch, count, generator=generator) < 0.7 if padded else None
-    device = DEVICE if kernel is shares else "cpu"
+    device = DEVICE if way is kernel.token_weights else "cpu"
     given = [None if x is None else x.to(device) for x in (query, key, valid)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "_shares", kernel)
+        patch.setattr(reference, "token_weights", way)
         got = importance(*given, 0.3, head_group).cpu()
     assert got.shape == (batch, kv_heads // head_group, count)
     for row in range(batch):
@@ -66,7 +65,7 @@ def test_it_is_the_mean_share_of_attention(
 def test_scores_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8)
     whole = importance(query, key, None, 0.3, 2)
-    monkeypatch.setattr(judging, "_SCORES", 1)
+    monkeypatch.setattr(reference, "_SCORES", 1)
     torch.testing.assert_close(importance(query, key, None, 0.3, 2), whole)
 
 
@@ -89,6 +88,6 @@ def test_in_half_precision_it_is_what_it_is_in_single(heads: tuple[int, int, int
     assert (got - expected).norm() < 1e-2 * expected.norm()
 
 
-def test_of_a_prompt_that_is_not_coded_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_shares", lambda *_: pytest.fail("its tokens were token_weighted"))
+def test_of_a_prompt_that_is_not_coded_nothing_is_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "token_weights", lambda *_: pytest.fail("its tokens were weighed"))
     assert torch.equal(importance(torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), None, 0.3, 1, 51), torch.zeros(2, 2, 50))

@@ -7,26 +7,26 @@ from typing import Any
 import pytest
 import torch
 
-from spectral_compile.kernels.advance import advance_
-from spectral_compile.kernels.append import append_
-from spectral_compile.kernels.attend import attend_
+from spectral_compile.kernels.advance.op import advance_
+from spectral_compile.kernels.append.op import append_
+from spectral_compile.kernels.attend.op import attend_
 from spectral_compile.kernels.causal import causal
-from spectral_compile.kernels.importance import importance
-from tests.stores import store
+from spectral_compile.kernels.importance.op import importance
+from tests.stores import filled
 
 
 def arguments(name: str) -> tuple[Any, ...]:
     """For a step of three columns over a store of 190 tokens."""
-    books, chunk = store("balanced", 16, past=190, chunk=3)
-    tokens = chunk.query, chunk.key, chunk.value
-    spec = books.layout.spec()
-    absent = None, None, books.ledger, books.positions, None
+    store, step = filled("balanced", 16, past=190, new=3)
+    tokens = step.query, step.key, step.value
+    spec = store.layout.spec()
+    absent = None, None, store.ledger, store.positions, None
     return {
-        "advance_": (books.ledger, torch.zeros(1, 220, dtype=torch.int32), None, None, chunk.key, spec),
-        "append_": (*tokens, books.ledger, None, None, *books.buffers, spec),
-        "attend_": (*tokens, *absent, *books.buffers, spec, 0.25, 0, 0.0, None),
-        "causal": (*tokens, books.ledger, None, 0.25),
-        "importance": (chunk.query, chunk.key, None, 0.25, 1),
+        "advance_": (store.ledger, torch.zeros(1, 220, dtype=torch.int32), None, None, step.key, spec),
+        "append_": (*tokens, store.ledger, None, None, *store.buffers, spec),
+        "attend_": (*tokens, *absent, *store.buffers, spec, 0.25, 0, 0.0, None),
+        "causal": (*tokens, store.ledger, None, 0.25),
+        "importance": (step.query, step.key, None, 0.25, 1),
     }[name]
 
 

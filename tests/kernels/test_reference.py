@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_compile.codec import PRESETS, Rotary
-from spectral_compile.kernels import reference
+from spectral_compile.kernels.dense import materialise, rotate, unrotate
+from spectral_compile.kernels.ledger import rows_of
+from spectral_compile.kernels.values import Hidden
 from tests.budget import examples
-from tests.stores import Books, Case, Chunk, cases, rotaries, tokens_of
+from tests.stores import Case, PlainStore, Step, cases, rotaries, tokens_of
 
 PROPERTY = settings(max_examples=examples(25, full=120), deadline=None)
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
@@ -51,70 +53,70 @@ class Dense:
         self.columns = [torch.zeros(0, dtype=torch.int64) for _ in range(case.batch)]
         self.length = 0
 
-    def append(self, chunk: Chunk) -> None:
+    def append(self, step: Step) -> None:
         for row in range(self.case.batch):
-            keep = tokens_of(chunk, row)
+            keep = tokens_of(step, row)
             known, count = self.keys[row].shape[1], int(keep.sum())
-            ids = torch.arange(known, known + count) if chunk.ids is None else chunk.ids[min(row, len(chunk.ids) - 1)][keep]
-            key = turned(chunk.key[row][:, keep], ids, self.case.layout.rotary)
+            ids = torch.arange(known, known + count) if step.ids is None else step.ids[min(row, len(step.ids) - 1)][keep]
+            key = turned(step.key[row][:, keep], ids, self.case.layout.rotary)
             self.keys[row] = torch.cat((self.keys[row], key), 1)
-            self.values[row] = torch.cat((self.values[row], chunk.value[row][:, keep]), 1)
+            self.values[row] = torch.cat((self.values[row], step.value[row][:, keep]), 1)
             self.columns[row] = torch.cat((self.columns[row], keep.nonzero().flatten() + self.length))
-        self.length += chunk.key.shape[2]
+        self.length += step.key.shape[2]
 
-    def attend(self, chunk: Chunk, row: int, allowed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What the chunk's tokens (already appended) see; ``allowed(query tokens [n, 1], key tokens [1, T])``."""
-        keep = tokens_of(chunk, row)
+    def attend(self, step: Step, row: int, allowed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What the step's tokens (already appended) see; ``allowed(query tokens [n, 1], key tokens [1, T])``."""
+        keep = tokens_of(step, row)
         total = self.keys[row].shape[1]
         own = torch.arange(total - int(keep.sum()), total)[:, None]
         may = allowed(own, torch.arange(total)[None]).expand(len(own), total)
-        return plain_attention(chunk.query[row][:, keep], self.keys[row], self.values[row], may, self.case.scale)
+        return plain_attention(step.query[row][:, keep], self.keys[row], self.values[row], may, self.case.scale)
 
 
 @PROPERTY
 @given(cases())
 def test_attend_equals_decode_then_attention(case: Case) -> None:
-    books = Books.blank(case.layout, case.batch, case.columns)
-    for chunk in case.chunks:
-        books.advance(chunk)
-        out = books.attend(chunk, case.scale)
-        for row, (before, _, after, *_) in enumerate(books.ledger.tolist()):
-            keep = tokens_of(chunk, row)
-            key, value = books.held(row)
-            key = torch.cat((key, turned(chunk.key[row][:, keep], books.positions[row, before:after], case.layout.rotary)), 1)
-            value = torch.cat((value, chunk.value[row][:, keep]), 1)
+    store = PlainStore.blank(case.layout, case.batch, case.columns)
+    for step in case.chunks:
+        store.advance(step)
+        out = store.attend(step, case.scale)
+        for row, (before, _, after, *_) in enumerate(rows_of(store.ledger)):
+            keep = tokens_of(step, row)
+            key, value = store.held(row)
+            key = torch.cat((key, turned(step.key[row][:, keep], store.positions[row, before:after], case.layout.rotary)), 1)
+            value = torch.cat((value, step.value[row][:, keep]), 1)
             causal = torch.arange(after)[None] <= torch.arange(before, after)[:, None]
-            expected = plain_attention(chunk.query[row][:, keep], key, value, causal, case.scale)
+            expected = plain_attention(step.query[row][:, keep], key, value, causal, case.scale)
             torch.testing.assert_close(out[row][:, keep], expected, **CLOSE)
-        books.append(chunk)
+        store.append(step)
 
 
 @PROPERTY
 @given(cases(presets=("exact",)))
 def test_lossless_attend_equals_causal_attention(case: Case) -> None:
-    books, dense = Books.blank(case.layout, case.batch, case.columns), Dense(case)
-    for chunk in case.chunks:
-        books.advance(chunk)
-        out = books.attend(chunk, case.scale)
-        books.append(chunk)
-        dense.append(chunk)
+    store, dense = PlainStore.blank(case.layout, case.batch, case.columns), Dense(case)
+    for step in case.chunks:
+        store.advance(step)
+        out = store.attend(step, case.scale)
+        store.append(step)
+        dense.append(step)
         for row in range(case.batch):
-            expected = dense.attend(chunk, row, lambda query, key: key <= query)
-            torch.testing.assert_close(out[row][:, tokens_of(chunk, row)], expected, **CLOSE)
+            expected = dense.attend(step, row, lambda query, key: key <= query)
+            torch.testing.assert_close(out[row][:, tokens_of(step, row)], expected, **CLOSE)
 
 
 @PROPERTY
 @given(cases(presets=("exact",)), st.integers(1, 30))
 def test_window_hides_what_is_farther_behind(case: Case, window: int) -> None:
-    books, dense = Books.blank(case.layout, case.batch, case.columns), Dense(case)
-    for chunk in case.chunks:
-        books.advance(chunk)
-        out = books.attend(chunk, case.scale, sliding_window=window)
-        books.append(chunk)
-        dense.append(chunk)
+    store, dense = PlainStore.blank(case.layout, case.batch, case.columns), Dense(case)
+    for step in case.chunks:
+        store.advance(step)
+        out = store.attend(step, case.scale, sliding_window=window)
+        store.append(step)
+        dense.append(step)
         for row in range(case.batch):
-            expected = dense.attend(chunk, row, lambda query, key: (key <= query) & (query - key < window))
-            torch.testing.assert_close(out[row][:, tokens_of(chunk, row)], expected, **CLOSE)
+            expected = dense.attend(step, row, lambda query, key: (key <= query) & (query - key < window))
+            torch.testing.assert_close(out[row][:, tokens_of(step, row)], expected, **CLOSE)
 
 
 @PROPERTY
@@ -122,20 +124,20 @@ def test_window_hides_what_is_farther_behind(case: Case, window: int) -> None:
 def test_bool_mask_replaces_causality(case: Case, shared: bool, seed: int) -> None:
     """A mask speaks of columns; those of padding are seen by no query, whatever it says."""
     generator = torch.Generator().manual_seed(seed)
-    books, dense = Books.blank(case.layout, case.batch, case.columns), Dense(case)
+    store, dense = PlainStore.blank(case.layout, case.batch, case.columns), Dense(case)
     columns = torch.zeros(case.batch, case.columns + 7, dtype=torch.bool)
-    for chunk in case.chunks:
-        count, past = chunk.key.shape[2], dense.length
+    for step in case.chunks:
+        count, past = step.key.shape[2], dense.length
         mask = torch.rand(1 if shared else case.batch, 1, count, past + count, generator=generator) < 0.5
-        books.advance(chunk)
-        out = books.attend(chunk, case.scale, mask, columns)
-        books.append(chunk)
-        dense.append(chunk)
+        store.advance(step)
+        out = store.attend(step, case.scale, Hidden(mask, columns))
+        store.append(step)
+        dense.append(step)
         for row in range(case.batch):
-            keep = tokens_of(chunk, row)
+            keep = tokens_of(step, row)
             columns[row, past : past + count] = keep
             may = mask[min(row, len(mask) - 1), 0][keep][:, dense.columns[row]]
-            expected = dense.attend(chunk, row, lambda query, key, may=may: may)
+            expected = dense.attend(step, row, lambda query, key, may=may: may)
             torch.testing.assert_close(out[row][:, keep], expected, **CLOSE)
 
 
@@ -147,13 +149,13 @@ def test_a_row_does_not_depend_on_its_neighbours(case: Case, data: st.DataObject
     def only(x: Tensor | None) -> Tensor | None:
         return x if x is None or len(x) == 1 else x[row : row + 1]
 
-    together, alone = (Books.blank(case.layout, batch, case.columns) for batch in (case.batch, 1))
-    for chunk in case.chunks:
-        single = Chunk(*(only(x) for x in vars(chunk).values()))
-        together.advance(chunk)
+    together, alone = (PlainStore.blank(case.layout, batch, case.columns) for batch in (case.batch, 1))
+    for step in case.chunks:
+        single = Step(*(only(x) for x in vars(step).values()))
+        together.advance(step)
         alone.advance(single)
-        assert torch.equal(together.attend(chunk, case.scale)[row], alone.attend(single, case.scale)[0])
-        together.append(chunk)
+        assert torch.equal(together.attend(step, case.scale)[row], alone.attend(single, case.scale)[0])
+        together.append(step)
         alone.append(single)
         for mine, own in zip(together.row(row), alone.row(0), strict=True):
             assert torch.equal(mine, own)
@@ -163,14 +165,14 @@ def test_a_row_does_not_depend_on_its_neighbours(case: Case, data: st.DataObject
 @given(cases(presets=("balanced", "seed"), batch=2))
 def test_padding_does_not_reach_the_codes(case: Case) -> None:
     """A row stores the same bytes when what stands in its columns of padding changes."""
-    first, second = (Books.blank(case.layout, case.batch, case.columns) for _ in range(2))
-    for chunk in case.chunks:
-        valid = torch.ones(case.batch, chunk.key.shape[2], dtype=torch.bool) if chunk.valid is None else chunk.valid
+    first, second = (PlainStore.blank(case.layout, case.batch, case.columns) for _ in range(2))
+    for step in case.chunks:
+        valid = torch.ones(case.batch, step.key.shape[2], dtype=torch.bool) if step.valid is None else step.valid
         hidden = ~valid[:, None, :, None]
-        other = replace(chunk, **{name: getattr(chunk, name).masked_fill(hidden, 1e4) for name in ("query", "key", "value")})
-        for books, given_chunk in ((first, chunk), (second, other)):
-            books.advance(given_chunk)
-            books.append(given_chunk)
+        other = replace(step, **{name: getattr(step, name).masked_fill(hidden, 1e4) for name in ("query", "key", "value")})
+        for store, given_chunk in ((first, step), (second, other)):
+            store.advance(given_chunk)
+            store.append(given_chunk)
     for row in range(case.batch):
         for a, b in zip(first.row(row), second.row(row), strict=True):
             assert torch.equal(a, b)
@@ -179,19 +181,19 @@ def test_padding_does_not_reach_the_codes(case: Case) -> None:
 @PROPERTY
 @given(cases())
 def test_ledger_adds_up(case: Case) -> None:
-    layout, books = case.layout, Books.blank(case.layout, case.batch, case.columns)
+    layout, store = case.layout, PlainStore.blank(case.layout, case.batch, case.columns)
     tokens = [0] * case.batch
-    for chunk in case.chunks:
-        old, count = books.ledger.tolist(), chunk.key.shape[2]
-        books.advance(chunk)
+    for step in case.chunks:
+        old, count = rows_of(store.ledger), step.key.shape[2]
+        store.advance(step)
         if count == 1:
-            for was, now in zip(old, books.ledger.tolist(), strict=True):
+            for was, now in zip(old, rows_of(store.ledger), strict=True):
                 (coded, waiting), (coded_after, waiting_after) = was[3:5], now[3:5]
                 assert waiting_after == waiting
                 assert coded_after == coded or not (waiting or layout.segment), "a step of one column begins no segment"
-            books.catch_up(chunk)
-        for row, (before, coded_before, after, coded, waiting, _) in enumerate(books.ledger.tolist()):
-            tokens[row] += int(tokens_of(chunk, row).sum())
+            store.catch_up(step)
+        for row, (before, coded_before, after, coded, waiting, _) in enumerate(rows_of(store.ledger)):
+            tokens[row] += int(tokens_of(step, row).sum())
             if count == 1:
                 before, coded_before = old[row][2:4]
             assert (before, coded_before) == tuple(old[row][2:4])
@@ -209,28 +211,28 @@ def test_ledger_adds_up(case: Case) -> None:
 @PROPERTY
 @given(cases())
 def test_positions_are_those_of_the_tokens(case: Case) -> None:
-    books = Books.blank(case.layout, case.batch, case.columns)
+    store = PlainStore.blank(case.layout, case.batch, case.columns)
     expected: list[list[int]] = [[] for _ in range(case.batch)]
-    for chunk in case.chunks:
-        books.advance(chunk)
+    for step in case.chunks:
+        store.advance(step)
         for row, known in enumerate(expected):
-            keep = tokens_of(chunk, row)
+            keep = tokens_of(step, row)
             count = int(keep.sum())
-            ids = chunk.ids[min(row, len(chunk.ids) - 1)][keep].tolist() if chunk.ids is not None else None
+            ids = step.ids[min(row, len(step.ids) - 1)][keep].tolist() if step.ids is not None else None
             known += range(len(known), len(known) + count) if ids is None else ids
-            assert books.positions[row, : len(known)].tolist() == known
+            assert store.positions[row, : len(known)].tolist() == known
 
 
 @PROPERTY
 @given(cases(presets=("quality", "balanced", "compact", "seed")))
 def test_what_is_not_coded_stays_exact_or_is_held_in_bytes(case: Case) -> None:
-    layout, books, dense = case.layout, Books.blank(case.layout, case.batch, case.columns), Dense(case)
-    for chunk in case.chunks:
-        books.advance(chunk)
-        books.append(chunk)
-        dense.append(chunk)
-    for row, (_, _, after, coded, *_) in enumerate(books.ledger.tolist()):
-        key, value = reference.materialise(row, after, coded, books.positions[row], books.buffers, layout)
+    layout, store, dense = case.layout, PlainStore.blank(case.layout, case.batch, case.columns), Dense(case)
+    for step in case.chunks:
+        store.advance(step)
+        store.append(step)
+        dense.append(step)
+    for row, (_, _, after, coded, *_) in enumerate(rows_of(store.ledger)):
+        key, value = materialise(row, after, coded, store.positions[row], store.buffers, layout)
         token = torch.arange(after)
         first, recent = token < layout.first_exact, token >= layout.first_exact + coded
         exact = first if layout.recent_bits == 8 else first | recent
@@ -250,25 +252,26 @@ def test_unrotate_undoes_rotate(case: tuple[int, Rotary | None], seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 5, dim, generator=generator)
     ids = torch.randint(0, 4096, (5,), generator=generator)
-    rotated = reference.rotate(x, ids, rotary)
+    rotated = rotate(x, ids, rotary)
     torch.testing.assert_close(rotated, turned(x, ids, rotary), atol=2e-3, rtol=0)  # float32 angles of some thousand radians
-    torch.testing.assert_close(reference.unrotate(rotated, ids, rotary), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(unrotate(rotated, ids, rotary), x, atol=1e-5, rtol=1e-5)
 
 
 def test_a_query_that_may_see_nothing_gives_zeros() -> None:
     layout = replace(PRESETS["exact"], warmup=1).layout(1, 32)
-    books = Books.blank(layout, 1, 4)
-    chunk = Chunk(*(torch.randn(1, 1, 4, 32) for _ in range(3)), None, torch.tensor([[False, False, True, True]]))
-    books.advance(chunk)
-    out = books.attend(chunk, 1.0)
+    store = PlainStore.blank(layout, 1, 4)
+    step = Step(*(torch.randn(1, 1, 4, 32) for _ in range(3)), None, torch.tensor([[False, False, True, True]]))
+    store.advance(step)
+    out = store.attend(step, 1.0)
     assert (out[0, :, :2] == 0).all()
     assert (out[0, :, 2:] != 0).all()
 
 
 def test_a_mask_that_differs_between_heads_is_refused() -> None:
     layout = PRESETS["exact"].layout(2, 32)
-    books = Books.blank(layout, 1, 4)
-    chunk = Chunk(*(torch.randn(1, 2, 4, 32) for _ in range(3)), None, None)
-    books.advance(chunk)
+    store = PlainStore.blank(layout, 1, 4)
+    step = Step(*(torch.randn(1, 2, 4, 32) for _ in range(3)), None, None)
+    store.advance(step)
+    hidden = Hidden(torch.ones(1, 2, 4, 4, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.bool))
     with pytest.raises(NotImplementedError, match="differs between heads"):
-        books.attend(chunk, 1.0, torch.ones(1, 2, 4, 4, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.bool))
+        store.attend(step, 1.0, hidden)

@@ -89,9 +89,11 @@ def without_a_gpu() -> Compiled:
 def step(preset: str, turned: int, count: int, hidden: str) -> None:
     """Launch what a step over 190 tokens of 2 KV heads launches on a GPU."""
     from spectral_compile.codec import PRESETS, Rotary
-    from spectral_compile.kernels import fused
+    from spectral_compile.kernels.advance import kernel as advance_kernel
+    from spectral_compile.kernels.append.kernel import ChunkWriter
+    from spectral_compile.kernels.attend.kernel import attend
     from spectral_compile.kernels.buffers import Capacity, allocate
-    from spectral_compile.kernels.encode import Tokens, hide_triton
+    from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
 
     dtype = torch.bfloat16 if hidden == "window" else torch.float32
     rotary = Rotary(tuple(1e4 ** (-2 * i / 64) for i in range(turned // 2))) if turned else None
@@ -103,19 +105,19 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     if hidden == "hidden tokens":
         visible = torch.ones(1, 512, dtype=torch.uint8)
         flags = torch.zeros(1, dtype=torch.int32)
-        hide_triton(visible, flags, torch.ones(1, 190, dtype=torch.bool), torch.ones(1, 190, dtype=torch.int64))
+        advance_kernel.hide(visible, flags, torch.ones(1, 190, dtype=torch.bool), torch.ones(1, 190, dtype=torch.int64))
     if hidden == "mask":
         mask, columns = torch.ones(1, 1, count, 190 + count, dtype=torch.bool), torch.ones(1, 190, dtype=torch.bool)
-    slide = {"sliding_window": 30, "softcap": 20.0} if hidden == "window" else {"sliding_window": 0}
-    chunk = (query, key, key, mask, columns, ledger, positions, None, buffers, layout, 0.125)
-    fused.attend(*chunk, **slide, visible=visible, enters=count == 1)
+    scoring = Scoring(0.125, sliding_window=30, softcap=20.0) if hidden == "window" else Scoring(0.125)
+    chunk, past = Chunk(query, key, key), Past(ledger, positions, buffers, layout)
+    attend(chunk, past, scoring, Hidden(mask, columns, visible), enters=count == 1)
     if count > 1:
-        tokens = Tokens(query, key, key, ledger, None, buffers, layout)
-        tokens.add_moment()
-        tokens.write(2, False)
-        tokens.write(0, True)
+        writer = ChunkWriter(chunk, ledger, buffers, layout)
+        writer.add_moment()
+        writer.write(2, False)
+        writer.write(0, True)
         if not layout.lossless:
-            tokens.gather(0, 64)
+            writer.gather(0, 64)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ ROTATED = set(MODELS) - {"gpt2", "gpt2-eager", "opt", "smollm3-without-rope", "p
 # masks, or positions of padded tokens, that are not made as Llama's; the others are padded with the oldest transformers
 OWN_MASKS = ["llama", "gpt-neox", "gpt2", "falcon", "opt", "phi3-long-rope", "smollm3-without-rope"]
 OWN_MASKS += ["llama-eager", "gpt2-eager", "gemma2-softcapping", "gpt-oss-sinks"]
-README = Path(__file__).parents[2] / "README.md"
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +42,16 @@ def assert_all_matched(*kinds: str) -> None:
 
 
 def line(name: str) -> str:
-    """Of README's table, as the graphs that were compiled say."""
+    """Of the table of models, as the graphs that were compiled say."""
     made = sc.reports()
     matched, sites = max((graph.matched, graph.sites) for graph in made)
     reasons = sorted({re.sub(r"^graph: |^.*self_attn: ", "", str(refusal)) for graph in made for refusal in graph.refusals})
     return f"| `{name}` | {matched} of {max(sites, 2)} | {'; '.join(reasons) or '-'} |"
 
 
-def assert_in_readme(name: str) -> None:
+def assert_in_table(name: str) -> None:
     if not OLDEST:  # the table is of the newest transformers
-        assert line(name) in README.read_text().splitlines()
+        assert line(name) in TABLE.read_text().splitlines()
 
 
 @pytest.mark.newest
@@ -62,7 +62,7 @@ def test_two_turns_on_one_cache_equal_dense(name: str) -> None:
     first = model.generate(prompt, max_new_tokens=20, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(first.sequences, dense.generate(prompt, max_new_tokens=20, **GREEDY)), "first turn"
     assert_all_matched("prefill", "decode")
-    assert_in_readme(name)
+    assert_in_table(name)
     if name in ROTATED:
         rotary = first.past_key_values.layers[0].keys.kind.layout.rotary
         assert rotary is not None
@@ -98,20 +98,20 @@ def test_layers_that_stay_dense_do_no_harm(name: str) -> None:
         assert torch.equal(compiled(name, strict=False).generate(prompt, **given), expected)
     assert report.decodes() == 0
     assert all(graph.refusals for graph in sc.reports())
-    assert_in_readme(name)
+    assert_in_table(name)
 
 
 @pytest.mark.newest
-def test_the_table_in_the_readme_is_of_these_models() -> None:
-    _, table = README.read_text().split("| model in `tests/tiny.py` |")
+def test_the_table_is_of_these_models() -> None:
+    _, table = TABLE.read_text().split("| model in `tests/tiny.py` |")
     assert re.findall(r"^\| `(.*?)` \|", table.split("\n\n")[0], re.MULTILINE) == [*MODELS, *OTHERS]
 
 
 @pytest.mark.newest
 @pytest.mark.parametrize("name", [*MODELS, *OTHERS] if FULL else ["gpt2", "gemma3"])
-def test_examining_a_model_tells_what_the_readme_tells(name: str) -> None:
+def test_examining_a_model_tells_what_the_table_tells(name: str) -> None:
     examine(build(name), options={**EXACT, "strict": False}, input_ids=tokens(1, 30))
-    assert_in_readme(name)
+    assert_in_table(name)
 
 
 @pytest.mark.parametrize("name", MODELS if FULL or OLDEST else OWN_MASKS)

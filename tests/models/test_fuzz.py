@@ -113,7 +113,7 @@ class Caches(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_no_sequence_of_operations_tells_the_caches_apart() -> None:
-    amount = {"max_examples": examples(4, full=8), "stateful_step_count": examples(25, full=40)}
+    amount = {"max_examples": examples(3, full=8), "stateful_step_count": examples(20, full=40)}
     run_state_machine_as_test(Caches, settings=settings(deadline=None, **amount))
 
 
@@ -124,7 +124,7 @@ def test_many_generations_leave_nothing_behind() -> None:
     model = build("llama")
     model.compile(backend=sc.spectral, options={**EXACT, "preset": "balanced"})
     graphs = 0
-    for turn in range(examples(70, full=200)):
+    for turn in range(examples(40, full=200)):
         out = model.generate(tokens(1 + turn % 2, 20 + turn % 37, seed=turn), max_new_tokens=6, **GREEDY)
         if turn == 20:
             graphs = len(sc.reports())

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 import spectral_compile as sc
 from spectral_compile import report
-from spectral_compile.kernels.encode import hide_triton
-from spectral_compile.kernels.hide import HIDES, REVEALS, hide
+from spectral_compile.kernels.advance import kernel
+from spectral_compile.kernels.advance.hide import HIDES, REVEALS, hide
+from spectral_compile.kernels.values import Hidden
 from tests.budget import FULL, examples
-from tests.stores import DEVICE, Books, Chunk, fused_attend
+from tests.stores import DEVICE, PlainStore, Step, by_kernels
 from tests.tiny import EXACT, GREEDY, TEXT, WINDOWS, build, tokens
 
 HOW = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
@@ -78,7 +79,7 @@ def test_a_padded_batch_continues_as_the_dense_model_does(pair: tuple[PreTrained
 
 
 def test_a_long_chunk_with_padding_over_a_past_with_hidden_tokens(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    """From 512 queries on the past is decoded in pieces, which leave out what is hidden."""
+    """From 512 queries on the past is decoded some tokens at a time, which leave out what is hidden."""
     first, second = torch.ones(2, 90, dtype=torch.int64), torch.ones(2, 690, dtype=torch.int64)
     second[0, 20:50], second[1, 300:400], second[0, 600:] = 0, 0, 0
     dense, model = pair
@@ -102,21 +103,21 @@ def test_kernels_hide_what_the_reference_hides(preset: str, count: int) -> None:
     layout = sc.SpectralConfig.parse({"preset": preset, **WINDOWS}).layout(2, 16, None)
     draw = torch.Generator().manual_seed(0)
 
-    def chunk(n: int) -> Chunk:
+    def some(n: int) -> Step:
         q, k, v = (torch.randn(2, heads, n, 16, generator=draw) for heads in (4, 2, 2))
-        return Chunk(q, k, v, None, None)
+        return Step(q, k, v, None, None)
 
-    books = Books.blank(layout, 2, 120)
-    past, step = chunk(90), chunk(count)
-    books.advance(past)
-    books.append(past)
-    books.advance(step)
-    visible = (torch.rand(2, books.positions.shape[1], generator=draw) < 0.6).to(torch.uint8)
+    store = PlainStore.blank(layout, 2, 120)
+    past, step = some(90), some(count)
+    store.advance(past)
+    store.append(past)
+    store.advance(step)
+    visible = (torch.rand(2, store.positions.shape[1], generator=draw) < 0.6).to(torch.uint8)
     visible[1] = 1
-    expected = books.attend(step, 0.3, visible=visible)
-    got = fused_attend(books, step, 0.3, visible=visible.to(DEVICE))
+    hidden = Hidden(visible=visible)
+    expected, got = store.attend(step, 0.3, hidden), by_kernels(store, step, 0.3, hidden)
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-2)
-    assert not torch.allclose(expected[0], books.attend(step, 0.3)[0], atol=1e-2)
+    assert not torch.allclose(expected[0], store.attend(step, 0.3)[0], atol=1e-2)
 
 
 @settings(max_examples=examples(15, 60))
@@ -130,7 +131,7 @@ def test_what_a_mask_hides_and_reveals(batch: int, count: int, more: int, seed: 
     our_flags, their_flags = (torch.full((batch,), 7, dtype=torch.int32) for _ in range(2))
     hide(ours, our_flags, columns, shown)
     theirs, their_flags = theirs.to(DEVICE), their_flags.to(DEVICE)
-    hide_triton(theirs, their_flags, columns.to(DEVICE), shown.to(DEVICE))
+    kernel.hide(theirs, their_flags, columns.to(DEVICE), shown.to(DEVICE))
     for row in range(batch):
         known = columns[row, :count]
         stored = shown[row][known]

@@ -15,9 +15,10 @@ import spectral_compile as sc
 from spectral_compile import backend
 from spectral_compile.kernels import sliced as operation
 from spectral_compile.passes import slices
+from tests.budget import examples
 from tests.tiny import GROUPED, WINDOWS, build, smollm2_sized, tokens
 
-LONG = 4096
+LONG = examples(2560, full=4096)
 
 
 @pytest.fixture(autouse=True)

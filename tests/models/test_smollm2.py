@@ -55,7 +55,7 @@ def assert_two_graphs(layers: int = 30) -> None:
 @pytest.fixture
 def shallow(smollm2: Real, monkeypatch: pytest.MonkeyPatch) -> int:
     """In CI only the first layers run, since compilers take a second for each of them; all give them the same code."""
-    layers = examples(4, full=30)
+    layers = examples(2, full=30)
     monkeypatch.setattr(smollm2[0].config, "num_hidden_layers", layers)
     return layers
 

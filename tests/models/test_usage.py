@@ -256,7 +256,7 @@ COMPILED: dict[str, Callable[[PreTrainedModel], None]] = {
 }
 
 if OLDEST:
-    del COMPILED["static"]  # there decode is not dynamic, as README says
+    del COMPILED["static"]  # there decode is not dynamic, as docs/models.md says
 
 
 @pytest.mark.parametrize(("way", "context"), combinations(list(COMPILED), [torch.no_grad, torch.inference_mode]))

@@ -37,6 +37,7 @@ def test_a_hook_around_the_whole_model_leaves_it_compressed() -> None:
     assert_compressed(model, expected)
 
 
+@pytest.mark.newest
 def test_hooks_within_a_model_keep_it_dense_with_a_reason() -> None:
     model = build("llama")
     expected = generated(model)

@@ -1,11 +1,11 @@
-"""``spectral::advance_``: a step's new columns enter the books that all layers of a cache share."""
+"""``spectral::advance_``: a step's new columns enter the ledger that all layers of a cache share."""
 
 from __future__ import annotations
 
 import torch
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels import reference
+from spectral_compile.kernels.advance import reference
 from spectral_compile.kernels.operation import operation
 
 
@@ -19,9 +19,9 @@ def advance(
 ) -> None:
     """See ``reference.advance``; on a GPU it is one kernel."""
     if ledger.is_cuda:
-        from spectral_compile.kernels.encode import advance_triton  # Triton is there only where a GPU is
+        from spectral_compile.kernels.advance import kernel  # Triton is there only where a GPU is
 
-        advance_triton(ledger, positions, position_ids, valid, chunk, layout)
+        kernel.advance(ledger, positions, position_ids, valid, chunk, layout)
     else:
         reference.advance(ledger, positions, position_ids, valid, chunk, layout)
 
@@ -37,7 +37,7 @@ def advance_(
     position_ids: torch.Tensor | None,
     valid: torch.Tensor | None,
     chunk: torch.Tensor,
-    layout: str,
+    layout: Layout,
 ) -> None:
-    """See ``reference.advance``; ``layout`` is ``Layout.spec()``."""
-    advance(ledger, positions, position_ids, valid, chunk, Layout.parse(layout))
+    """See ``reference.advance``."""
+    advance(ledger, positions, position_ids, valid, chunk, layout)

@@ -14,9 +14,9 @@ def hide(visible: torch.Tensor, flags: torch.Tensor, columns: torch.Tensor, show
     mask of this step says of the first n of them: 0 hides. The last slot is scratch. Nothing waits for the device.
     """
     if visible.is_cuda:
-        from spectral_compile.kernels.encode import hide_triton  # Triton is there only where a GPU is
+        from spectral_compile.kernels.advance import kernel  # Triton is there only where a GPU is
 
-        hide_triton(visible, flags, columns, shown)
+        kernel.hide(visible, flags, columns, shown)
         return
     columns, shown = columns[:, : shown.shape[1]], shown != 0
     visible.scatter_(1, torch.where(columns, columns.cumsum(1) - 1, visible.shape[1] - 1), shown.to(torch.uint8))

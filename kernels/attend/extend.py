@@ -1,7 +1,8 @@
-"""A long chunk's attention: the compressed past is decoded a piece at a time, which all queries of the chunk then share.
+"""A long chunk's attention: some of the compressed past is decoded at a time, which all queries of the chunk then share.
 
-``fused`` rebuilds keys for every tile of queries, which is the cheapest for few of them. Where there are many, a piece of the
-past is decoded once and attended to by a library's kernel; pieces are merged by log-sum-exp (Dao et al., arXiv 2205.14135).
+``kernel`` rebuilds keys for every tile of queries, which is the cheapest for few of them. Where there are many, some of the
+past is decoded once and attended to by a library's kernel; what comes of it is merged by log-sum-exp (Dao et al., arXiv
+2205.14135).
 """
 
 from __future__ import annotations
@@ -11,50 +12,38 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend
 
-from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels import reference
+from spectral_compile.kernels import dense
 from spectral_compile.kernels.autocast import without_autocast
-from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.causal import askers
 from spectral_compile.kernels.ledger import on_host
+from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
 
 LEAST = 512  # queries for which decoding costs less than rebuilding keys tile by tile
-PIECE = 8192  # tokens that are dense at a time
+AT_ONCE = 8192  # tokens that are dense at a time
 
 
-def takes(
-    query: torch.Tensor, mask: torch.Tensor | None, sliding_window: int, softcap: float, sink_score: torch.Tensor | None
-) -> bool:
+def takes(query: torch.Tensor, hidden: Hidden, scoring: Scoring) -> bool:
     """Whether a chunk [B, Hq, n, D] is long, and its attention plain enough for the library's kernel."""
-    if query.shape[2] < LEAST or mask is not None or sliding_window or softcap or sink_score is not None:
+    if query.shape[2] < LEAST or hidden.mask is not None or not scoring.is_plain:
         return False
     return not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0)
 
 
 @without_autocast
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ledger: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    buffers: Buffers,
-    layout: Layout,
-    scale: float,
-    visible: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``reference.attend`` without a mask, holding ``PIECE`` tokens of the past at a time. The host reads the ledger."""
+def attend(chunk: Chunk, past: Past, scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
+    """``reference.attend`` without a mask, holding ``AT_ONCE`` tokens of the past at a time. The host reads the ledger."""
+    query, key, value, valid = chunk
+    ledger, positions, _, layout = past
     batch, heads, count, dim = query.shape
     out = query.new_zeros(batch, count, heads, dim).transpose(1, 2)
     for row, (before, coded, after, *_) in enumerate(on_host(ledger)):
         q, at = query[row], positions[row, before:after]
         if valid is None or after - before == count:
-            mixed, total = _attention(q, reference.rotate(key[row], at, layout.rotary), value[row], scale, causal=True)
+            mixed, total = _attention(q, dense.rotate(key[row], at, layout.rotary), value[row], scale, causal=True)
             mixed = mixed.float()
         else:
             tokens = valid[row].nonzero()[:, 0]
-            k, v = reference.rotate(key[row][:, tokens], at, layout.rotary), value[row][:, tokens]
+            k, v = dense.rotate(key[row][:, tokens], at, layout.rotary), value[row][:, tokens]
             mixed = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
             total = mixed.new_full(q.shape[:2], float("-inf"))
             for asking, seen in askers(valid[row]):
@@ -62,26 +51,20 @@ def attend(
                     own = _attention(q[:, asking], k[:, :seen], v[:, :seen], scale, causal=seen is None)
                     mixed[:, asking], total[:, asking] = own[0].float(), own[1]
         shown = None if visible is None or visible[row, :before].all() else visible[row].bool()
-        for k, v in _past(row, before, coded, positions[row], buffers, layout, shown):
+        for k, v in _decoded(row, before, coded, past, shown):
             if k.shape[1] == 0:
                 continue
-            part, own = _attention(q, k, v, scale)
-            mixed.lerp_(part.float(), (own - total).sigmoid()[..., None])
+            more, own = _attention(q, k, v, scale)
+            mixed.lerp_(more.float(), (own - total).sigmoid()[..., None])
             total = total.logaddexp(own)
         out[row] = mixed.to(query.dtype)
     return out
 
 
-def _past(
-    row: int,
-    before: int,
-    coded: int,
-    positions: torch.Tensor,
-    buffers: Buffers,
-    layout: Layout,
-    shown: torch.Tensor | None,
+def _decoded(
+    row: int, before: int, coded: int, past: Past, shown: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, ``PIECE`` at a time, in no order.
+    """Keys (rotated) and values [H, n, D] of the first ``before`` tokens of a row, ``AT_ONCE`` at a time, in no order.
 
     Where there is a bool ``shown`` [N], of those tokens alone that it names.
     """
@@ -89,19 +72,20 @@ def _past(
     def chosen(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         return x if kept is None else x[:, kept]
 
+    positions, buffers, layout = past.positions[row], past.buffers, past.layout
     dtype, first = buffers.k_exact.dtype, min(before, layout.first_exact)
     if before > coded:
         at = torch.cat((positions[:first], positions[first + coded : before]))
-        k, v = (reference.not_coded(row, side, before, coded, buffers, layout) for side in ("k", "v"))
+        k, v = (dense.not_coded(row, side, before, coded, buffers, layout) for side in ("k", "v"))
         kept = None if shown is None else torch.cat((shown[:first], shown[first + coded : before]))
-        yield chosen(reference.rotate(k, at, layout.rotary), kept), chosen(v, kept)
-    for segment, slots in reference.spans(row, coded, buffers, layout):
-        for start in range(slots.start, slots.stop, PIECE):
-            part = slice(start, min(start + PIECE, slots.stop))
-            k, v = (reference.decode(row, segment, part, side, buffers, layout).to(dtype) for side in ("k", "v"))
-            here = slice(first + part.start, first + part.stop)
+        yield chosen(dense.rotate(k, at, layout.rotary), kept), chosen(v, kept)
+    for segment, slots in dense.spans(row, coded, buffers, layout):
+        for start in range(slots.start, slots.stop, AT_ONCE):
+            some = slice(start, min(start + AT_ONCE, slots.stop))
+            k, v = (dense.decode(row, segment, some, side, buffers, layout).to(dtype) for side in ("k", "v"))
+            here = slice(first + some.start, first + some.stop)
             kept = None if shown is None else shown[here]
-            yield chosen(reference.rotate(k, positions[here], layout.rotary), kept), chosen(v, kept)
+            yield chosen(dense.rotate(k, positions[here], layout.rotary), kept), chosen(v, kept)
 
 
 def _attention(

@@ -1,0 +1,31 @@
+"""``append`` on a GPU, out of kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels.append.fit import fit
+from spectral_compile.kernels.append.kernel import ChunkWriter, tiles_of
+from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.ledger import on_host
+from spectral_compile.kernels.values import Chunk
+
+
+def append(
+    chunk: Chunk, ledger: torch.Tensor, buffers: Buffers, layout: Layout, token_weight: torch.Tensor | None = None
+) -> None:
+    """``reference.append`` in Triton. One column is one launch that waits for nothing; more columns, or none, may wait."""
+    writer = ChunkWriter(chunk, ledger, buffers, layout)
+    if chunk.columns == 1:
+        writer.write(tiles_of(layout.block), keep=True)
+        return
+    if chunk.columns:
+        writer.add_moment()
+    rows = on_host(ledger)
+    if not layout.lossless:
+        fit(writer, rows, token_weight)
+    # coding reads the places of recent tokens that new ones are then written to
+    writer.write(tiles_of(max(row.coded_after - row.coded for row in rows)), keep=False)
+    if chunk.columns:
+        writer.write(0, keep=True)

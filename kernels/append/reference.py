@@ -1,0 +1,163 @@
+"""A chunk enters one layer's store, in PyTorch: the truth that the kernels are held against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from spectral_compile import codec
+from spectral_compile.codec.layout import Layout, Tiers
+from spectral_compile.kernels import dense
+from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.ledger import rows_of
+from spectral_compile.kernels.values import Chunk
+
+_AT_ONCE = 1024  # tokens that are coded at a time, which bounds what the prefill needs beside its own activations
+
+
+def append(
+    chunk: Chunk, ledger: torch.Tensor, buffers: Buffers, layout: Layout, token_weight: torch.Tensor | None = None
+) -> None:
+    """Store one chunk: its first tokens and recent ones as they are, and code what falls out of the recent ones.
+
+    ``token_weight`` float32 [B, G, n] counts in the bases of a prompt (see ``codec.token_scale``), the first tokens of a store.
+    ``ledger`` has been advanced. With n = 0 only what is due is coded, out of the recent tokens; with n = 1 no basis is
+    computed.
+    """
+    query, key, value, valid = chunk
+    may_fit = chunk.columns != 1
+    first_exact = layout.first_exact
+    for row, (before, coded, after, coded_after, *_) in enumerate(rows_of(ledger)):
+        k, v, q = key[row], value[row], query[row]
+        if valid is not None:
+            k, v, q = k[:, valid[row]], v[:, valid[row]], q[:, valid[row]]
+        squares = torch.stack([head.float().square().sum(0) for head in q])  # head by head: queries are large
+        buffers.moment[row] += squares.unflatten(0, (layout.kv_heads, -1)).sum(1)
+        k_exact, v_exact = buffers.k_exact[row], buffers.v_exact[row]
+        in_first = min(max(first_exact - before, 0), after - before)
+        k_exact[:, before : before + in_first] = k[:, :in_first]
+        v_exact[:, before : before + in_first] = v[:, :in_first]
+        first = max(before - first_exact, 0)  # slot of the first new token past the first_exact
+        if coded_after > coded:
+            held = torch.arange(coded, min(max(first, coded), coded_after), device=k.device)
+            fresh = slice(in_first, in_first + coded_after - coded - len(held))
+            tails = [
+                torch.cat((dense.recent(row, side, held, buffers, layout), new[:, fresh]), 1) if len(held) else new[:, fresh]
+                for side, new in (("k", k), ("v", v))
+            ]
+            weights = None
+            if token_weight is not None:
+                weights = (token_weight[row] if valid is None else token_weight[row][:, valid[row]])[:, fresh]
+            _code(row, coded, *tails, weights, buffers, layout, may_fit)
+        slots = torch.arange(max(first, coded_after), max(after - first_exact, 0), device=k.device)
+        for side, new in (("k", k), ("v", v)):
+            _keep(row, side, slots, new[:, slots - first + in_first], buffers, layout)
+
+
+def _keep(row: int, side: str, slots: torch.Tensor, x: torch.Tensor, buffers: Buffers, layout: Layout) -> None:
+    """Write tokens [H, n, D] to their places among the recent ones."""
+    place = slots % buffers.recent_slots(layout)
+    if layout.recent_bits != 8:
+        getattr(buffers, f"{side}_exact")[row][:, layout.first_exact + place] = x
+        return
+    codes, sizes = codec.recent_code(x)
+    getattr(buffers, f"{side}_recent")[row][:, place] = codes
+    getattr(buffers, f"{side}_sizes")[row][:, place] = sizes
+
+
+def _code(
+    row: int,
+    start: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+    may_fit: bool,
+) -> None:
+    """Code tokens [H, n, D] of one row, of weights [G, n], into the slots from ``start`` on."""
+    if layout.lossless:
+        span = slice(start, start + key.shape[1])
+        buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = dense.group(key, layout), dense.group(value, layout)
+        return
+    k_weight = v_weight = buffers.moment.new_ones(layout.groups, layout.width)
+    token_scale = None
+    if layout.query_weighted:
+        k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
+    if layout.token_weighted and token_weight is not None:
+        token_scale = codec.token_scale(token_weight)
+    length = layout.segment or key.shape[1]
+    for at in range(0, key.shape[1], length):
+        part = slice(at, at + length)
+        slots = slice(start + at, start + at + length)
+        sides = (
+            _Side(dense.group(key[:, part], layout).float(), k_weight, *_coded("k", row, buffers), layout.key),
+            _Side(_normalised(row, slots, dense.group(value[:, part], layout).float(), buffers, layout), v_weight,
+                  *_coded("v", row, buffers), layout.value),
+        )  # fmt: skip
+        scale = None if token_scale is None else token_scale[:, part]
+        segment = _segment(row, start + at, sides, scale, buffers, layout, may_fit)
+        for side in sides:
+            for tokens in torch.arange(side.x.shape[1]).split(_AT_ONCE):
+                here = slice(int(tokens[0]), int(tokens[-1]) + 1)
+                codes = codec.encode(side.x[:, here], side.basis[:, segment], side.affine[:, segment], side.tiers)
+                side.codes[:, slots.start + here.start : slots.start + here.stop] = codes
+
+
+class _Side(NamedTuple):
+    """Keys or values [G, n, W] of one row that are to be coded, and where their codes go."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    codes: torch.Tensor
+    basis: torch.Tensor
+    affine: torch.Tensor
+    tiers: Tiers
+
+
+def _coded(side: str, row: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, basis, affine = (getattr(buffers, f"{side}_{what}")[row] for what in ("codes", "basis", "affine"))
+    return codes, basis.mT, affine
+
+
+def _normalised(row: int, slots: slice, value: torch.Tensor, buffers: Buffers, layout: Layout) -> torch.Tensor:
+    """Values over their tokens' norms, which are stored."""
+    if not layout.normalised:
+        return value
+    norms = codec.norm_code(value)
+    buffers.v_norms[row, :, slots] = norms
+    return value / codec.norm_value(norms)[..., None]
+
+
+def _segment(
+    row: int,
+    start: int,
+    sides: tuple[_Side, _Side],
+    token_scale: torch.Tensor | None,
+    buffers: Buffers,
+    layout: Layout,
+    may_fit: bool,
+) -> int:
+    """The segment whose basis codes these tokens: the current one, or a new one where that is due."""
+    starts = buffers.starts[row].tolist()
+    current = sum(first <= start for first in starts) - 1
+    room = current + 1 < len(starts)  # a log that was cropped among its codes may have more segments than were reserved
+    fresh = current < 0 or (layout.segment > 0 and room)
+    candidate = sides[0].x.shape[1] >= layout.warmup and room
+    if not may_fit or (not fresh and not candidate):
+        return current
+    fits = [codec.fit(side.x, side.weight, side.tiers, layout.margin, token_scale) for side in sides]
+    if not fresh and all(_serves(side, current, fit) for side, fit in zip(sides, fits, strict=True)):
+        return current
+    segment = current + 1
+    for side, (basis, affine) in zip(sides, fits, strict=True):
+        side.basis[:, segment], side.affine[:, segment] = basis, affine
+    buffers.starts[row, segment] = start
+    return segment
+
+
+def _serves(side: _Side, segment: int, fit: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether the basis of a segment captures these tokens nearly as well as one that was made for them."""
+    lost = codec.residual(side.x, side.basis[:, segment], side.affine[:, segment])
+    return bool((lost <= codec.REFRESH * codec.residual(side.x, *fit)).all())

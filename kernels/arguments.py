@@ -1,0 +1,108 @@
+"""What kernels take as one argument each: the tensors of a chunk, and what is fixed about a store.
+
+Triton takes a NamedTuple apart into its members, so that a kernel compiles to what it would with each of them as an argument;
+integers in it are always specialised for 1 and for multiples of 16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from spectral_compile.codec.layout import Layout, Tiers
+from spectral_compile.kernels.digits import RowField, row_fields
+from spectral_compile.kernels.values import Chunk
+
+LEAST = 16  # the smallest extent of a matrix product
+
+
+class Strides(NamedTuple):
+    """Of a tensor [B, H, n, D] whose channels lie beside each other."""
+
+    row: int
+    head: int
+    column: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Strides:
+        return cls(*x.stride()[:3])
+
+
+class ChunkArguments(NamedTuple):
+    """A ``Chunk`` whose channels lie beside each other.
+
+    Where it has several columns, some of which may be padding, int32 ``index`` says which token a column is, or which column a
+    token; a kernel says which way.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    index: torch.Tensor | None
+    query_strides: Strides
+    key_strides: Strides
+    value_strides: Strides
+
+    @classmethod
+    def of(cls, chunk: Chunk, index: torch.Tensor | None) -> ChunkArguments:
+        tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in chunk[:3]]
+        return cls(*tensors, index, *map(Strides.of, tensors))
+
+
+class Side(NamedTuple):
+    """How keys, or values, are coded: channels at 8, 4 and 2 bits, their sum, and a token's codes in halfwords."""
+
+    tiers: tuple[int, int, int]
+    rank: int
+    halfwords: int
+    fields: tuple[RowField, ...]
+
+    @classmethod
+    def of(cls, tiers: Tiers) -> Side:
+        return cls((tiers.bits8, tiers.bits4, tiers.bits2), tiers.rank, tiers.row_bytes // 2, row_fields(tiers))
+
+
+class Geometry(NamedTuple):
+    """What is fixed about a store, as kernels are compiled for it. Names in capitals are padded to a power of two."""
+
+    kv_heads: int
+    groups: int  # of KV heads that are coded jointly
+    heads: int  # KV heads of a group
+    query_heads: int  # of a KV head
+    dim: int  # channels of a head
+    DIM: int
+    width: int  # channels of a group
+    WIDTH: int
+    k: Side  # not ``key``, and not ``value``: Triton's own tuples have members of such names
+    v: Side
+    lossless: bool
+    normalised: bool
+    first_exact: int
+    recent_in_bytes: bool
+
+    @classmethod
+    def of(cls, layout: Layout, query_heads: int) -> Geometry:
+        """For a model with ``query_heads`` query heads in all."""
+        return cls(
+            kv_heads=layout.kv_heads,
+            groups=layout.groups,
+            heads=layout.head_group,
+            query_heads=query_heads // layout.kv_heads,
+            dim=layout.head_dim,
+            DIM=triton.next_power_of_2(layout.head_dim),
+            width=layout.width,
+            WIDTH=max(LEAST, triton.next_power_of_2(layout.width)),
+            k=Side.of(layout.key),
+            v=Side.of(layout.value),
+            lossless=layout.lossless,
+            normalised=layout.normalised,
+            first_exact=layout.first_exact,
+            recent_in_bytes=layout.recent_bits == 8,
+        )
+
+
+def as_bytes(valid: torch.Tensor | None) -> torch.Tensor | None:
+    """Which columns are tokens as kernels read it: bool [B, n] -> uint8 [B, n], one row after another."""
+    return None if valid is None else valid.contiguous().view(torch.uint8)

@@ -1,0 +1,54 @@
+"""Every Python example of README and the documentation runs, page by page, as a reader would who types one after the other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import spectral_compile as sc
+from spectral_compile import backend
+from spectral_compile.codec import PRESETS
+from tests.docs.markdown import DOCS, PAGES, ROOT, blocks, name
+from tests.tiny import tokens
+
+WITH_EXAMPLES = [page for page in PAGES if blocks(page, "python")]
+PRINTED = {"README.md", "docs/troubleshooting.md"}  # pages whose examples print reports
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name)
+def test_examples_run(
+    page: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "compile_inner", lambda gm, *rest: gm.forward)  # a compiler takes a minute, and is torch's
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    unsloth = SimpleNamespace(FastLanguageModel=SimpleNamespace(from_pretrained=lambda name, **_: (model, None)))
+    monkeypatch.setitem(sys.modules, "unsloth", unsloth)  # it needs a GPU to be imported
+    sc.reset()
+    names: dict[str, Any] = {
+        "model": model,
+        "inputs": {"input_ids": tokens(1, 40) % 128, "max_new_tokens": 4, "do_sample": False},
+    }
+    with patch.dict(PRESETS):  # to which a recipe adds
+        for number, block in enumerate(blocks(page, "python")):
+            recompilable(names["model"])
+            code = block.replace('from_pretrained("..."', f"from_pretrained({str(tiny_folder)!r}")
+            code = code.replace(", max_new_tokens=2000", "")  # there are some in ``inputs``
+            exec(compile(code, f"{name(page)}, Python block {number}", "exec"), names)
+    shown = capsys.readouterr().out
+    assert ("decode: 2 of 2 attention sites compressed" in shown) == (name(page) in PRINTED)
+
+
+def recompilable(model: PreTrainedModel) -> None:
+    """The model as it was before ``model.compile``: each example compiles one of its own."""
+    model._compiled_call_impl = None
+
+
+def test_the_pages_that_should_have_examples_do() -> None:
+    expected = {ROOT / "README.md", ROOT / "CONTRIBUTING.md", DOCS / "api.md", DOCS / "format.md", DOCS / "unsloth.md"}
+    assert expected <= set(WITH_EXAMPLES)
