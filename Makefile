@@ -15,9 +15,9 @@ LONG := $(call without,bench cli docs evaluation kernels/test_append.py kernels/
 	passes/test_equivalence.py passes/test_patched.py passes/test_rope.py passes/test_slices.py \
 	test_foreign.py test_limit.py test_package.py test_replay.py test_stats.py test_unsloth.py)
 # what hardly depends on transformers
-APART := $(call without,bench cli codec docs evaluation kernels models/test_memory.py models/test_smollm2.py \
+APART := $(call without,bench cache cli codec docs evaluation kernels models/test_memory.py models/test_smollm2.py \
 	passes/test_equivalence.py passes/test_slices.py \
-	test_asked.py test_backend.py test_limit.py test_package.py test_replay.py test_store.py test_tensor.py)
+	test_asked.py test_backend.py test_limit.py test_package.py test_replay.py test_tensor.py)
 
 .PHONY: setup demo test test-fast test-full test-5.17 lint types clean
 .DELETE_ON_ERROR:
