@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 
 class LedgerRow(NamedTuple):
-    """The columns of a ledger, int64 [B, 6], in their order; those of one row where it has been read."""
+    """The columns of a ledger, int64 [B, 6], in order: integers of one row (``rows_of``), or int64 [B] (``columns_of``)."""
 
-    before: int  # tokens before this step
-    coded: int  # of these, coded ones
-    after: int  # tokens after this step
-    coded_after: int
-    waiting: int  # 1 while the row has too few tokens to compute a basis from
-    gaps: int  # tokens whose position is not one more than that of the token before
+    before: Any  # tokens before this step
+    coded: Any  # of these, coded ones
+    after: Any  # tokens after this step
+    coded_after: Any
+    waiting: Any  # 1 while the row has too few tokens to compute a basis from
+    gaps: Any  # tokens whose position is not one more than that of the token before
 
 
 COLUMNS = len(LedgerRow._fields)

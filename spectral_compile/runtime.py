@@ -17,7 +17,7 @@ from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.plan import Plan
 from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning, count_decode, record
-from spectral_compile.tensor import Kind, SpectralTensor, shape_of
+from spectral_compile.tensor import Kind, SpectralTensor, shape_of, store_of
 
 
 class SizeReader:
@@ -282,7 +282,7 @@ class DenseGraph:
         if i in self.shapes:
             return shape_of(tensor)
         dense = densely(tensor)
-        if self.refused and (prefill := tensor.require_store().timeline.prefill) is not None:
+        if self.refused and (prefill := store_of(tensor).timeline.prefill) is not None:
             prefill.stay_dense(self.refused)
         return dense
 

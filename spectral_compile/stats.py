@@ -11,7 +11,7 @@ import torch
 
 from spectral_compile.kernels.buffers import PART
 from spectral_compile.outputs import cache_of
-from spectral_compile.tensor import SpectralTensor
+from spectral_compile.tensor import SpectralTensor, store_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def memory_stats(cache: Any) -> MemoryStats:
             if not isinstance(tensor, SpectralTensor):
                 stored += add(tensor, "dense")
                 continue
-            store = tensor.require_store()
+            store = store_of(tensor)
             stored += sum(add(buffer, part) for buffer, part in zip(store.buffers, PART, strict=True))
             stored += sum(add(x, "other") for x in (*store.timeline.tensors(), store.handle))
             stored += sum(add(x, "recent") for x in store.pending.values())

@@ -66,17 +66,12 @@ class SpectralTensor(torch.Tensor):
     @property
     def length(self) -> int:
         """The columns that are there."""
-        return self.require_store().timeline.length if self.kind.static else self.shape[2]
+        return store_of(self).timeline.length if self.kind.static else self.shape[2]
 
     @property
     def shape_only(self) -> bool:
         """Whether Dynamo traces with this tensor, which then has no store and is asked for no values."""
         return self.store is None and isinstance(self.handle, FakeTensor)
-
-    def require_store(self) -> SpectralStore:
-        """The store of a tensor that is not traced."""
-        assert self.store is not None, "only a traced tensor has no store"
-        return self.store
 
     def __tensor_flatten__(self) -> tuple[list[str], Kind]:
         return _INNER, self.kind
@@ -115,7 +110,7 @@ class SpectralTensor(torch.Tensor):
         ``key`` names the operation, with ``holder`` alive where it contains its id: the other role of the layer gets the same
         new store, and the other layers get stores on the same new timeline (``SharedResults``).
         """
-        store, length = self.require_store(), self.length
+        store, length = store_of(self), self.length
 
         def timeline() -> Timeline:
             return store.timeline.crop(min(length, store.timeline.length)).map(move)
@@ -144,12 +139,12 @@ class SpectralTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralTensor:
         store = memo.get(id(self.store))
         if store is None:
-            store = self.require_store().__deepcopy__(memo)
+            store = store_of(self).__deepcopy__(memo)
         memo[id(self)] = new = self._on(store)
         return new
 
     def __copy__(self) -> SpectralTensor:
-        return self._on(self.require_store())
+        return self._on(store_of(self))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(_WRITES)
@@ -220,6 +215,12 @@ class Decoded(torch.Tensor):
         return out
 
 
+def store_of(x: SpectralTensor) -> SpectralStore:
+    """The store of a tensor that is not traced."""
+    assert x.store is not None, "only a traced tensor has no store"
+    return x.store
+
+
 def shape_of(x: SpectralTensor) -> torch.Tensor:
     """A tensor of the shape and dtype of ``x`` that holds one element, for graphs that only read sizes off it."""
     return x.handle.new_zeros((), dtype=x.dtype).expand(x.shape)
@@ -264,15 +265,15 @@ def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Any:
     if dim % 4 == 2 and len(tensors) == 2 and not isinstance(tensors[1], SpectralTensor):
         length, new = first.shape[2], tensors[1]
         if new.shape[2] == 0:
-            return first._on(first.require_store())
-        store = first.require_store()
+            return first._on(store_of(first))
+        store = store_of(first)
         if length > store.timeline.length:
             return NotImplemented  # the other role still lacks the chunk before this one
         if length != store.timeline.length:
             longer = store
             store = longer.derived.get(("append", length), first.kind.role, lambda: longer.fork(length))
         return first._on(store.append_eagerly(first.kind.role, new), length + new.shape[2])
-    stores = [t.require_store() for t in tensors if isinstance(t, SpectralTensor)]
+    stores = [store_of(t) for t in tensors if isinstance(t, SpectralTensor)]
     alike = {(s.layout, s.dtype, s.timeline.length, bool(s.pending)) for s in stores}
     if dim % 4 != 0 or len(stores) < len(tensors) or len(alike) > 1 or first.shape[2] != stores[0].timeline.length:
         return NotImplemented
@@ -285,9 +286,9 @@ def _slice(x: SpectralTensor, dim: int = 0, start: int | None = None, end: int |
     if step != 1 or (dim % 4 != 0 and first != 0):
         return NotImplemented
     if last - first == x.shape[dim]:
-        return x._on(x.require_store())
+        return x._on(store_of(x))
     if dim % 4 == 2 and not x.kind.static:
-        return x._on(x.require_store(), last)
+        return x._on(store_of(x), last)
     if dim % 4 == 0:
         return x._moved(("rows", first, last), lambda t: t[first:last].clone())
     return NotImplemented
@@ -328,7 +329,7 @@ def _to_copy(x: SpectralTensor, dtype: torch.dtype | None = None, device: Any = 
         return NotImplemented
 
     moved = x._moved(("to", dtype, str(device)), lambda t: t.to(device=device, copy=True))
-    store = moved.require_store()
+    store = store_of(moved)
     store.cast(dtype)
     return moved._on(store)
 

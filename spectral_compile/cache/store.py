@@ -20,6 +20,7 @@ from spectral_compile.kernels import dense
 from spectral_compile.kernels.advance.op import advance
 from spectral_compile.kernels.append.op import append
 from spectral_compile.kernels.buffers import UNUSED, Buffers, allocate
+from spectral_compile.kernels.ledger import columns_of, rows_of
 from spectral_compile.kernels.values import Chunk
 
 _PREFIXES = 16  # weak references that a store keeps before it drops those that are dead
@@ -91,8 +92,9 @@ class SpectralStore:
                 if recent == capacity.recent:
                     b.copy_(a)
                     continue
-                for row, (_, _, tokens, coded, *_) in enumerate(ledger.tolist()):
-                    slots = torch.arange(coded, max(coded, tokens - layout.first_exact), device=self.device)
+                for row, held in enumerate(rows_of(ledger)):
+                    end = max(held.coded_after, held.after - layout.first_exact)
+                    slots = torch.arange(held.coded_after, end, device=self.device)
                     b[row, :, slots % capacity.recent] = a[row, :, slots % recent]
         self.buffers = new
 
@@ -163,7 +165,7 @@ class SpectralStore:
     def drop_segments(self) -> None:
         """Mark as unused the segments that begin after the timeline's last coded token."""
         starts = self.buffers.starts
-        starts.masked_fill_(starts > self.timeline.ledger[:, 3:4], UNUSED)
+        starts.masked_fill_(starts > columns_of(self.timeline.ledger).coded_after[:, None], UNUSED)
 
     def dense(self, role: str, length: int) -> torch.Tensor:
         """The keys as attention sees them (after RoPE), or the values: [B, H, length, D] in the model's dtype.
@@ -174,8 +176,9 @@ class SpectralStore:
         b, (h, d) = timeline.batch, (self.layout.kv_heads, self.layout.head_dim)
         out = torch.zeros(b, h, length, d, dtype=self.dtype, device=self.device)
         known = min(length, timeline.length)
-        for row, (_, _, tokens, coded, *_) in enumerate(timeline.ledger.tolist()):
-            both = dense.materialise(row, tokens, coded, timeline.positions[row], self.buffers, self.layout)
+        for row, held in enumerate(rows_of(timeline.ledger)):
+            positions = timeline.positions[row]
+            both = dense.materialise(row, held.after, held.coded_after, positions, self.buffers, self.layout)
             places = timeline.columns[row, :known].nonzero().flatten()
             out[row, :, places] = both[role == "value"][:, : len(places)]
         if (new := self.pending.get(role)) is not None:
@@ -197,8 +200,9 @@ class SpectralStore:
         store.pending = {}
         layout, count = store.layout, key.shape[2]
         old = store.timeline
-        last = old.positions.gather(1, (old.ledger[:, 2:3] - 1).clamp(min=0))
-        ids = last.where(old.ledger[:, 2:3] > 0, -1) + torch.arange(1, count + 1, device=key.device)
+        tokens = columns_of(old.ledger).after[:, None]
+        last = old.positions.gather(1, (tokens - 1).clamp(min=0))
+        ids = last.where(tokens > 0, -1) + torch.arange(1, count + 1, device=key.device)
 
         def advanced() -> Timeline:
             new = old.map(torch.clone)

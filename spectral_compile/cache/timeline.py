@@ -14,6 +14,7 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.advance.hide import REVEALS, hide
 from spectral_compile.kernels.advance.op import advance
 from spectral_compile.kernels.buffers import Capacity
+from spectral_compile.kernels.ledger import LedgerRow, columns_of, rows_of
 
 # Coded slots to spare in a new cache, doubled whenever they are used up: buffers are then copied to larger ones, and a GPU must
 # record its CUDA graphs again.
@@ -47,7 +48,8 @@ class Timeline:
         self.offered = False  # the last chunk was long enough for a basis of its own, for which there is room
         self.padded = False  # some columns were padding, of which nothing is stored
         self.capacity = Capacity(coded=0, recent=0 if self.waiting else layout.recent + layout.block, segments=0)
-        self.ledger = torch.tensor([[0, 0, 0, 0, 1, 0]], device=device).repeat(batch, 1)
+        empty = LedgerRow(before=0, coded=0, after=0, coded_after=0, waiting=1, gaps=0)
+        self.ledger = torch.tensor([empty], device=device).repeat(batch, 1)
         self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self.visible = torch.zeros(batch, 0, dtype=torch.uint8, device=device)
@@ -102,7 +104,7 @@ class Timeline:
         True if that changed a capacity: then every store must ``resize``.
         """
         ready = self.length - self.layout.first_exact - self.layout.recent
-        if not self.waiting or ready < self.layout.first or bool(self.ledger[:, 4].any()):
+        if not self.waiting or ready < self.layout.first or bool(columns_of(self.ledger).waiting.any()):
             return False
         self.waiting = False
         self.capacity = self.capacity._replace(recent=self.layout.recent + self.layout.block)
@@ -148,9 +150,9 @@ class Timeline:
         if not (self.waiting or layout.segment) or self.length < self.next_due:
             return False
         missing = [
-            layout.first_exact + layout.recent + (layout.first if waits else coded + layout.block) - tokens
-            for _, _, tokens, coded, waits, _ in self.ledger.tolist()
-            if waits or layout.segment
+            layout.first_exact + layout.recent + (layout.first if row.waiting else row.coded_after + layout.block) - row.after
+            for row in rows_of(self.ledger)
+            if row.waiting or layout.segment
         ]
         self.next_due = self.length + min(missing, default=0)  # a column brings a row one token at most
         return bool(missing) and self.next_due <= self.length
@@ -199,21 +201,25 @@ class Timeline:
         """Drop all columns from ``length`` on, in place."""
         self.length = length
         tokens = self.columns[:, :length].sum(1)
-        coded = self.ledger[:, 3].minimum((tokens - self.layout.first_exact).clamp(min=0))
-        self.ledger[:, 2], self.ledger[:, 3] = tokens, coded
+        ledger = columns_of(self.ledger)
+        ledger.after.copy_(tokens)
+        ledger.coded_after.clamp_(max=(tokens - self.layout.first_exact).clamp(min=0))
         self.next_due = 0  # if only padding was dropped, a row may be due earlier than the host had computed
         self.derived.clear()
 
     def same_as(self, other: Timeline) -> bool:
         """Whether the two count the same tokens in the same places, so that one may replace the other."""
-        return self is other or (
-            self.length == other.length
-            and self.layout.recent == other.layout.recent
-            and self.capacity == other.capacity
-            and self.ledger.shape == other.ledger.shape
-            and self.ledger.device == other.ledger.device
-            and bool((self.ledger[:, 2:] == other.ledger[:, 2:]).all())
-            and torch.equal(self.columns[:, : self.length], other.columns[:, : self.length])
+        return (
+            self is other
+            or (
+                self.length == other.length
+                and self.layout.recent == other.layout.recent
+                and self.capacity == other.capacity
+                and self.ledger.shape == other.ledger.shape
+                and self.ledger.device == other.ledger.device
+                and all(map(torch.equal, columns_of(self.ledger)[2:], columns_of(other.ledger)[2:]))  # all from ``after`` on
+                and torch.equal(self.columns[:, : self.length], other.columns[:, : self.length])
+            )
         )
 
     def tensors(self) -> list[torch.Tensor]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from transformers import Cache, DynamicCache
 
 from spectral_compile.evaluation.simulated import SimulatedCache
+from spectral_compile.kernels.ledger import columns_of
 from spectral_compile.stats import memory_stats, storage_bytes
-from spectral_compile.tensor import SpectralTensor
+from spectral_compile.tensor import SpectralTensor, store_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def weigh(cache: Cache) -> Size:
         return Size(stored, {"dense" if isinstance(cache, DynamicCache) else "quantised": stored})
     stats = memory_stats(cache)
     row_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in keys)
-    coded = int(keys[0].require_store().timeline.ledger[:, 3].sum())
+    coded = int(columns_of(store_of(keys[0]).timeline.ledger).coded_after.sum())
     coded_bytes = sum(stats.parts[name] for name in ("codes", "bases", "scales"))
     return Size(stats.stored_bytes, stats.parts, coded * row_bytes / coded_bytes if coded else None)
 

@@ -35,8 +35,8 @@ COUNTS = st.sampled_from([1, 1, 2, 7, 40, 90])
 Pair = tuple[Tensor, Tensor]
 
 
-def layout_of(preset: str = "exact", rotary: Rotary | None = ROTARY, **windows: int) -> Layout:
-    small = {"first_exact": 2, "recent": 3, "block": 4, "warmup": 6, **windows}
+def layout_of(preset: str = "exact", rotary: Rotary | None = ROTARY, **sizes: int) -> Layout:
+    small = {"first_exact": 2, "recent": 3, "block": 4, "warmup": 6, **sizes}
     if PRESETS[preset].lossless:
         small["recent_bits"] = 16
     if PRESETS[preset].segment:
@@ -159,7 +159,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(
         rotary=st.sampled_from([None, ROTARY]),
-        windows=st.fixed_dictionaries(
+        sizes=st.fixed_dictionaries(
             {
                 "first_exact": st.integers(0, 3),
                 "recent": st.integers(0, 5),
@@ -170,8 +170,8 @@ class CacheMachine(RuleBasedStateMachine):
         ),
         masked=st.booleans(),
     )
-    def choose(self, rotary: Rotary | None, windows: dict[str, int], masked: bool) -> None:
-        self.layout = layout_of(self.preset, rotary, **windows)
+    def choose(self, rotary: Rotary | None, sizes: dict[str, int], masked: bool) -> None:
+        self.layout = layout_of(self.preset, rotary, **sizes)
         self.masked = masked  # whether a 2-D mask goes with every call
 
     def take(self, index: int) -> Cache:
@@ -276,20 +276,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.put(copy.deepcopy(self.take(index)))
 
     @precondition(lambda self: self.live)
-    @rule(index=st.integers(0, 9), size=st.integers(1, 3), part=st.integers(0, 5))
-    def split(self, index: int, size: int, part: int) -> None:
+    @rule(index=st.integers(0, 9), size=st.integers(1, 3), which=st.integers(0, 5))
+    def split(self, index: int, size: int, which: int) -> None:
         old = self.take(index)
-        part %= -(-old.shape[0] // size)
-        self.put(old.changed(lambda x: x.split(size, 0)[part], lambda x: x.split(size)[part]))
+        which %= -(-old.shape[0] // size)
+        self.put(old.changed(lambda x: x.split(size, 0)[which], lambda x: x.split(size)[which]))
 
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 9), other=st.integers(0, 9))
     def join_rows(self, index: int, other: int) -> None:
-        parts = [self.take(i).changed(torch.clone, torch.clone) for i in (index, other)]
-        length = min(part.shape[1] for part in parts)
-        assume(sum(part.shape[0] for part in parts) <= 6)
-        parts = [part.changed(lambda x: x[..., :length, :].clone(), lambda x: x[:, :length]) for part in parts]
-        one, two = parts
+        both = [self.take(i).changed(torch.clone, torch.clone) for i in (index, other)]
+        length = min(cache.shape[1] for cache in both)
+        assume(sum(cache.shape[0] for cache in both) <= 6)
+        one, two = (cache.changed(lambda x: x[..., :length, :].clone(), lambda x: x[:, :length]) for cache in both)
         joined = ([tuple(map(torch.cat, zip(*pair, strict=True))) for pair in zip(a, b, strict=True)]
                   for a, b in ((one.layers, two.layers), (one.dense, two.dense)))  # fmt: skip
         self.put(Cache(*joined, torch.cat((one.valid, two.valid))))
@@ -525,7 +524,7 @@ def test_keys_appended_twice_before_values_are_not_lost() -> None:
 
 
 def test_eager_append_keeps_what_waits_for_a_basis() -> None:
-    """The window widens and coding begins in the same step."""
+    """Places of recent tokens are added and coding begins in the same step."""
     layout = layout_of(warmup=200)
     cache = fresh(layout, 1, 10, 0)
     chunk = [(turned(k, torch.arange(10, 260)[None], layout.rotary), v) for k, v in randn(1, 250, 1)]
