@@ -6,6 +6,7 @@ next's are born; extend and decode attend to the compressed past. What runs outs
 
 from __future__ import annotations
 
+import logging
 import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from spectral_compile.kernels.buffers import LEDGER, Buffers, Capacity, allocate
 from spectral_compile.kernels.causal import causal
 from spectral_compile.kernels.importance import importance
 from spectral_compile.passes.trace import Site, Trace, fake
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,15 @@ class Plan:
 
 
 def rewrite(trace: Trace) -> None:
-    """Substitute the operations and take the cache out of the graph's inputs and outputs."""
+    """Substitute the operations and take the cache out of the graph's inputs and outputs.
+
+    Requires: matched sites with edge, layout, stored key and kind of mask.
+    Gives: ``trace.plan``, and a graph in which no matched site's attention reads a cached tensor: a prefill attends to its own
+    tokens and has one ``append_`` a store, extend and decode have one ``attend_`` a site; one ``advance_`` comes before all of
+    them. New placeholders stand behind the old ones, and the cache is no output any more. What has no users is left to
+    ``clean_up``. Sites that share keys and values with a refused one are refused. Without a matched site the graph stays as it
+    is and ``trace.plan`` None.
+    """
     stores = _stores(trace)
     if not stores:
         return
@@ -141,6 +152,7 @@ def rewrite(trace: Trace) -> None:
         batch=batch,
         count=count,
     )
+    log.debug("%d stores of %d sites; results: %s", len(stores), len(trace.matched), [node.name for node in kept])
 
 
 def _stores(trace: Trace) -> list[list[Site]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -17,6 +18,8 @@ from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning, count_decode, record
 from spectral_compile.store import SpectralStore, Timeline, View
 from spectral_compile.tensor import Kind, SpectralTensor
+
+log = logging.getLogger(__name__)
 
 
 class SizeReader:
@@ -68,6 +71,7 @@ class BoundGraph:
         self._outputs = [(i, None if what == "result" else self._kind(what, i)) for what, i in plan.outputs]
         self._static = any(site.slots is not None for site in plan.sites)
         self._on_gpu = plan.sites[0].device.type != "cpu"
+        log.debug("bound: %s with %d stores and %d inputs", plan.kind, len(plan.sites), len(plan.inputs))
         if plan.sites[0].device.type == "cuda":
             from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
 
@@ -113,6 +117,7 @@ class BoundGraph:
             tokens = int(valid.sum(1).min())
         timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device, self.config.headroom)
         timeline.padded, timeline.prefill = tokens < count, self
+        log.debug("a prompt of %d rows and %d columns gets stores of %s", timeline.batch, count, timeline.capacity)
         return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
 
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
@@ -149,6 +154,7 @@ class BoundGraph:
             stores = self._fork(stores, length)
             timeline = stores[0].timeline
         if timeline.reserve(count):
+            log.debug("stores grow to %s", timeline.capacity)
             for store in stores:
                 store.resize()
         wait = self.plan.kind == "extend" or self.config.strict or not self._on_gpu  # which a lenient decode does not
@@ -186,6 +192,7 @@ class BoundGraph:
                 store.pending = {}
                 store.drop_segments()
             return stores
+        log.debug("%d of %d columns are continued: they are copied to stores of their own", length, timeline.length)
         cropped = timeline.crop(length)
         return [store.fork(length, cropped) for store in stores]
 
