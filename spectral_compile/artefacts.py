@@ -43,7 +43,7 @@ class Artefacts:
         _log_graph("spectral_graph_after", trace.gm)
         if self._folder is not None:
             for name, part in trace.parts.items():
-                self._write(f"part_{name}.py", readable(part.gm))
+                write_whole(self._folder / f"part_{name}.py", readable(part.gm).encode())
 
     def report(self, made: GraphReport) -> None:
         """What is reported of the graph: as text in the folder, as JSON in the structured log."""
@@ -53,15 +53,12 @@ class Artefacts:
             payload_fn=lambda: dataclasses.asdict(made),
         )
         if self._folder is not None:
-            self._write("report.txt", described(made))
+            write_whole(self._folder / "report.txt", described(made).encode())
 
     def _write_graph(self, name: str, trace: Trace) -> None:
         if self._folder is not None and (text := readable(trace.gm)) != self._last:
             self._last = text
-            self._write(f"{len(trace.passes)}_{name}.py", text)
-
-    def _write(self, name: str, text: str) -> None:
-        write_whole(self._folder / name, text.encode())
+            write_whole(self._folder / f"{len(trace.passes)}_{name}.py", text.encode())
 
 
 def readable(gm: GraphModule) -> str:
