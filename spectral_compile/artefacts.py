@@ -39,7 +39,10 @@ class Artefacts:
         self._write_graph(trace.passes[-1].name, trace)
 
     def after(self, trace: Trace) -> None:
-        """The graph as the inner compiler gets it, and with it the parts that are compiled by themselves."""
+        """The graph as the passes leave it, and the parts that are compiled by themselves.
+
+        If ``trace.plan`` is None, the inner compiler does not get this graph but the one that came.
+        """
         _log_graph("spectral_graph_after", trace.gm)
         if self._folder is not None:
             for name, part in trace.parts.items():
