@@ -13,8 +13,8 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():  # a source tree, where these stand beside this folder
     # not by way of __path__: who walks that, as TORCH_LOGS=spectral_compile does, would find this package within itself
     for _name in ("kernels", "passes", "profiles"):
-        _spec = PathFinder.find_spec(f"{__name__}.{_name}", [str(_here.parent)])
-        sys.modules[_spec.name] = globals()[_name] = module_from_spec(_spec)
+        if _spec := PathFinder.find_spec(f"{__name__}.{_name}", [str(_here.parent)]):
+            sys.modules[_spec.name] = globals()[_name] = module_from_spec(_spec)
 
 from spectral_compile import limit  # noqa: E402
 from spectral_compile.backend import reset  # noqa: E402

@@ -7,7 +7,6 @@ report are added under the names ``spectral_graph_before``, ``spectral_graph_aft
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from pathlib import Path
 
@@ -83,11 +82,13 @@ def _log_graph(name: str, gm: GraphModule) -> None:
 
 def _new_folder(parent: Path) -> Path:
     """The first of ``graph_000``, ``graph_001`` ... that is not there yet; several processes may write to one ``parent``."""
-    for number in itertools.count():
+    number = 0
+    while True:
         folder = parent / f"graph_{number:03}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
+            number += 1
             continue
         log.info("the next graph is written to %s", folder)
         return folder
