@@ -52,7 +52,7 @@ def guard_constants(trace: Trace) -> None:
     """Let Dynamo check at each call that what was read as a constant is still the same.
 
     Requires: ``CONSTANT`` and ``PLANES`` in the ``meta`` of the placeholders that earlier passes have read, and Dynamo's
-    tracing context; without one, as in tests, there is nobody to guard for.
+    tracing context; without one there is nobody to guard for.
     Gives: a guard for each of them. Sites and the graph stay as they are.
     """
     if TracingContext.try_get() is None:
