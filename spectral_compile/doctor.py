@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from typer import Argument, Option
 
 from spectral_compile import models
-from spectral_compile.backend import examine
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec.layout import Layout
 from spectral_compile.command import output, parse_options, phases
 from spectral_compile.errors import Refused
+from spectral_compile.explain import examine
 from spectral_compile.kernels.buffers import allocate
 from spectral_compile.report import GraphReport, first_refusal
 
