@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from spectral_compile.codec.layout import Layout
@@ -12,8 +10,6 @@ from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.ledger import on_host
 from spectral_compile.kernels.operation import operation
-
-listeners: list[Callable[[], None]] = []  # told of each layer that a prefill has stored: how else to see how far one call is
 
 
 @without_autocast
@@ -94,5 +90,3 @@ def append_(
     coded = k_codes, v_codes, v_norms, k_basis, v_basis, k_affine, v_affine
     buffers = Buffers(*coded, k_exact, v_exact, k_recent, v_recent, k_sizes, v_sizes, starts, moment)
     append(query, key, value, ledger, valid, token_weight, buffers, Layout.parse(layout))
-    for listener in listeners:
-        listener()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import spectral_compile as sc
-from spectral_compile.doctor import stored
+from spectral_compile.cli.doctor import stored
 from tests import shell
 from tests.tiny import build, tokens
 
@@ -68,7 +68,7 @@ def test_sizes_of_a_trillion_tokens_take_no_memory(preset: str) -> None:
     assert compressed / dense == pytest.approx(few[1] / few[0], rel=0.02)
 
 
-def test_the_verb_takes_a_trillion_tokens_and_no_more(tmp_path: Path) -> None:
+def test_the_command_takes_a_trillion_tokens_and_no_more(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     result = invoke(folder, "--tokens", 10**12)
     assert result.exit_code == 0 and "2 of 2 layers" in result.stdout

@@ -15,8 +15,9 @@ from typer import Argument, Option
 
 from spectral_compile import models
 from spectral_compile.backend import examine
+from spectral_compile.cli.console import output, phases
+from spectral_compile.cli.options import parse_options
 from spectral_compile.codec.layout import Layout
-from spectral_compile.command import output, parse_options, phases
 from spectral_compile.errors import Refused
 from spectral_compile.kernels.buffers import allocate
 from spectral_compile.report import GraphReport, first_refusal

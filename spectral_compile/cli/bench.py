@@ -1,4 +1,4 @@
-"""The verb: options, the run of all parts, and where their figures go."""
+"""``spectral-compile bench``: the run of all parts, and where their figures go."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from typer import Option
 
 from spectral_compile.bench import attention, encode, generation, host
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
+from spectral_compile.cli.console import need_matplotlib, output, phases, save_figure
+from spectral_compile.cli.options import count
 from spectral_compile.codec import PRESETS
-from spectral_compile.command import count, need_matplotlib, output, phases, save_figure
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation.contenders import options_of, split

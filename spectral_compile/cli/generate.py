@@ -13,19 +13,19 @@ import torch
 import transformers
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn
 from rich.table import Table
-from torch._dynamo.utils import calculate_time_spent, counters
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from typer import Option
 
 from spectral_compile import models
 from spectral_compile.backend import reset, spectral
-from spectral_compile.command import output, parse_options, phases
+from spectral_compile.bench.measure import compile_seconds
+from spectral_compile.cli.console import output, phases
+from spectral_compile.cli.options import parse_options
 from spectral_compile.errors import Mistake, Refused
 from spectral_compile.files import read_text
-from spectral_compile.kernels import append
 from spectral_compile.report import GraphReport, first_refusal, reports
 from spectral_compile.stats import MemoryStats, memory_stats
 
@@ -115,11 +115,6 @@ class PrintingClock(Clock):
         self.printer.end()
 
 
-def compile_seconds() -> float:
-    """Seconds that Dynamo and what it called have spent compiling in this process."""
-    return calculate_time_spent()["total_wall_time"]
-
-
 @dataclass(frozen=True)
 class Run:
     """What one cache did with the prompt."""
@@ -157,16 +152,10 @@ class Session:
             self.generate(WARM_UP, warm)
         if backend is spectral and not any(report.matched for report in reports()):
             raise Refused(f"nothing was compressed: {first_refusal(reports())}")
-        with phases(self.screen, BarColumn()) as display:
-            # a bar of layers where the compressed cache tells of them; a dense prefill is one call that says nothing
-            layers = sum(report.matched for report in reports() if report.kind == "prefill")
-            task = display.add_task(f"reading {self.ids.shape[1]} tokens", total=layers or None)
+        with phases(self.screen) as display:
+            display.add_task(f"reading {self.ids.shape[1]} tokens, which took {warm.first:.0f} s before")
             clock = PrintingClock(self.tokenizer, display.stop)
-            append.listeners.append(lambda: display.advance(task))
-            try:
-                out = self.generate(self.new_tokens, clock)
-            finally:
-                append.listeners.clear()
+            out = self.generate(self.new_tokens, clock)
 
         return Run(
             out.sequences[0, self.ids.shape[1] :].tolist(),
