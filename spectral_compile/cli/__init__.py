@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 import spectral_compile
-from spectral_compile.cli import bench, calibrate, doctor, generate
+from spectral_compile.cli import bench, calibrate, demo, doctor, generate
 from spectral_compile.cli.console import Commands
 from spectral_compile.cli.eval import evaluate
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(demo.demo)
 app.command()(generate.generate)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate.calibrate_model)

@@ -176,6 +176,16 @@ def test_an_error_of_the_backend_is_told_as_its_own() -> None:
     assert one_line(caught.value) == "ValueError: no such option"
 
 
+def test_on_a_cpu_the_defaults_are_small_and_said_to_be() -> None:
+    made = invoke("--parts", "attention", "--device", "cpu", "--presets", "balanced", "--pairs", "1x64")
+    assert made.exit_code == 0, made.output
+    (sentence,) = (line for line in made.stderr.splitlines() if line.startswith("On a CPU the defaults are small: "))
+    assert "--geometry tiny, --cached 2048" in sentence and "--pairs" not in sentence
+    assert "attention: tiny, 1, 64, balanced" in made.stderr
+    given = [x for name, value in bench.ON_A_CPU._asdict().items() for x in (f"--{name.replace('_', '-')}", value)]
+    assert "On a CPU" not in invoke(*given, "--device", "cpu", "--parts", "attention", "--minutes", "1e-9").stderr
+
+
 def test_no_measurement_begins_when_the_time_is_up() -> None:
     result = invoke(*TINY, "--parts", "attention", "--pairs", "1x64", "--minutes", "1e-9")
     assert result.exit_code == 0, result.output

@@ -85,6 +85,9 @@ MISTAKES = [  # a command, its arguments, and what is said before a model is loo
     ("generate", ("--prompt-file", NOWHERE), f"cannot read {NOWHERE}: No such file or directory"),
     ("generate", ("--prompt-file", "."), "cannot read .: Is a directory"),
     ("generate", ("--device", "gpu"), "cannot compute on the device gpu"),
+    ("demo", ("--device", "gpu"), "cannot compute on the device gpu"),
+    ("demo", ("--preset", "best"), "unknown preset 'best'"),
+    ("demo", ("--inner", "inductr"), "unknown inner compiler 'inductr'; did you mean 'inductor'?"),
     ("generate", ("--device", "meta"), "cannot compute on the device meta"),
     ("eval", ("--device", "cuda:77"), "cannot compute on the device cuda:77"),
     ("eval", ("--text", "latin.txt"), "latin.txt is no text in UTF-8"),
@@ -139,7 +142,7 @@ def assert_said(result: Result, sentence: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("command", ["generate", "eval", "bench"])
+@pytest.mark.parametrize("command", ["demo", "generate", "eval", "bench"])
 def test_a_gpu_where_there_is_none_is_said(command: str) -> None:
     assert_said(shell.invoke(command, "--device", "cuda"), "cannot compute on the device cuda: ")
 
@@ -337,6 +340,8 @@ def test_a_prompt_of_ones_own_from_a_file(tiny_folder: Path, tmp_path: Path) -> 
     result = invoke("--model", tiny_folder, *TINY, "--no-dense", "--prompt-file", file)
     assert result.exit_code == 0, result.output
     assert "40 tokens read, 6 generated" in result.stdout
+    assert float(rows(result.stdout)["ratio"][0]) < 1
+    assert "Shorter prompts make the cache larger than a dense one" in " ".join(result.stdout.split())
 
 
 def test_the_built_in_prompt_has_the_length_that_was_asked_for(tiny_folder: Path) -> None:

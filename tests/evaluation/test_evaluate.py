@@ -218,7 +218,7 @@ def test_a_key_is_found_in_what_the_model_says(tiny_folder: Path, key: str) -> N
             return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.full((1, 1), 7), 128))
 
     says_seven = Contender("says seven", SaysSeven(), DynamicCache)
-    assert tasks.answers(says_seven, tokenizer, tasks.Question("key", tokens(1, 5), key, 0.5)) == (key == "w7")
+    assert tasks.answers(says_seven, tokenizer, tasks.Question("key", tokens(1, 5), key, 0.5, "", "")) == (key == "w7")
 
 
 def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
