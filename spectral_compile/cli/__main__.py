@@ -1,5 +1,5 @@
 """``python -m spectral_compile.cli``."""
 
-from spectral_compile.cli import app
+from spectral_compile.cli.main import app
 
 app()
