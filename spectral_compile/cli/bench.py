@@ -115,9 +115,10 @@ def bench(
     screen = Console(stderr=True)
     chosen = by_comma("part", parts, PARTS)
     where = device_of(device)
-    asked = Sizes(geometry, pairs, cached, new_tokens, steady_tokens, inner)
+    asked: dict[str, Any] = {"geometry": geometry, "pairs": pairs, "cached": cached}
+    asked |= {"new_tokens": new_tokens, "steady_tokens": steady_tokens, "inner": inner}
     usual = ON_A_CPU if where.type == "cpu" else ON_A_GPU
-    sizes = Sizes(*(default if given is None else given for given, default in zip(asked, usual, strict=True)))
+    sizes = usual._replace(**{name: value for name, value in asked.items() if value is not None})
     settings = Settings(
         geometries=tuple(by_comma("geometry", sizes.geometry, GEOMETRIES)) if sizes.geometry else None,
         pairs=tuple(pair(text) for text in sizes.pairs.split(",")),
@@ -141,7 +142,7 @@ def bench(
 
     facts = header(settings)
     out = output()
-    small = [f"--{name.replace('_', '-')} {value}" for name, value in usual._asdict().items() if getattr(asked, name) is None]
+    small = [f"--{name.replace('_', '-')} {value}" for name, value in usual._asdict().items() if asked[name] is None]
     if usual is ON_A_CPU and small:
         screen.print(
             f"On a CPU the defaults are small: {', '.join(small)}; give these options to measure more.", soft_wrap=True
