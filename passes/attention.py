@@ -14,9 +14,9 @@ from spectral_compile.report import Refusal
 
 def canonicalise_attention(trace: Trace) -> None:
     """Find the sites, whichever way attention is called or written out, arguments are given and heads are repeated."""
-    reasons = []
+    reasons: list[str] = []
     for node in trace.gm.graph.nodes:
-        found = None
+        found: Site | str | None = None
         if is_call(node, "scaled_dot_product_attention"):
             found = _called(node)
         elif is_call(node, "softmax"):
