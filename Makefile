@@ -39,7 +39,7 @@ setup: .venv/.stamp
 	touch $@
 
 demo: .venv/.stamp
-	.venv/bin/spectral-compile generate $(ARGS)
+	.venv/bin/spectral-compile demo $(ARGS)
 
 test: .venv/.stamp
 	$(ONE_THREAD) .venv/bin/python -m pytest $(PARALLEL) $(PYTEST)

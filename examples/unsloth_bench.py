@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spectral_compile.bench import generation
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Settings, build, tidy
-from spectral_compile.bench.verb import header
-from spectral_compile.command import count, output
+from spectral_compile.cli.bench import header
+from spectral_compile.cli.console import output
+from spectral_compile.cli.options import count
 from spectral_compile.files import check_writable, write_whole
 from spectral_compile.models import device_of
 from spectral_compile.unsloth import standard_forward

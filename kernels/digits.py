@@ -154,25 +154,25 @@ def load(ptr, slots, ok, SIDE: tl.constexpr):
 
 
 @triton.jit
-def digits(rows, FIELDS: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
+def digits(rows, SIDE: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
     """Loaded rows as digits, one tensor [N, digits] a field, lowest fields of all halfwords first."""
     out = ()
-    for i in tl.static_range(len(FIELDS)):
+    for i in tl.static_range(len(SIDE.fields)):
         x = rows[i]
         if UNPACK is None:
             x = x.to(tl.int32)
-            if FIELDS[i].bits == 8:
+            if SIDE.fields[i].bits == 8:
                 x = side_by_side(_field(x, 0, 8, DTYPE), _field(x, 8, 8, DTYPE))
-            elif FIELDS[i].bits == 4:
+            elif SIDE.fields[i].bits == 4:
                 x = _four(_field(x, 0, 4, DTYPE), _field(x, 4, 4, DTYPE), _field(x, 8, 4, DTYPE), _field(x, 12, 4, DTYPE))
             else:
                 low = _four(_field(x, 0, 2, DTYPE), _field(x, 2, 2, DTYPE), _field(x, 4, 2, DTYPE), _field(x, 6, 2, DTYPE))
                 high = _four(_field(x, 8, 2, DTYPE), _field(x, 10, 2, DTYPE), _field(x, 12, 2, DTYPE), _field(x, 14, 2, DTYPE))
                 x = side_by_side(low, high)
-        elif FIELDS[i].bits == 8:
+        elif SIDE.fields[i].bits == 8:
             a, b = tl.inline_asm_elementwise(UNPACK[2], "=r,=r,r", [x], (DTYPE.value,) * 2, True, 2)
             x = side_by_side(a, b)
-        elif FIELDS[i].bits == 4:
+        elif SIDE.fields[i].bits == 4:
             a, b, c, d = tl.inline_asm_elementwise(UNPACK[1], "=r,=r,=r,=r,r", [x], (DTYPE.value,) * 4, True, 2)
             x = _four(a, b, c, d)
         else:
@@ -201,8 +201,9 @@ def as_loaded(tensors):
 
 
 @triton.jit
-def digit_rows(basis, affine, channels, live, WIDTH: tl.constexpr, SIDE: tl.constexpr, FIELD: tl.constexpr):
-    """Of one field the basis' bytes [digits, channels] and what they are times [digits], zero where there is padding."""
+def digit_rows(basis, affine, channels, live, WIDTH: tl.constexpr, SIDE: tl.constexpr, i: tl.constexpr):
+    """Of field ``i`` the basis' bytes [digits, channels] and what they are times [digits], zero where there is padding."""
+    FIELD: tl.constexpr = SIDE.fields[i]
     digit = tl.arange(0, FIELD.padded * (16 // FIELD.bits))
     at, field = digit % FIELD.padded, digit // FIELD.padded
     byte, bit = 2 * (FIELD.first + at) + field * FIELD.bits // 8, field * FIELD.bits % 8
@@ -223,7 +224,7 @@ def matrix(
     """The matrix from digits to some channels times their weights and ``gain``, one tensor [digits, channels] a field."""
     out = ()
     for i in tl.static_range(len(SIDE.fields)):
-        x, scale = digit_rows(basis, affine, channels, live, WIDTH, SIDE, SIDE.fields[i])
+        x, scale = digit_rows(basis, affine, channels, live, WIDTH, SIDE, i)
         scale = scale * gain
         if SCALED is None:
             x = (x.to(tl.float32) * scale[:, None]).to(DTYPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -11,9 +12,18 @@ from spectral_compile.passes.eager import ALIBI, DROPS_OUT, written_out
 from spectral_compile.passes.trace import Site, Trace, argument, fake, is_call, is_float, module_of
 from spectral_compile.report import Refusal
 
+log = logging.getLogger(__name__)
+
 
 def canonicalise_attention(trace: Trace) -> None:
-    """Find the sites, whichever way attention is called or written out, arguments are given and heads are repeated."""
+    """Find the sites, whichever way attention is called or written out, arguments are given and heads are repeated.
+
+    Requires: a graph as Dynamo hands it over, with a fake value on every node.
+    Gives: ``trace.sites`` in the order of the graph, with the query [B, Hq, n, D], key and value [B, Hkv, T, D] of KV heads
+    before they are repeated, mask, scale, softcap and sink score of each. A site is refused if its shapes are no cache's, or if
+    attention drops out, adds a bias to each head's scores or takes a scale that the graph computes. Where no attention can be
+    read, ``trace.refusals`` says why. The graph stays as it is.
+    """
     reasons: list[str] = []
     for node in trace.gm.graph.nodes:
         found: Site | str | None = None
@@ -25,6 +35,7 @@ def canonicalise_attention(trace: Trace) -> None:
             if is_float(mask := found.mask) and fake(mask).ndim == 4 and fake(mask).shape[1] != 1 and not trace.is_data(mask):
                 found.refusal = ALIBI  # what is added to one head's scores is not what is added to another's
             trace.sites.append(_per_kv_head(found))
+            log.debug("%s: attention at %s of %s to %s", found.where, node, fake(found.query).shape, fake(found.key).shape)
         elif found is not None:
             reasons.append(found)
     if not trace.sites and reasons:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, fake, fake
 from spectral_compile.passes.writes import changes_in_place
 from spectral_compile.tensor import SpectralTensor, shape_of
 
+log = logging.getLogger(__name__)
+
 _ARITHMETIC = ("add", "iadd", "sub", "isub", "mul", "imul")
 _OF_A_SHAPE = ("shape", "ndim", "dtype", "device")  # attributes that say nothing of values
 _VIEWS = (
@@ -21,11 +24,19 @@ _VIEWS = (
 
 
 def clean_up(trace: Trace) -> None:
-    """Leave a graph that lints, without lengths, handles or cache outputs."""
+    """Leave a graph that lints, without lengths, handles or cache outputs.
+
+    Requires: ``trace.plan``; without one the graph stays as it is.
+    Gives: a graph of nodes that results or effects depend on alone, compiled anew, whose placeholders are the keys of
+    ``trace.plan.inputs`` and have their values in ``trace.examples``. None of those is a compressed tensor: one that is still
+    read has become a dense one or, where only its shape is read, one of a single element. Integers that a decode step only
+    counts with have become tensors. If a decode step would read a dense copy of what is cached, all sites are refused and
+    ``trace.plan`` is None; the graph is then not to be used.
+    """
     if trace.plan is None:
         return
     graph = trace.gm.graph
-    live = _live(graph)
+    live, before = _live(graph), len(graph.nodes)
     for node in reversed(list(graph.nodes)):
         if node not in live:
             graph.erase_node(node)
@@ -44,6 +55,7 @@ def clean_up(trace: Trace) -> None:
         elif trace.kind == "decode" and isinstance(fake(node), torch.SymInt) and _counts(node):
             inputs[node] = ("number", inputs[node][1])
             trace.examples[node] = node.meta["example_value"] = _number(trace)
+    log.debug("%d of %d nodes and %d of %d inputs are left", len(graph.nodes), before, len(inputs), len(trace.plan.inputs))
     trace.plan = replace(trace.plan, inputs=inputs)
     graph.lint()
     trace.gm.recompile()

@@ -8,6 +8,7 @@ cache, and for a cache that is rotated in the old way one that runs densely.
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectral_compile.passes.trace import Trace, fake
+
+log = logging.getLogger(__name__)
 
 CONSTANT = "spectral_constant"
 PLANES = "spectral_planes"  # of an argument, which is then guarded to hold the same in each of its planes
@@ -46,7 +49,12 @@ def name_of(node: Node) -> str:
 
 
 def guard_constants(trace: Trace) -> None:
-    """Let Dynamo check at each call that what was read as a constant is still the same."""
+    """Let Dynamo check at each call that what was read as a constant is still the same.
+
+    Requires: ``CONSTANT`` and ``PLANES`` in the ``meta`` of the placeholders that earlier passes have read, and Dynamo's
+    tracing context; without one there is nobody to guard for.
+    Gives: a guard for each of them. Sites and the graph stay as they are.
+    """
     if TracingContext.try_get() is None:
         return
     steps = {site.edge.kind for site in trace.sites if site.edge is not None} == {"decode"}
@@ -66,6 +74,7 @@ def _guard(node: Node, holds: Callable[[Any], bool]) -> None:
     from torch._dynamo.guards import install_guard  # here, since Dynamo takes seconds to import
     from torch._dynamo.source import AttrSource
 
+    log.debug("guarded: %s", name_of(node))
     dtype = fake(node).dtype
     install_guard(Guard(node._dynamo_source, functools.partial(_add, holds)))
     install_guard(Guard(AttrSource(node._dynamo_source, "dtype"), functools.partial(_add, lambda x: x is dtype)))

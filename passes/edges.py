@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.passes.trace import Edge, Site, Trace, argument, fake, is_call
 from spectral_compile.tensor import SpectralTensor
 
+log = logging.getLogger(__name__)
+
 NO_CACHE = "its keys and values go to no cache: it is an encoder, or the model is called with use_cache=False"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # by bytes of a number: channels of a group, and KiB of a GPU's shared memory that attention to so many takes at most
@@ -19,7 +22,13 @@ _SHARED = {2: ((64, 36), (128, 80), (192, 132), (256, 176)), 4: ((64, 132),)}
 
 
 def classify_edges(trace: Trace) -> None:
-    """Give every site its ``Edge`` and layout, or a refusal. All edges of one graph are of one kind and on one device."""
+    """Give every site its ``Edge`` and layout, or a refusal.
+
+    Requires: sites with key and value per KV head.
+    Gives: each matched site an ``edge`` and a ``layout``, that of the compressed tensor it continues, or of the options without
+    RoPE. All edges of one graph are of the first one's kind and on its device; the others are refused. Where queries are those
+    of the chunk's last tokens alone, ``last`` says of how many, and ``mask`` is the whole chunk's. The graph stays as it is.
+    """
     leaving = set(trace.output.all_input_nodes)
     for layer, site in enumerate(trace.sites):
         if site.refusal is not None:
@@ -38,6 +47,7 @@ def classify_edges(trace: Trace) -> None:
         else:
             site.edge = edge
             site.refusal = _give_layout(trace, site, layer)
+            log.debug("%s: %s, new keys %s, past %s", site.where, edge.kind, edge.new[0], edge.past and edge.past[0])
 
 
 def too_wide(layout: Layout, dtype: torch.dtype, shared: int) -> str | None:

@@ -7,6 +7,7 @@ the store knows which tokens it holds. Any other bool mask is handed to attentio
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from spectral_compile.passes.lift import (
 )
 from spectral_compile.passes.trace import Site, Trace, fake, is_float
 
+log = logging.getLogger(__name__)
+
 _WIDEST = 1 << 19  # a window is looked for up to this many columns
 _CELLS = 1 << 26  # and a mask is computed up to this many cells, four times as many where nothing is cached
 _FAILURES = (Unliftable, RuntimeError, IndexError, TypeError, ValueError)  # of a piece of a graph that is run by itself
@@ -34,7 +37,14 @@ _FEWEST = 1025  # columns of a prompt that stand for more than that
 
 
 def classify_masks(trace: Trace) -> None:
-    """Set ``mask_kind``, ``padding`` and ``sliding_window`` of every site, or a refusal."""
+    """Set ``mask_kind``, ``padding`` and ``sliding_window`` of every site, or a refusal.
+
+    Requires: edges.
+    Gives: each matched site the ``mask_kind`` "causal", with the placeholder [B, T] that hides ``padding`` and a
+    ``sliding_window`` (0 for none), or "tensor", a mask that must be read. All sites that have padding have the same. Refused
+    are chunks that see their past without a mask, and masks that decode steps would have to read and that add numbers to scores
+    or differ from head to head. The graph stays as it is; constants that were read are noted in the ``meta`` of placeholders.
+    """
     known: dict[tuple[Any, ...], tuple[str, Node | None, int]] = {}
     for site in trace.matched:
         several = not (isinstance(count := fake(site.query).shape[2], int) and count == 1)
@@ -45,6 +55,7 @@ def classify_masks(trace: Trace) -> None:
         key = (site.mask, site.edge.past is None)
         if key not in known:
             known[key] = _classify(site)
+            log.debug("mask %s of %s: (kind, padding, sliding_window) = %s", site.mask, site.where, known[key])
         site.mask_kind, site.padding, site.sliding_window = known[key]
         if site.edge.writes and site.edge.past is not None and site.mask_kind != "tensor":
             site.refusal = "the mask of its static cache does not say which columns are there"

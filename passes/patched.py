@@ -22,7 +22,12 @@ _HOOKS = ("accelerate/hooks.py", "accelerate\\hooks.py")
 
 def refuse_patched(trace: Trace) -> None:
     """Refuse every site of a graph that Unsloth wrote parts of, that accelerate's hooks cut off around a layer, or that a word
-    about attention weights cut off before attention."""
+    about attention weights cut off before attention.
+
+    Requires: ``trace.sites``, and what Dynamo says of a graph break in ``gm.compile_subgraph_reason``.
+    Gives: all sites of such a graph refused for this reason, or a refusal of the graph where it has none. The graph stays as it
+    is.
+    """
     causes = ((UNSLOTH, _by_unsloth), (ACCELERATE, _cut_by_hooks), (WEIGHTS, _cut_for_weights))
     reason = next((reason for reason, applies in causes if applies(trace)), None)
     if reason is None:

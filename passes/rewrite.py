@@ -6,6 +6,7 @@ next's are born; extend and decode attend to the compressed past. What runs outs
 
 from __future__ import annotations
 
+import logging
 import operator
 from typing import Any, NamedTuple
 
@@ -22,9 +23,19 @@ from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.passes.trace import Site, Trace, fake, fake_mode_of
 from spectral_compile.plan import Plan, SitePlan
 
+log = logging.getLogger(__name__)
+
 
 def rewrite(trace: Trace) -> None:
-    """Substitute the operations and take the cache out of the graph's inputs and outputs."""
+    """Substitute the operations and take the cache out of the graph's inputs and outputs.
+
+    Requires: matched sites with edge, layout, stored key and kind of mask.
+    Gives: ``trace.plan``, and a graph in which no matched site's attention reads a cached tensor: a prefill attends to its own
+    tokens and has one ``append_`` a store, extend and decode have one ``attend_`` a site; one ``advance_`` comes before all of
+    them. New placeholders stand behind the old ones, and the cache is no output any more. What has no users is left to
+    ``clean_up``. Sites that share keys and values with a refused one are refused. Without a matched site the graph stays as it
+    is and ``trace.plan`` None.
+    """
     stores = _stores(trace)
     if not stores:
         return
@@ -109,6 +120,7 @@ def rewrite(trace: Trace) -> None:
         batch=batch,
         count=count,
     )
+    log.debug("%d stores of %d sites; results: %s", len(stores), len(trace.matched), [node.name for node in kept])
 
 
 def _stores(trace: Trace) -> list[list[Site]]:

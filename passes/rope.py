@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import math
 import operator
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from spectral_compile.passes.constants import PLANES, planes_equal
 from spectral_compile.passes.lift import Unliftable, arguments_of, computed_from, hint, is_size, lift
 from spectral_compile.passes.trace import Site, Trace, fake, is_call, is_float
 from spectral_compile.passes.writes import memory, writes
+
+log = logging.getLogger(__name__)
 
 _FARTHEST = 1 << 16
 _BEYOND = 1 << 24  # past any border at which a model takes other frequencies
@@ -50,7 +53,16 @@ class _Found(NamedTuple):
 
 
 def match_rope(trace: Trace) -> None:
-    """Give every site its stored key, and positions and rotation where the key is rotated in the graph."""
+    """Give every site its stored key, and positions and rotation where the key is rotated in the graph.
+
+    Requires: edges and layouts.
+    Gives: each matched site a ``stored_key`` [B, Hkv, n, D]. Where RoPE is found, that is the key before it, ``positions`` [1
+    or B, n] and ``rotary`` are set, and the layout of a prefill has the rotation; all sites then take positions from one node.
+    Where the key depends on positions in a way that is not RoPE, the key is stored as attention sees it and ``note`` says why.
+    A site is refused only if its keys are rotated in another way than those in its cache. Nodes that only transpose a key or
+    take one of several equal rows of positions may be added. Constants that were read are noted in the ``meta`` of
+    placeholders.
+    """
     known: dict[tuple[tuple[Node, ...], bool], Rotary | str] = {}
     written, positions = writes(trace.gm.graph), None
     for site in trace.matched:
@@ -70,6 +82,7 @@ def match_rope(trace: Trace) -> None:
                 rotary = _rotation(trace, site, found, known)
         if isinstance(found, _Found) and isinstance(rotary, Rotary):
             positions = found.ids
+            log.debug("%s: keys are stored before RoPE, at %s; positions are %s", site.where, site.stored_key, positions)
         else:
             site.note = f"keys are stored after RoPE: {rotary}"
     for site in trace.matched:
@@ -97,6 +110,7 @@ def _rotation(
         turn = _turn(trace, site, source, ids, tokens_first)
         if (angles, tokens_first) not in known:
             known[angles, tokens_first] = _probe(turn, dim)
+            log.debug("angles %s come to %s", angles, known[angles, tokens_first])
         rotary = known[angles, tokens_first]
         if isinstance(rotary, Rotary) and not _agrees(turn, rotary, dim):
             rotary = "what is done to the keys is no rotation"

@@ -7,11 +7,13 @@ each token by itself as well: with them in the slice, hidden states are one tens
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,6 +22,8 @@ from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import ROWS, sliced
 from spectral_compile.passes.trace import Trace, argument, fake, is_call, is_float
 from spectral_compile.passes.writes import changes_in_place
+
+log = logging.getLogger(__name__)
 
 WIDER = 2  # than what goes in and what comes out is what is worth it
 _ALONE = (  # functions of the channels of a token and of nothing else
@@ -44,7 +48,10 @@ class Part:
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def examples(self) -> tuple[FakeTensorMode, list[torch.Tensor]]:
-        """Fake inputs with a number of tokens that no other graph knows, for it guards on what the number is."""
+        """Fake inputs with a number of tokens that no other graph knows, for it guards on what the number is.
+
+        The values that nodes have for them are noted in the graph as Dynamo does it.
+        """
         shapes = ShapeEnv()
         mode = FakeTensorMode(shape_env=shapes)
         source = torch._dynamo.source.ConstantSource("tokens")
@@ -53,11 +60,27 @@ class Part:
         tokens, *weights = self.inputs
         with mode:
             slice_ = torch.empty((1, count, tokens.shape[-1]), dtype=tokens.dtype, device=tokens.device)
-            return mode, [slice_, *[torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device) for w in weights]]
+            given = [slice_, *[torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device) for w in weights]]
+            _Valued(self.gm).run(*given)
+            return mode, given
+
+
+class _Valued(Interpreter):
+    """Gives every node the fake value that it has for fake inputs, by which AOTAutograd's cache tells methods of tensors."""
+
+    def run_node(self, node: Node) -> Any:
+        node.meta["example_value"] = value = super().run_node(node)
+        return value
 
 
 def slice_wide(trace: Trace) -> None:
-    """Substitute ``sliced`` for each such piece of a graph that may read more than a slice, and note what is to be compiled."""
+    """Substitute ``sliced`` for each such piece of a graph that may read more than a slice, and note what is to be compiled.
+
+    Requires: edges, and the nodes as Dynamo traced them, each with a fake value and a place in ``trace.order``.
+    Gives: one call of ``sliced`` in the place of each piece, and the piece in ``trace.parts`` by the name that the call has;
+    what is left of the piece is dead code. Decode steps, graphs that always have at most ``ROWS`` tokens and graphs under
+    autocast stay as they are.
+    """
     if not trace.matched or trace.kind == "decode":
         return
     graph, taken = trace.gm.graph, set()
@@ -82,6 +105,7 @@ def slice_wide(trace: Trace) -> None:
         trace.parts[name] = part
         end.args = (x, weights, name, fake(end).shape[-1], fake(end).dtype)
         end.op, end.target, end.kwargs = "call_function", sliced, {}
+        log.debug("sliced: part %s, %d nodes from %s to %s", name, len(piece), x, end)
 
 
 def _is_tokens(node: Node) -> bool:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.config import SpectralConfig
-from spectral_compile.report import Refusal
+from spectral_compile.report import PassReport, Refusal
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Trace:
     notes: list[Refusal] = field(default_factory=list)
     plan: Any = None
     parts: dict[str, Any] = field(default_factory=dict)
+    passes: list[PassReport] = field(default_factory=list)
 
     @property
     def matched(self) -> list[Site]:

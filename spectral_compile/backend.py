@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,18 +13,12 @@ from torch._guards import TracingContext, tracing
 from torch.fx import Graph, GraphModule
 
 from spectral_compile import limit, report
+from spectral_compile.artefacts import Artefacts
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.sliced import PARTS, CompiledPart
-from spectral_compile.outputs import cache_argument, cache_of
-from spectral_compile.passes.attention import canonicalise_attention
-from spectral_compile.passes.clean_up import clean_up, is_asked_for_its_shape, stand_in
-from spectral_compile.passes.constants import guard_constants
-from spectral_compile.passes.edges import classify_edges
-from spectral_compile.passes.masks import classify_masks
-from spectral_compile.passes.patched import refuse_patched
-from spectral_compile.passes.rewrite import rewrite
-from spectral_compile.passes.rope import match_rope
-from spectral_compile.passes.slices import Part, slice_wide
+from spectral_compile.passes.clean_up import is_asked_for_its_shape, stand_in
+from spectral_compile.passes.pipeline import run_passes
+from spectral_compile.passes.slices import Part
 from spectral_compile.passes.trace import Trace, fake
 from spectral_compile.plan import Plan
 from spectral_compile.replay import Replay
@@ -31,18 +26,7 @@ from spectral_compile.report import GraphReport, Refusal, SiteReport, SpectralWa
 from spectral_compile.runtime import BoundGraph, DenseGraph
 from spectral_compile.tensor import SpectralTensor
 
-PASSES: tuple[Callable[[Trace], None], ...] = (
-    canonicalise_attention,
-    refuse_patched,
-    classify_edges,
-    match_rope,
-    classify_masks,
-    guard_constants,
-    slice_wide,
-    rewrite,
-    clean_up,
-)
-_ONCE = ("input_ids", "position_ids", "inputs_embeds", "cache", "past_key_values")  # inputs that no second call repeats
+log = logging.getLogger(__name__)
 
 
 def spectral(
@@ -61,12 +45,14 @@ def spectral(
     limit.restore()
     config = SpectralConfig.parse(options, mode)
     started = time.perf_counter()
+    log.info("a graph of %d nodes has come", len(gm.graph.nodes))
     refusal = refuse_graph(gm)
-    trace = Trace(own_copy(gm), {}, config)
+    trace, artefacts = Trace(own_copy(gm), {}, config), Artefacts(config)
+    artefacts.before(trace)
     if refusal is None:
         trace.examples = dict(zip(_placeholders(trace.gm), example_inputs, strict=True))
-        for run_pass in PASSES:
-            run_pass(trace)
+        run_passes(trace, artefacts.after_pass)
+        artefacts.after(trace)
     passed = time.perf_counter()
 
     if trace.plan is None:
@@ -93,7 +79,10 @@ def spectral(
     done = time.perf_counter()
 
     seconds = {"passes": passed - started, "inner": done - passed}
-    report.record(make_report(trace, refusal, seconds))
+    made = make_report(trace, refusal, seconds)
+    artefacts.report(made)
+    warn_of_refusals(trace, made)
+    report.record(made)
     return compiled
 
 
@@ -124,7 +113,15 @@ def own_copy(gm: GraphModule) -> GraphModule:
 def compile_inner(
     gm: GraphModule, examples: list[Any], config: SpectralConfig, patches: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Hand a graph to the inner compiler that the options name; Inductor takes ``patches`` over its own options."""
+    """Hand a graph to the inner compiler that the options name; Inductor takes ``patches`` over its own options.
+
+    What Inductor has compiled once, another process finds in its FX graph cache and in AOTAutograd's: rewritten graphs, those
+    that are left as they came, and parts. ``torch.compiler.save_cache_artifacts`` carries both to another machine. The rest is
+    done again in each process: what Dynamo traces, which is cached nowhere; the passes, a tenth of a second a graph, since they
+    read constants off the process and have Dynamo guard them; CUDA graphs, which hold addresses; the operations' own kernels,
+    which Triton caches in ``TRITON_CACHE_DIR``, as to Inductor an operation is opaque; and on a CPU the first time Inductor
+    runs, 1.5 s in which it tries what vector instructions there are.
+    """
     if config.inner == "eager":
         return gm.forward
     if config.inner == "aot_eager":
@@ -139,6 +136,7 @@ def compile_inner(
 def part_of(name: str, part: Part, config: SpectralConfig) -> CompiledPart:
     """A piece as it runs; one that another live graph has too is compiled once."""
     if (made := PARTS.get(name)) is None:
+        log.debug("part %s is compiled by itself", name)
         made = PARTS[name] = CompiledPart(compile_part(part, config))
     return made
 
@@ -201,20 +199,32 @@ def compile_densely(
 
 
 def make_report(trace: Trace, refusal: Refusal | None, seconds: dict[str, float]) -> GraphReport:
-    """What happened to a graph; a warning where sites of a cached model stay dense."""
+    """What happened to a graph."""
     refusals = ([refusal] if refusal else []) + trace.refusals
     refusals += [Refusal(site.where, site.refusal) for site in trace.sites if site.refusal]
     notes = (*trace.notes, *(Refusal(site.where, site.note) for site in trace.matched if site.note))
     layers = tuple(
         SiteReport(site.where, site.mask_kind, None if site.refusal else site.layout, site.refusal) for site in trace.sites
     )
-    made = GraphReport(trace.kind, len(trace.sites), len(trace.matched), tuple(refusals), notes, seconds, layers)
-    if refusals and not trace.matched:
-        message = f"nothing in this graph was compressed; {refusals[0]}"
+    return GraphReport(
+        kind=trace.kind,
+        sites=len(trace.sites),
+        matched=len(trace.matched),
+        refusals=tuple(refusals),
+        notes=notes,
+        seconds=seconds,
+        layers=layers,
+        passes=tuple(trace.passes),
+    )
+
+
+def warn_of_refusals(trace: Trace, made: GraphReport) -> None:
+    """Warn where nothing in a graph is compressed; where a compressed cache comes in, ``strict`` makes that a RuntimeError."""
+    if made.refusals and not made.matched:
+        message = f"nothing in this graph was compressed; {made.refusals[0]}"
         if trace.config.strict and any(isinstance(fake(n), SpectralTensor) for n in _placeholders(trace.gm)):
             raise RuntimeError(f"strict: {message}")
         warnings.warn(message, SpectralWarning, stacklevel=2)
-    return made
 
 
 def _placeholders(gm: GraphModule) -> list[Any]:
@@ -226,35 +236,3 @@ def reset() -> None:
     report.clear()
     limit.clear()
     torch._dynamo.reset()
-
-
-def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None, **inputs: Any) -> str:
-    """What the backend would do with ``model(**inputs)`` and one decode step after it, as text.
-
-    ``options`` are those of the backend. The rewritten graphs are run without gradients by plain PyTorch, so nothing waits
-    for a compiler. Dynamo is reset, so that the next call of a compiled model compiles again.
-    """
-    made = examine(model, options=options, **inputs)
-    if not made:
-        nothing = "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
-        return report.why_no_graph() or nothing
-    return "\n".join(str(graph) for graph in made)
-
-
-def examine(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None, **inputs: Any) -> list[GraphReport]:
-    """What ``explain`` tells, as the reports of the graphs that came."""
-    torch._dynamo.reset()
-    before = len(report.reports())
-    compiled = torch.compile(model, backend=spectral, options={**(options or {}), "inner": "eager"})
-    inputs = {"use_cache": True, **inputs}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", SpectralWarning)
-        out = compiled(**inputs)
-        cache = cache_of(out)
-        if cache is not None:
-            step = {k: v for k, v in inputs.items() if k not in _ONCE}
-            if (mask := step.get("attention_mask")) is not None:
-                step["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
-            compiled(input_ids=out.logits[:, -1:].argmax(-1), **step, **cache_argument(cache))
-    torch._dynamo.reset()
-    return report.reports()[before:]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -12,6 +14,7 @@ import torch
 
 from spectral_compile.codec import PRESETS, Layout, Preset, Profile, Rotary, Tiers
 from spectral_compile.errors import Mistake
+from spectral_compile.files import make_folder
 
 INNER = ("inductor", "aot_eager", "eager")
 _RANGES = {  # of counts; first tokens, a block and the headroom are allocated before there are tokens for them
@@ -38,7 +41,9 @@ class SpectralConfig:
     awaited before a basis is computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once
     (None: 64, on a GPU 1024): until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded
     again. ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor``
-    holds options that are Inductor's own, as a dictionary or pairs.
+    holds options that are Inductor's own, as a dictionary or pairs. ``dump_graphs`` is a folder, made if need be, in which
+    each graph gets a folder of its own, ``graph_000`` and so on: with the graph as it came and behind each pass that changed
+    it, as readable Python whose names are numbered in that order, and its report as ``report.txt``.
 
     ValueError, in a sentence, for whatever an option cannot be.
     """
@@ -58,6 +63,7 @@ class SpectralConfig:
     cudagraphs: bool = True
     inner: str = "inductor"
     inductor: tuple[tuple[str, Any], ...] = ()
+    dump_graphs: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.preset, Preset) and not (isinstance(self.preset, str) and self.preset in PRESETS):
@@ -92,6 +98,11 @@ class SpectralConfig:
             if not isinstance(self.profile, Profile):
                 object.__setattr__(self, "profile", Profile.load(self.profile))
         object.__setattr__(self, "inductor", _of_inductor(self.inductor))
+        if self.dump_graphs is not None:
+            if not isinstance(self.dump_graphs, (str, os.PathLike)) or not str(self.dump_graphs):
+                raise ValueError(f"dump_graphs must be the path of a folder, not {self.dump_graphs!r}")
+            object.__setattr__(self, "dump_graphs", os.fspath(self.dump_graphs))
+            make_folder(Path(self.dump_graphs))
 
     @property
     def codec(self) -> Preset:

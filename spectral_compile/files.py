@@ -46,6 +46,17 @@ def check_writable(path: Path | None) -> Path | None:
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder where there is none; ``Mistake`` where that cannot be done, or no file can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        scratch = path / f".{os.getpid()}"
+        scratch.touch()
+        scratch.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise Mistake(f"cannot write to the folder {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is never there in part: what was there stays until all of ``content`` is on disk.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from spectral_compile import report
 from spectral_compile.kernels.capture import capture
+
+log = logging.getLogger(__name__)
 
 _KEPT = 4  # recordings at most: as many conversations can take turns without a new recording
 
@@ -40,6 +43,8 @@ class Replay:
         if recording is None:
             if key != self._last:
                 results, waited = watch(lambda: self.compiled(*inputs))
+                if waited:
+                    log.debug("not recorded: this step waited for the GPU")
                 self._last = None if waited else key  # a recording cannot wait for the GPU, and breaks if it tries to
                 return results
             if len(self._recordings) == _KEPT:
@@ -70,6 +75,7 @@ class _Recording:
                 self._read.append(None)
         self._replay, self._results = capture(lambda: step.compiled(*given), step.device)
         report.count_recording()
+        log.info("recorded a CUDA graph, the %d. since the last reset", report.recordings())
 
     def play(self, moved: list[Any]) -> list[Any]:
         for place, given in zip(self._read, moved, strict=True):

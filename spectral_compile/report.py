@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 import warnings
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ import torch
 
 from spectral_compile.asked import being_compiled, misdirected, passed_by
 from spectral_compile.codec.layout import Layout
+
+log = logging.getLogger(__name__)
 
 UNSLOTH = (
     "Unsloth replaces attention while it decodes by code that no compiler sees: compile "
@@ -35,6 +38,19 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class PassReport:
+    """One pass over one graph: its wall time in ``seconds``, how many sites match behind it, and how many it has refused."""
+
+    name: str
+    seconds: float
+    matched: int
+    refused: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.matched} sites match, {self.refused} refused ({1000 * self.seconds:.1f} ms)"
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One attention: ``mask`` is causal or tensor, ``layout`` that of its store, RoPE included; None where it is refused."""
 
@@ -50,7 +66,7 @@ class GraphReport:
 
     ``kind`` is prefill, extend, decode or other; of ``sites`` attentions ``matched`` run on the compressed cache and the others
     are in ``refusals``; ``notes`` say what matched in a lesser form, and ``layers`` has all of them. ``seconds`` holds the time
-    spent in ``passes`` and in the ``inner`` compiler.
+    spent in ``passes`` and in the ``inner`` compiler; ``passes`` has a report of each pass that ran, in order.
     """
 
     kind: str
@@ -60,6 +76,7 @@ class GraphReport:
     notes: tuple[Refusal, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     layers: tuple[SiteReport, ...] = ()
+    passes: tuple[PassReport, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -92,6 +109,7 @@ def record(report: GraphReport) -> None:
     global _ever
     _ever = True
     _reports.append(report)
+    log.info("%s", report)
 
 
 def decodes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -18,6 +19,8 @@ from spectral_compile.plan import Plan
 from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning, count_decode, record
 from spectral_compile.tensor import Kind, SpectralTensor, shape_of, store_of
+
+log = logging.getLogger(__name__)
 
 
 class SizeReader:
@@ -76,6 +79,7 @@ class BoundGraph:
         self._outputs = [(i, None if what == "result" else self._kind(what, i)) for what, i in plan.outputs]
         self._static = any(site.slots is not None for site in plan.sites)
         self._on_gpu = plan.sites[0].device.type != "cpu"
+        log.debug("bound: %s with %d stores and %d inputs", plan.kind, len(plan.sites), len(plan.inputs))
         if plan.sites[0].device.type == "cuda":
             from spectral_compile.kernels.rotary import tables  # Triton is there only where a GPU is
 
@@ -123,6 +127,7 @@ class BoundGraph:
             tokens = int(valid.sum(1).min())
         timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device, self.config.headroom)
         timeline.padded, timeline.prefill = tokens < count, self
+        log.debug("a prompt of %d rows and %d columns gets stores of %s", timeline.batch, count, timeline.capacity)
         return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
 
     def _resume(self, arguments: tuple[Any, ...], count: int) -> tuple[list[SpectralStore], torch.Tensor | None]:
@@ -163,6 +168,7 @@ class BoundGraph:
             stores = self._fork(stores, length)
             timeline = stores[0].timeline
         if timeline.reserve(count):
+            log.debug("stores grow to %s", timeline.capacity)
             for store in stores:
                 store.resize()
         # a decode step on a GPU does not wait for the device, unless strict, and so learns of a wrong mask one step late
@@ -201,6 +207,7 @@ class BoundGraph:
                 store.pending = {}
                 store.drop_segments()
             return stores
+        log.debug("%d of %d columns are continued: they are copied to stores of their own", length, timeline.length)
         cropped = timeline.crop(length)
         return [store.fork(length, cropped) for store in stores]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from click.testing import Result
 from typer.testing import CliRunner
 
-from spectral_compile.cli import app
+from spectral_compile.cli.main import app
 
 
 def invoke(*arguments: object) -> Result:

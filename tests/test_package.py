@@ -141,6 +141,15 @@ def test_importing_the_package_imports_neither_compilers_nor_transformers(tmp_pa
     assert output(python(IMPORTED, tmp_path, ROOT)) == ["[]"]
 
 
+@pytest.mark.parametrize("where", ["checkout", "wheel"])
+def test_torch_can_log_the_package_without_importing_more(
+    where: str, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``TORCH_LOGS`` makes torch import a package and those in it; in a checkout it found this one in itself, without end."""
+    monkeypatch.setenv("TORCH_LOGS", "+spectral_compile")
+    assert output(python(IMPORTED, tmp_path, ROOT if where == "checkout" else installed)) == ["[]"]
+
+
 def test_every_public_name_is_there() -> None:
     assert "SpectralWarning" in spectral_compile.__all__
     assert all(hasattr(spectral_compile, name) for name in spectral_compile.__all__)

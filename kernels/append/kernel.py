@@ -18,6 +18,8 @@ from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.kernels.values import Chunk
 
+# ``NAME: tl.constexpr = TUPLE.member`` stands wherever a shape, ``static_range`` or another function takes a member of a tuple:
+# Triton 3.6 has plain Python values there, and allows none.
 _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 _TOKENS: tl.constexpr = tl.constexpr(32)  # that a program takes
 _SPAN = 512  # columns whose squared queries one program sums
@@ -150,6 +152,7 @@ def _code(
         ROW: tl.constexpr = (B8 + (B4 + 1) // 2 + (B2 + 3) // 4 + 3) // 4 * 4
         P8: tl.constexpr = (B8 + 15) // 16  # portions
         P4: tl.constexpr = (B4 + 31) // 32
+        WIDTH: tl.constexpr = G.WIDTH
         x = x.to(tl.float32)
         if G.normalised and not KEYS:
             code, size = _norm(x, G)
@@ -164,7 +167,7 @@ def _code(
             at = (b * G.groups + g) * segments + s
             matrix, own = basis + at * (G.width * R), affine + at * (2 * R + G.width)
             y = x * tl.load(own + 2 * R + c, mask=c < G.width, other=0.0)[None, :]
-            again = tl.zeros([_TOKENS, G.WIDTH], tl.float32)
+            again = tl.zeros([_TOKENS, WIDTH], tl.float32)
             for start in range(0, R, 32):
                 r = start + tl.arange(0, 32)
                 part = tl.load(
@@ -187,9 +190,10 @@ def _code(
 @triton.jit
 def _keep_bytes(x, recent, sizes, first, place, kept, extent, G: tl.constexpr):
     """Write tokens [N, WIDTH] of a group, whose first head is ``first``, to their places among recent tokens in bytes."""
+    HEADS: tl.constexpr = G.heads
     c = tl.arange(0, G.WIDTH)
     x = x.to(tl.float32)
-    for h in tl.static_range(G.heads):
+    for h in tl.static_range(HEADS):
         own = (c // G.dim == h)[None, :]
         most = tl.max(tl.where(own, tl.abs(x), 0.0), 1)
         size = tl.ceil(tl.log2(tl.maximum(most / 127, 1.1754943508222875e-38)) * 8 + 192)
@@ -259,6 +263,8 @@ def enter(
 
     ``coders`` programs code a tile together, of which this is number ``coder``.
     """
+    WIDTH: tl.constexpr = G.WIDTH
+    QUERY_HEADS: tl.constexpr = G.query_heads
     chunk, store = entering.chunk, entering.store
     b, g = (row_group // G.groups).to(tl.int64), row_group % G.groups
     before, coded, after, coded_after = ledger_row(entering.ledger, b)
@@ -282,8 +288,8 @@ def enter(
                     head = g * G.heads + c // G.dim
                     counts = c < tl.where(after > before, G.width, 0)
                     total = tl.load(store.moment + (b * G.kv_heads + head) * G.dim + c % G.dim, mask=counts, other=0.0)
-                    squares = tl.zeros([G.WIDTH], tl.float32)
-                    for i in tl.static_range(G.query_heads):
+                    squares = tl.zeros([WIDTH], tl.float32)
+                    for i in tl.static_range(QUERY_HEADS):
                         at = b * chunk.query_strides.row + (head * G.query_heads + i) * chunk.query_strides.head
                         q = tl.load(chunk.query + at + c % G.dim, mask=counts, other=0.0).to(tl.float32)
                         squares += q * q
@@ -333,14 +339,16 @@ def _moment_kernel(query, valid, out, n, strides, valid_row, G: tl.constexpr, SP
     """Squared queries of one KV head summed over ``SPAN`` columns: out float32 [spans, B, H, D]."""
     span, row_head = tl.program_id(0), tl.program_id(1)
     b, h = (row_head // G.kv_heads).to(tl.int64), row_head % G.kv_heads
-    d = tl.arange(0, G.DIM)
-    total = tl.zeros([G.DIM], tl.float32)
+    DIM: tl.constexpr = G.DIM
+    QUERY_HEADS: tl.constexpr = G.query_heads
+    d = tl.arange(0, DIM)
+    total = tl.zeros([DIM], tl.float32)
     for start in range(0, SPAN, _TOKENS):
         column = span * SPAN + start + tl.arange(0, _TOKENS)
         keep = column < n
         if valid is not None:
             keep = keep & (tl.load(valid + b * valid_row + column, mask=keep, other=0) != 0)
-        for i in tl.static_range(G.query_heads):
+        for i in tl.static_range(QUERY_HEADS):
             at = b * strides.row + (h * G.query_heads + i) * strides.head + column[:, None] * strides.column + d[None, :]
             q = tl.load(query + at, mask=keep[:, None] & (d < G.dim)[None, :], other=0.0).to(tl.float32)
             total += tl.sum(q * q, 0)

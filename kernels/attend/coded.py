@@ -61,18 +61,22 @@ def _unit(affine, G: tl.constexpr, A: tl.constexpr):
 def key_basis(store, at, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr):
     """Matrices from digits to keys times their weights, in ``_unit``s: of each head, each part of its RoPE pairs and what is
     not rotated, each row field."""
+    K: tl.constexpr = G.k
+    SCALED: tl.constexpr = A.keys_scaled
+    HEADS: tl.constexpr = G.heads
+    PARTS: tl.constexpr = R.parts
     basis, affine = store.k_basis + at * (G.width * G.k.rank), store.k_affine + at * (2 * G.k.rank + G.width)
     gain = 1.0 / _unit(affine, G, A)
     out = ()
-    for h in tl.static_range(G.heads):
-        for i in tl.static_range(R.parts):
+    for h in tl.static_range(HEADS):
+        for i in tl.static_range(PARTS):
             column = tl.arange(0, 2 * R.AT_ONCE)
             half, second = i * R.AT_ONCE + column % R.AT_ONCE, column // R.AT_ONCE
             channel = half * 2 + second if R.interleaved else half + second * R.pairs
-            out = out + matrix(basis, affine, h * G.dim + channel, half < R.pairs, gain, G.width, G.k, A.of_keys, A.keys_scaled)
+            out = out + matrix(basis, affine, h * G.dim + channel, half < R.pairs, gain, G.width, K, A.of_keys, SCALED)
         if R.REST > 0:
             rest = 2 * R.pairs + tl.arange(0, R.REST)
-            out = out + matrix(basis, affine, h * G.dim + rest, rest < G.dim, gain, G.width, G.k, A.of_keys, A.keys_scaled)
+            out = out + matrix(basis, affine, h * G.dim + rest, rest < G.dim, gain, G.width, K, A.of_keys, SCALED)
     return out
 
 
@@ -92,8 +96,9 @@ def _ahead(norms, visible_row, slots, end, G: tl.constexpr):
 @triton.jit
 def distances_of(table, R: tl.constexpr, F: tl.constexpr):
     """Cosines, then sines, [N, pairs] a part, of the distances within a tile."""
+    PARTS: tl.constexpr = R.parts
     out = ()
-    for i in tl.static_range(2 * R.parts):
+    for i in tl.static_range(2 * PARTS):
         half = i % R.parts * R.AT_ONCE + tl.arange(0, R.AT_ONCE)
         at = table + i // R.parts * (F.tokens * R.pairs) + tl.arange(0, F.tokens)[:, None] * R.pairs + half[None, :]
         out = out + (tl.load(at, mask=(half < R.pairs)[None, :], other=0.0),)
@@ -114,32 +119,40 @@ def attend_coded(
     table knows, and queries by the rest. Scores count from a reference that stays: no warp waits for another one's maximum.
     Where one turns out to be far off, all is done again from the maximum.
     """
+    K: tl.constexpr = G.k
+    V: tl.constexpr = G.v
+    SCALED: tl.constexpr = A.scaled
+    UNPACK_KEYS: tl.constexpr = A.unpack_keys
+    UNPACK_VALUES: tl.constexpr = A.unpack_values
     KN: tl.constexpr = len(G.k.fields)
+    M: tl.constexpr = F.queries
+    N: tl.constexpr = F.tokens
+    DIM: tl.constexpr = G.DIM
+    HEADS: tl.constexpr = G.heads
+    PARTS: tl.constexpr = R.parts
     VN: tl.constexpr = len(G.v.fields)
     PER: tl.constexpr = R.parts * KN + (KN if R.REST > 0 else 0)
-    p, d, t = tl.arange(0, R.AT_ONCE), tl.arange(0, G.DIM), tl.arange(0, F.tokens)
+    p, d, t = tl.arange(0, R.AT_ONCE), tl.arange(0, DIM), tl.arange(0, N)
     q1, q2, q3, turn = queries
     step_cos, step_sin = (), ()
-    for i in tl.static_range(0 if GAPS else R.parts):
-        s, c = sincos(tl.full([1], F.tokens, tl.int32), turn[i][None, :])
+    for i in tl.static_range(0 if GAPS else PARTS):
+        s, c = sincos(tl.full([1], N, tl.int32), turn[i][None, :])
         step_sin, step_cos = step_sin + (s,), step_cos + (c,)
     if R.REST > 0:
         rest = 2 * R.pairs + tl.arange(0, R.REST)
     begin, first_row = low, (b * G.groups + g).to(tl.int64) * coded_slots
-    reference, top = tl.zeros([F.queries], tl.float32), tl.full([F.queries], float("-inf"), tl.float32)
-    total = tl.zeros([F.tokens, F.queries], tl.float32)
+    reference, top = tl.zeros([M], tl.float32), tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([N, M], tl.float32)
     sums = ()
     for i in tl.static_range(VN if F.latent_out else 1):
-        sums = sums + (
-            tl.zeros([F.queries, G.v.fields[i].padded * (16 // G.v.fields[i].bits) if F.latent_out else G.DIM], tl.float32),
-        )
+        sums = sums + (tl.zeros([M, V.fields[i].padded * (16 // V.fields[i].bits) if F.latent_out else DIM], tl.float32),)
     again = low < high
     while again:
         low, segment = begin, 0
-        highest = tl.full([F.tokens, F.queries], float("-inf"), tl.float32)
-        total = tl.zeros([F.tokens, F.queries], tl.float32)
+        highest = tl.full([N, M], float("-inf"), tl.float32)
+        total = tl.zeros([N, M], tl.float32)
         if not F.latent_out:
-            out = tl.zeros([F.queries, G.DIM], tl.float32)
+            out = tl.zeros([M, DIM], tl.float32)
         if F.in_segments:
             for first in range(1, segments, _SEGMENTS_AT_ONCE):
                 later = first + tl.arange(0, _SEGMENTS_AT_ONCE)
@@ -156,12 +169,12 @@ def attend_coded(
                 held_basis = basis
             latent = ()
             for i in tl.static_range(VN):
-                latent = latent + (tl.zeros([F.queries, G.v.fields[i].padded * (16 // G.v.fields[i].bits)], tl.float32),)
+                latent = latent + (tl.zeros([M, V.fields[i].padded * (16 // V.fields[i].bits)], tl.float32),)
             affine_at = store.k_affine + at * (2 * G.k.rank + G.width)
             weights_at = affine_at + 2 * G.k.rank + head * G.dim  # equal in the two channels of a pair
             unit = _unit(affine_at, G, A)
             r1, r2 = (), ()
-            for i in tl.static_range(R.parts):
+            for i in tl.static_range(PARTS):
                 half = i * R.AT_ONCE + p
                 channel = half * 2 if R.interleaved else half
                 held = live[:, None] & (half < R.pairs)[None, :]
@@ -177,18 +190,18 @@ def attend_coded(
                 even = inverse(tl.load(weights_at[:, None] + rest[None, :], mask=unturned, other=1.0)) * unit
                 r3 = (q3[0] * even).to(A.of_keys)
             # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
-            v_rows = load(store.v_codes + first_row * G.v.halfwords, low + t, low + t < end, G.v)
+            v_rows = load(store.v_codes + first_row * G.v.halfwords, low + t, low + t < end, V)
             gone, size = _ahead(store.v_norms + first_row, visible_row, low + t, end, G)
-            for start in tl.range(low, end, F.tokens, num_stages=F.stages):
+            for start in tl.range(low, end, N, num_stages=F.stages):
                 slots = start + t
                 ok = slots < end
-                codes = load(store.k_codes + first_row * G.k.halfwords, slots, ok, G.k)
-                codes = digits(codes, G.k.fields, A.of_keys, A.unpack_keys)
+                codes = load(store.k_codes + first_row * G.k.halfwords, slots, ok, K)
+                codes = digits(codes, K, A.of_keys, UNPACK_KEYS)
                 if GAPS:
                     where = tl.load(row_positions + slots, mask=ok, other=0)[:, None]
-                scores = tl.zeros([F.tokens, F.queries], tl.float32)
-                for h in tl.static_range(G.heads):
-                    for i in tl.static_range(R.parts):
+                scores = tl.zeros([N, M], tl.float32)
+                for h in tl.static_range(HEADS):
+                    for i in tl.static_range(PARTS):
                         k = _product(codes, held_basis, h * PER + i * KN, KN, A)
                         if GAPS:
                             s, c = sincos(where, turn[i][None, :])
@@ -202,7 +215,7 @@ def attend_coded(
                         scores = tl.dot(k, tl.trans(of_head(r3, head, h, G)), scores, input_precision=A.precision)
                 if not GAPS:
                     n1, n2 = (), ()
-                    for i in tl.static_range(R.parts):
+                    for i in tl.static_range(PARTS):
                         n1 = n1 + (r1[i] * step_cos[i] + r2[i] * step_sin[i],)
                         n2 = n2 + (r2[i] * step_cos[i] - r1[i] * step_sin[i],)
                     r1, r2 = n1, n2
@@ -219,12 +232,12 @@ def attend_coded(
                 total += weights
                 if G.normalised:
                     weights = weights * size[:, None]
-                gone, size = _ahead(store.v_norms + first_row, visible_row, slots + F.tokens, end, G)
+                gone, size = _ahead(store.v_norms + first_row, visible_row, slots + N, end, G)
                 mixing = tl.trans(weights.to(A.of_weights))
                 if A.of_weights != A.dtype:
                     lost = tl.trans((weights - weights.to(A.of_weights).to(tl.float32)).to(A.of_weights))
-                values = as_loaded(digits(v_rows, G.v.fields, A.of_weights, A.unpack_values))
-                v_rows = load(store.v_codes + first_row * G.v.halfwords, slots + F.tokens, slots + F.tokens < end, G.v)
+                values = as_loaded(digits(v_rows, V, A.of_weights, UNPACK_VALUES))
+                v_rows = load(store.v_codes + first_row * G.v.halfwords, slots + N, slots + N < end, V)
                 grown = ()
                 for i in tl.static_range(VN):
                     x = tl.dot(mixing, values[i], latent[i], input_precision=A.precision)
@@ -236,9 +249,9 @@ def attend_coded(
                 sums = latent
             else:
                 side, affine = store.v_basis + at * (G.width * G.v.rank), store.v_affine + at * (2 * G.v.rank + G.width)
-                for h in tl.static_range(G.heads):
-                    back = matrix(side, affine, h * G.dim + d, d < G.dim, 1.0, G.width, G.v, A.dtype, A.scaled)
-                    x = tl.zeros([F.queries, G.DIM], tl.float32)
+                for h in tl.static_range(HEADS):
+                    back = matrix(side, affine, h * G.dim + d, d < G.dim, 1.0, G.width, V, A.dtype, SCALED)
+                    x = tl.zeros([M, DIM], tl.float32)
                     for i in tl.static_range(VN):
                         y = of_head(latent[i], head, h, G)
                         if A.of_weights == A.dtype:

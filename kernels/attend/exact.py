@@ -81,28 +81,32 @@ def attend_exact(
 
     In this order: codes of a lossless store, first tokens, recent ones, chunk. ``chunk.index`` is the token of each column.
     """
+    M: tl.constexpr = F.queries
+    N: tl.constexpr = F.exact_tokens
+    DIM: tl.constexpr = G.DIM
+    HEADS: tl.constexpr = G.heads
     PER: tl.constexpr = (2 if R.pairs > 0 else 0) + (1 if R.REST > 0 else 0)
-    EARLY: tl.constexpr = F.exact_tokens * G.heads * G.DIM <= 8192  # else values take too many registers beside the keys
-    p, d, t = tl.arange(0, R.PAIRS), tl.arange(0, G.DIM), tl.arange(0, F.exact_tokens)
+    EARLY: tl.constexpr = N * G.heads * DIM <= 8192  # else values take too many registers beside the keys
+    p, d, t = tl.arange(0, R.PAIRS), tl.arange(0, DIM), tl.arange(0, N)
     real = p < R.pairs
     first, second = (p * 2, p * 2 + 1) if R.interleaved else (p, p + R.pairs)
     q1, q2, q3, turn = queries_of(q_row, live, turns, scale, R.PAIRS, 1 if R.pairs > 0 else 0, G, R)
     if R.REST > 0:
         rest = 2 * R.pairs + tl.arange(0, R.REST)
-    highest = tl.full([F.queries], float("-inf"), tl.float32)
-    total = tl.zeros([F.exact_tokens, F.queries], tl.float32)
-    out = tl.zeros([F.queries, G.DIM], tl.float32)
+    highest = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([N, M], tl.float32)
+    out = tl.zeros([M, DIM], tl.float32)
     codes_first = coded if G.lossless else 0
     in_first = tl.minimum(before, G.first_exact)
     ring_first = codes_first + in_first
     new_first = ring_first + tl.maximum(before - G.first_exact - coded, 0)
     count = new_first + n
-    share = tl.cdiv(tl.cdiv(count, F.exact_tokens), exact_splits) * F.exact_tokens
+    share = tl.cdiv(tl.cdiv(count, N), exact_splits) * N
     low = exact_split * share
     ring = places - G.first_exact
     rows = G.first_exact if G.recent_in_bytes else places
     oldest = coded % ring
-    for start in tl.range(low, tl.minimum(low + share, count), F.exact_tokens, num_stages=1):
+    for start in tl.range(low, tl.minimum(low + share, count), N, num_stages=1):
         e = start + t
         is_code, is_new, ok = e < codes_first, e >= new_first, e < count
         column = e - new_first
@@ -127,7 +131,7 @@ def attend_exact(
             sin, cos = sincos(where[:, None], turn[0][None, :])
         # all is loaded before the first of it is waited for
         keys, sizes, values = (), (), ()
-        for h in tl.static_range(G.heads):
+        for h in tl.static_range(HEADS):
             k_at = _address(chunk, store, e, kept, column, is_code, is_new, b, g, h, coded_slots, rows, G, True)
             bytes_at, size = _bytes(store, ((b * G.groups + g) * G.heads + h) * ring, place, in_bytes, G, True)
             sizes = sizes + (size,)
@@ -142,9 +146,9 @@ def attend_exact(
                             rows, ring, G, A)  # fmt: skip
                 values = values + (x,)
         keys, values = as_loaded(keys), as_loaded(values)
-        scores = tl.zeros([F.exact_tokens, F.queries], tl.float32)
-        for h in tl.static_range(G.heads):
-            x = tl.zeros([F.exact_tokens, F.queries], tl.float32) if G.recent_in_bytes else scores
+        scores = tl.zeros([N, M], tl.float32)
+        for h in tl.static_range(HEADS):
+            x = tl.zeros([N, M], tl.float32) if G.recent_in_bytes else scores
             if R.pairs > 0:
                 q = tl.trans(of_head(q1[0].to(A.dtype), head, h, G))
                 x = tl.dot(keys[h * PER], q, x, input_precision=A.precision)
@@ -165,7 +169,7 @@ def attend_exact(
         total = total * alpha[None, :] + weights
         out = out * alpha[:, None]
         mixing = tl.trans(weights.to(A.dtype))
-        for h in tl.static_range(G.heads):
+        for h in tl.static_range(HEADS):
             if EARLY:
                 x = values[h]
             else:

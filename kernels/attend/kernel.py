@@ -52,13 +52,15 @@ def attend_kernel(
     split, tile, row_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = row_group // G.groups, row_group % G.groups
     ROWS: tl.constexpr = G.heads * G.query_heads
-    m = (first_tile + tile) * F.queries + tl.arange(0, F.queries)
+    M: tl.constexpr = F.queries
+    PRECISION: tl.constexpr = A.precision
+    m = (first_tile + tile) * M + tl.arange(0, M)
     live = m < n * ROWS
     qi, qh = m // ROWS, m % ROWS
     head = qh // G.query_heads
     before, coded, after, _coded_after = ledger_row(ledger, b)
     if F.one:
-        own = tl.zeros([F.queries], tl.int32) + (after - 1)
+        own = tl.zeros([M], tl.int32) + (after - 1)
     elif chunk.index is not None:
         own = before + tl.load(chunk.index + b * n + qi, mask=live, other=0)
     else:
@@ -75,7 +77,7 @@ def attend_kernel(
     q_row += qi * chunk.query_strides.column
     scale = scale * _LOG2E
     row_positions = positions + b * slots
-    at = ((row_group.to(tl.int64) * tl.num_programs(1) + tile) * F.queries + tl.arange(0, F.queries)) * (splits + exact_splits)
+    at = ((row_group.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits)
     if not G.lossless and split < splits:
         # all that depends on nothing is on its way before anything is waited for
         queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
@@ -114,7 +116,7 @@ def attend_kernel(
             for job in range(exact_split, 2 * code_tiles * coders, exact_splits):
                 append_tile, side = job // (2 * coders), job // coders % 2
                 enter(append_tile, row_group, side, job % coders, coders, entering, entering.columns, entering.code_tiles,
-                      entering.segments, G, True, False, True, A.precision)  # fmt: skip
+                      entering.segments, G, True, False, True, PRECISION)  # fmt: skip
 
 
 def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_HIDDEN, enters: bool = False) -> torch.Tensor:

@@ -38,6 +38,8 @@ def merge_kernel(
     """
     m, row_group = tl.program_id(0), tl.program_id(1)
     ROWS: tl.constexpr = G.heads * G.query_heads
+    V: tl.constexpr = G.v
+    PRECISION: tl.constexpr = A.precision
     if m < merged:
         g = row_group % G.groups
         at = (row_group.to(tl.int64) * stride + m) * (splits + exact_splits)
@@ -49,7 +51,7 @@ def merge_kernel(
         if F.latent_out:  # loaded beside what splits have left, not after it
             for i in tl.static_range(len(G.v.fields)):
                 basis = v_basis + row_group * (G.width * G.v.rank)
-                x, scale = digit_rows(basis, affine, channel, d < G.dim, G.width, G.v, G.v.fields[i])
+                x, scale = digit_rows(basis, affine, channel, d < G.dim, G.width, V, i)
                 back = back + ((x, scale),)
             even = inverse(tl.load(affine + 2 * G.v.rank + channel, mask=d < G.dim, other=1.0))
         every = s < splits + exact_splits
@@ -80,7 +82,8 @@ def merge_kernel(
         place = ((row_group // G.groups * count + m // ROWS) * G.groups + g) * ROWS + m % ROWS
         mixed = tl.sum(exact_sums * tl.exp2(exact - top)[:, None], 0)
         if F.latent_out:
-            valued = tl.zeros([P.channels], tl.float32)
+            CHANNELS: tl.constexpr = P.channels
+            valued = tl.zeros([CHANNELS], tl.float32)
             for i in tl.static_range(len(G.v.fields)):
                 valued += tl.sum(back[i][0].to(tl.float32) * (latent[i] * back[i][1])[:, None], 0)
             mixed += valued * even
@@ -90,4 +93,4 @@ def merge_kernel(
     else:
         if F.enters and tl.program_id(2) == 0:
             enter(code_tiles, row_group, m - merged, 0, 1, entering, entering.columns, entering.code_tiles, entering.segments,
-                  G, False, True, True, A.precision)  # fmt: skip
+                  G, False, True, True, PRECISION)  # fmt: skip

@@ -26,6 +26,7 @@ from spectral_compile.bench.measure import (
     Row,
     Settings,
     build,
+    compile_seconds,
     fixed,
     quotient,
     table,
@@ -34,7 +35,6 @@ from spectral_compile.bench.measure import (
 )
 from spectral_compile.evaluation.contenders import options_of, require_matched
 from spectral_compile.evaluation.size import weigh
-from spectral_compile.generate import compile_seconds
 from spectral_compile.outputs import cache_of
 from spectral_compile.report import recordings as recorded_steps
 from spectral_compile.report import reports

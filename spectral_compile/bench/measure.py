@@ -14,6 +14,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import calculate_time_spent
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from spectral_compile.backend import reset
@@ -156,6 +157,11 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def compile_seconds() -> float:
+    """Seconds that Dynamo and what it called have spent compiling in this process."""
+    return calculate_time_spent()["total_wall_time"]
 
 
 class Timing(NamedTuple):

@@ -18,12 +18,17 @@ NAMES = ("amber", "birch", "copper", "delta", "ember", "falcon", "garnet", "harb
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt [1, n] of a ``task``, in which what is asked for stands at ``depth`` (0 the beginning, 1 the end)."""
+    """A prompt int64 [1, n] of a ``task``: ``asked`` is a question on its text, and ``begun`` the answer's beginning, its end.
+
+    What is asked for stands at ``depth`` (0 the beginning, 1 the end).
+    """
 
     task: str
     ids: torch.Tensor
     answer: str
     depth: float
+    asked: str
+    begun: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def questions(tokenizer: PreTrainedTokenizerBase, task: str, tokens: int, cases:
             turn = {"role": "user", "content": asked}
             asked = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(f"{asked}{hidden.begun}", add_special_tokens=not chat, return_tensors="pt").input_ids
-        made.append(Question(f"{task} {tokens}", ids, hidden.answer, depth))
+        made.append(Question(f"{task} {tokens}", ids, hidden.answer, depth, hidden.question, hidden.begun))
     return made
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from click.testing import Result
 
-from spectral_compile import command
-from spectral_compile.bench import attention, generation, host, measure, verb
+from spectral_compile.bench import attention, generation, host, measure
 from spectral_compile.bench.measure import GEOMETRIES, Settings, build, one_line, tidy
 from spectral_compile.bench.store import Layer, draw
+from spectral_compile.cli import bench, console
 from spectral_compile.codec import PRESETS
 from tests import shell
 from tests.budget import FULL
@@ -176,6 +176,16 @@ def test_an_error_of_the_backend_is_told_as_its_own() -> None:
     assert one_line(caught.value) == "ValueError: no such option"
 
 
+def test_on_a_cpu_the_defaults_are_small_and_said_to_be() -> None:
+    made = invoke("--parts", "attention", "--device", "cpu", "--presets", "balanced", "--pairs", "1x64")
+    assert made.exit_code == 0, made.output
+    (sentence,) = (line for line in made.stderr.splitlines() if line.startswith("On a CPU the defaults are small: "))
+    assert "--geometry tiny, --cached 2048" in sentence and "--pairs" not in sentence
+    assert "attention: tiny, 1, 64, balanced" in made.stderr
+    given = [x for name, value in bench.ON_A_CPU._asdict().items() for x in (f"--{name.replace('_', '-')}", value)]
+    assert "On a CPU" not in invoke(*given, "--device", "cpu", "--parts", "attention", "--minutes", "1e-9").stderr
+
+
 def test_no_measurement_begins_when_the_time_is_up() -> None:
     result = invoke(*TINY, "--parts", "attention", "--pairs", "1x64", "--minutes", "1e-9")
     assert result.exit_code == 0, result.output
@@ -200,13 +210,13 @@ def test_no_measurement_begins_when_the_time_is_up() -> None:
 def test_bad_options_leave_before_anything_is_measured(
     options: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "PARTS", dict.fromkeys(verb.PARTS))
+    monkeypatch.setattr(bench, "PARTS", dict.fromkeys(bench.PARTS))
     result = invoke(*options)
     assert result.exit_code == 2 and sentence in result.stderr
 
 
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "find_spec", lambda _: None)
+    monkeypatch.setattr(console, "find_spec", lambda _: None)
     result = invoke(*TINY, "--plot", tmp_path / "out.png")
     assert result.exit_code == 2
     assert "--plot needs matplotlib: pip install 'spectral-compile[bench]'" in result.stderr

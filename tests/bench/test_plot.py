@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from spectral_compile.bench.attention import COPY, GQA
 from spectral_compile.bench.encode import DENSE
 from spectral_compile.bench.plot import PANELS, picture, tokens
-from spectral_compile.bench.verb import PARTS
+from spectral_compile.cli.bench import PARTS
 from spectral_compile.evaluation.plot import GREY
 
 FACTS = {"device": "cpu", "torch": "2", "transformers": "5", "command": "spectral-compile bench"}

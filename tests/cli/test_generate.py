@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import spectral_compile as sc
 from spectral_compile import models
-from spectral_compile.command import parse_options
+from spectral_compile.cli.options import parse_options
 from spectral_compile.errors import Mistake
 from spectral_compile.files import check_writable, read_texts, write_whole
 from tests import shell
@@ -73,7 +73,7 @@ def test_bad_options_are_named(pair: str, sentence: str) -> None:
 
 NOWHERE = "/nowhere/at/all"
 JSON = '{"preset": "exact", "recnt": 3}'
-MISTAKES = [  # a verb, its arguments, and what is said before a model is looked for
+MISTAKES = [  # a command, its arguments, and what is said before a model is looked for
     ("generate", ("--options", "recnt=3"), "unknown option 'recnt'; did you mean 'recent'?"),
     ("generate", ("--options", "block=1000000000"), "block must be an integer from 1 to 4096, not 1000000000"),
     ("generate", ("--options", f"first_exact={'[' * 500}"), "first_exact must be an integer"),
@@ -85,6 +85,9 @@ MISTAKES = [  # a verb, its arguments, and what is said before a model is looked
     ("generate", ("--prompt-file", NOWHERE), f"cannot read {NOWHERE}: No such file or directory"),
     ("generate", ("--prompt-file", "."), "cannot read .: Is a directory"),
     ("generate", ("--device", "gpu"), "cannot compute on the device gpu"),
+    ("demo", ("--device", "gpu"), "cannot compute on the device gpu"),
+    ("demo", ("--preset", "best"), "unknown preset 'best'"),
+    ("demo", ("--inner", "inductr"), "unknown inner compiler 'inductr'; did you mean 'inductor'?"),
     ("generate", ("--device", "meta"), "cannot compute on the device meta"),
     ("eval", ("--device", "cuda:77"), "cannot compute on the device cuda:77"),
     ("eval", ("--text", "latin.txt"), "latin.txt is no text in UTF-8"),
@@ -118,15 +121,15 @@ MISTAKES = [  # a verb, its arguments, and what is said before a model is looked
 ]
 
 
-@pytest.mark.parametrize(("verb", "arguments", "sentence"), MISTAKES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("command", "arguments", "sentence"), MISTAKES, ids=lambda x: str(x)[:40])
 def test_a_mistake_is_one_sentence_before_a_model_is_looked_for(
-    verb: str, arguments: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, arguments: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("load", "locate"):
         monkeypatch.setattr(models, name, lambda *_: pytest.fail("a model was looked for"))
     (tmp_path / "latin.txt").write_bytes("süß".encode("latin-1"))
     monkeypatch.chdir(tmp_path)
-    assert_said(shell.invoke(verb, *arguments), sentence)
+    assert_said(shell.invoke(command, *arguments), sentence)
     assert [path.name for path in tmp_path.iterdir()] == ["latin.txt"]
 
 
@@ -139,9 +142,9 @@ def assert_said(result: Result, sentence: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("verb", ["generate", "eval", "bench"])
-def test_a_gpu_where_there_is_none_is_said(verb: str) -> None:
-    assert_said(shell.invoke(verb, "--device", "cuda"), "cannot compute on the device cuda: ")
+@pytest.mark.parametrize("command", ["demo", "generate", "eval", "bench"])
+def test_a_gpu_where_there_is_none_is_said(command: str) -> None:
+    assert_said(shell.invoke(command, "--device", "cuda"), "cannot compute on the device cuda: ")
 
 
 def broken(whole: Path, folder: Path, name: str, content: bytes | None) -> Path:
@@ -171,8 +174,8 @@ def test_a_model_that_lacks_something_is_one_sentence(
     name: str, content: bytes | None, sentence: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = broken(tiny_folder, tmp_path / "broken", name, content)
-    verbs = [("generate", "--model"), ("eval", "--model"), ("calibrate", tmp_path / "out", "--model")]
-    for arguments in (*verbs, ("doctor",)) if name == "config.json" else verbs:
+    commands = [("generate", "--model"), ("eval", "--model"), ("calibrate", tmp_path / "out", "--model")]
+    for arguments in (*commands, ("doctor",)) if name == "config.json" else commands:
         result = shell.invoke(*arguments, folder, *([] if arguments == ("doctor",) else ["--device", "cpu"]))
         assert_said(result, sentence)
         assert str(folder) in result.stderr
@@ -180,7 +183,7 @@ def test_a_model_that_lacks_something_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "verb", [("generate", "--model"), ("eval", "--model"), ("calibrate", "x.json", "--model"), ("doctor",)]
+    "command", [("generate", "--model"), ("eval", "--model"), ("calibrate", "x.json", "--model"), ("doctor",)]
 )
 @pytest.mark.parametrize(
     ("model", "sentence"),
@@ -191,12 +194,12 @@ def test_a_model_that_lacks_something_is_one_sentence(
     ],
 )
 def test_a_model_that_is_not_there_and_no_network_are_one_sentence_at_once(
-    verb: tuple[str, ...], model: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: tuple[str, ...], model: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
-    assert_said(shell.invoke(*verb, model), sentence)
+    assert_said(shell.invoke(*command, model), sentence)
     assert time.monotonic() - started < 5
 
 
@@ -238,8 +241,8 @@ def test_the_default_model_without_a_network_is_one_sentence(monkeypatch: pytest
 
 
 def test_options_that_do_not_fit_the_model_are_one_sentence(tiny_folder: Path) -> None:
-    for verb in ("generate", "--model", tiny_folder, *TINY), ("doctor", tiny_folder):
-        result = shell.invoke(*verb, "--options", "head_group=3")
+    for command in ("generate", "--model", tiny_folder, *TINY), ("doctor", tiny_folder):
+        result = shell.invoke(*command, "--options", "head_group=3")
         assert result.exit_code == 2
         assert result.stderr.strip().splitlines()[-1] == "error: head_group=3 does not divide the 2 KV heads"
     names = ("--presets", '{"key_ranks": [9, 9, 9]}', "--rivals", "", "--texts", 1, "--tokens", 30, "--scored", 4)
@@ -337,6 +340,8 @@ def test_a_prompt_of_ones_own_from_a_file(tiny_folder: Path, tmp_path: Path) -> 
     result = invoke("--model", tiny_folder, *TINY, "--no-dense", "--prompt-file", file)
     assert result.exit_code == 0, result.output
     assert "40 tokens read, 6 generated" in result.stdout
+    assert float(rows(result.stdout)["ratio"][0]) < 1
+    assert "Shorter prompts make the cache larger than a dense one" in " ".join(result.stdout.split())
 
 
 def test_the_built_in_prompt_has_the_length_that_was_asked_for(tiny_folder: Path) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectral_compile import models
+from spectral_compile.cli.eval import table
 from spectral_compile.codec import PRESETS as CODECS
 from spectral_compile.codec import Profile
 from spectral_compile.config import SpectralConfig
@@ -28,7 +29,6 @@ from spectral_compile.evaluation.contenders import Contender, contender, options
 from spectral_compile.evaluation.measure import Agreement, Result, Trial, compare, read
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.evaluation.trace import Step, show, trace
-from spectral_compile.evaluation.verb import table
 from spectral_compile.report import GraphReport, SpectralWarning
 from spectral_compile.stats import storage_bytes
 from tests.budget import FULL
@@ -219,7 +219,7 @@ def test_a_key_is_found_in_what_the_model_says(tiny_folder: Path, key: str) -> N
             return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.full((1, 1), 7), 128))
 
     says_seven = Contender("says seven", SaysSeven(), DynamicCache)
-    assert tasks.answers(says_seven, tokenizer, tasks.Question("key", tokens(1, 5), key, 0.5)) == (key == "w7")
+    assert tasks.answers(says_seven, tokenizer, tasks.Question("key", tokens(1, 5), key, 0.5, "", "")) == (key == "w7")
 
 
 def test_the_table_has_a_row_for_each_cache(results: dict[str, Result]) -> None:
@@ -237,7 +237,7 @@ def test_a_narrow_table_cuts_no_name_off(results: dict[str, Result]) -> None:
     assert any(result.name == "balanced-without-nothing" for result in long)
 
 
-def test_the_verb_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
     text, out, plot = (tmp_path / name for name in ("text.txt", "out.json", "plot.png"))
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
     caches = ("--presets", "balanced", "--rivals", "", "--device", "cpu", "--dtype", "float32")
@@ -333,7 +333,7 @@ def test_the_first_layer_to_drift_is_named(tiny_folder: Path) -> None:
     assert "the first other token comes at step 2, 1 in all; layer 2 is the first to drift" in shown
 
 
-def test_the_verb_traces(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_command_traces(tiny_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
     work = ("--presets", "balanced", "--rivals", "", "--device", "cpu", "--tokens", 1124, "--scored", 1, "--trace", 3)

@@ -11,7 +11,7 @@ import torch
 
 import spectral_compile as sc
 from spectral_compile import report
-from spectral_compile.backend import examine
+from spectral_compile.explain import examine
 from tests.budget import FULL
 from tests.tiny import EXACT, GREEDY, MODELS, OLDEST, OTHERS, WINDOWS, build, tokens
 

@@ -15,7 +15,9 @@ from transformers import DynamicCache
 
 import spectral_compile as sc
 from spectral_compile import report
-from spectral_compile.report import SpectralWarning
+from spectral_compile.passes.patched import refuse_patched
+from spectral_compile.report import UNSLOTH, SpectralWarning
+from tests.passes.harness import Attention, counts, hidden, run_passes
 from tests.patching import DEVICE, assert_compressed, generated, in_four_bits
 from tests.tiny import EXACT, build, rope_embedding
 
@@ -106,3 +108,11 @@ def test_where_unsloth_is_loaded_it_is_the_likely_cause_of_no_graph(monkeypatch:
     assert report.why_no_graph() is None
     monkeypatch.setitem(sys.modules, "unsloth", None)
     assert "standard_forward" in report.why_no_graph()
+
+
+def test_every_site_of_a_graph_that_unsloth_wrote_parts_of_is_refused() -> None:
+    module = Attention()
+    trace = run_passes(lambda hidden, positions: module(rope_embedding(hidden), positions), refuse_patched, **hidden(2, 9))
+    assert [site.refusal for site in trace.sites] == [UNSLOTH]
+    assert counts(trace)["scaled_dot_product_attention"] == 1
+    assert run_passes(module, refuse_patched, **hidden(2, 9)).matched

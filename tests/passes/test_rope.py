@@ -18,7 +18,10 @@ from spectral_compile import report
 from spectral_compile.outputs import cache_of
 from spectral_compile.passes.constants import _Holds
 from spectral_compile.passes.lift import lift
+from spectral_compile.passes.rope import match_rope
+from spectral_compile.passes.trace import fake, is_call
 from tests.budget import examples
+from tests.passes.harness import HEAD_DIM, KV_HEADS, Attention, hidden, run_passes
 from tests.tiny import EXACT, GREEDY, GROUPED, LONG, OLDEST, TEXT, build, tokens
 
 HOW = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
@@ -441,3 +444,29 @@ def test_guards_of_constants_are_asked_at_every_call() -> None:
             if "+-" in line and line.index("+-") < depth:
                 depth = line.index("+-")
                 assert "tag_safe=(True" not in line
+
+
+@pytest.mark.parametrize("cached", [0, 40])
+def test_a_rotated_key_is_stored_as_it_was_before(cached: int) -> None:
+    module = Attention()
+    trace = run_passes(module, match_rope, cached=cached, **hidden(2, 41))
+    (site,) = trace.matched
+    assert is_call(site.stored_key, "transpose") and tuple(fake(site.stored_key).shape[1::2]) == (KV_HEADS, HEAD_DIM)
+    assert site.positions.op == "placeholder" and site.note is None
+    assert site.rotary == site.layout.rotary and not site.rotary.interleaved and site.rotary.scaling == 1
+    assert site.rotary.frequencies == pytest.approx(module.inv_freq.tolist())
+
+
+def test_a_key_that_is_not_rotated_is_stored_as_attention_sees_it() -> None:
+    (site,) = run_passes(Attention(rope=False), match_rope, **hidden(2, 40)).matched
+    assert (site.stored_key, site.rotary, site.layout.rotary, site.note) == (site.edge.new[0], None, None, None)
+
+
+def test_a_key_that_is_changed_by_its_position_in_another_way_is_stored_so_with_a_note() -> None:
+    class Scaled(Attention):
+        def _rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return x * (1 + positions[:, None, :, None] * self.inv_freq[0])
+
+    (site,) = run_passes(Scaled(), match_rope, **hidden(2, 40)).matched
+    assert (site.stored_key, site.rotary) == (site.edge.new[0], None)
+    assert site.note == "keys are stored after RoPE: the rotated channels are not the first ones"

@@ -19,6 +19,7 @@ from spectral_compile.kernels import sliced as operation
 from spectral_compile.kernels.sliced import PARTS, CompiledPart, sliced
 from spectral_compile.passes import slices
 from tests.budget import FULL, examples
+from tests.passes.harness import Attention, counts, hidden, run_passes
 from tests.tiny import GREEDY, GROUPED, SMALL, tokens
 
 ROWS = 16
@@ -195,3 +196,18 @@ def test_parts_die_with_the_graphs_that_they_were_cut_from() -> None:
     sc.reset()
     gc.collect()
     assert set(PARTS) == before
+
+
+@pytest.mark.parametrize(("cached", "count", "pieces"), [(0, ROWS + 1, 1), (0, ROWS, 0), (40, ROWS + 1, 1), (40, 1, 0)])
+def test_one_call_takes_the_place_of_what_is_wide(
+    cached: int, count: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "ROWS", ROWS)
+    trace = run_passes(Attention(mlp=256), slices.slice_wide, cached=cached, **hidden(1, cached + count))
+    assert counts(trace)["sliced.default"] == len(trace.parts) == pieces
+    for node in trace.gm.graph.nodes:
+        if node.target is sliced:
+            assert node.args[2] in trace.parts
+    for part in trace.parts.values():
+        part.examples()
+        assert all("example_value" in node.meta for node in part.gm.graph.nodes)  # else AOTAutograd's cache is bypassed

@@ -15,8 +15,9 @@ from rich.table import Table
 from typer import Option
 
 from spectral_compile import models
+from spectral_compile.cli.console import need_matplotlib, output, phases
+from spectral_compile.cli.options import count
 from spectral_compile.codec import PRESETS, Profile
-from spectral_compile.command import count, need_matplotlib, output, phases
 from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation import contenders
 from spectral_compile.evaluation.measure import Result, Trial, compare

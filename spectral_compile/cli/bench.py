@@ -1,4 +1,4 @@
-"""The verb: options, the run of all parts, and where their figures go."""
+"""``spectral-compile bench``: the run of all parts, and where their figures go."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from typer import Option
 from spectral_compile.bench import attention, encode, generation, host
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
 from spectral_compile.bench.plot import draw
+from spectral_compile.cli.console import need_matplotlib, output, phases
+from spectral_compile.cli.options import count
 from spectral_compile.codec import PRESETS
-from spectral_compile.command import count, need_matplotlib, output, phases
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, mistakes
 from spectral_compile.evaluation.contenders import options_of, split
@@ -47,27 +48,60 @@ PARTS = {
 }
 
 
+class Sizes(NamedTuple):
+    """What is measured where nothing else was asked for; ``geometry`` None is each part's own choice."""
+
+    geometry: str | None
+    pairs: str
+    cached: str
+    new_tokens: int
+    steady_tokens: int
+    inner: str
+
+
+ON_A_GPU = Sizes(None, "1x4096,1x8192,1x32768,1x131072,8x16384", "4096,32768,131072", 64, 2000, "inductor")
+ON_A_CPU = Sizes("tiny", "1x2048", "2048", 8, 32, "eager")  # seconds a part; it says little about a GPU
+
+
+def by_device(name: str) -> str:
+    """The defaults of an option, for its help."""
+    return f"{getattr(ON_A_GPU, name)}; on a CPU {getattr(ON_A_CPU, name)}"
+
+
 def bench(
     parts: Annotated[str, Option(help="What to measure, by comma")] = ",".join(PARTS),
     geometry: Annotated[
         str | None,
-        Option(help=f"Sizes, by comma: {', '.join(GEOMETRIES)}", show_default="llama-3-8b; steady and host: smollm2"),
+        Option(
+            help=f"Sizes, by comma: {', '.join(GEOMETRIES)}", show_default="llama-3-8b; steady and host: smollm2; tiny on a CPU"
+        ),
     ] = None,
-    pairs: Annotated[str, Option(help="attention: batch x cached tokens, by comma")] = "1x4096,1x8192,1x32768,1x131072,8x16384",
+    pairs: Annotated[
+        str | None, Option(help="attention: batch x cached tokens, by comma", show_default=by_device("pairs"))
+    ] = None,
     presets: Annotated[
         str, Option(help="Codecs, by comma, named as for eval; the parts with a whole model take the first")
     ] = "balanced,seed",
-    cached: Annotated[str, Option(help="Lengths of prompts, by comma; steady and host take the first")] = "4096,32768,131072",
+    cached: Annotated[
+        str | None,
+        Option(help="Lengths of prompts, by comma; steady and host take the first", show_default=by_device("cached")),
+    ] = None,
     variants: Annotated[str, Option(help="generate: by comma")] = ",".join(generation.VARIANTS),
     chunk: Annotated[
         int | None, Option(min=1, help="generate: tokens of a prompt at a time (prefill_chunk_size)", show_default="all")
     ] = None,
-    new_tokens: Annotated[int, Option(min=2, help="generate: tokens to generate")] = 64,
-    steady_tokens: Annotated[int, Option(min=2, help="steady: tokens to generate")] = 2000,
+    new_tokens: Annotated[
+        int | None, Option(min=2, help="generate: tokens to generate", show_default=by_device("new_tokens"))
+    ] = None,
+    steady_tokens: Annotated[
+        int | None, Option(min=2, help="steady: tokens to generate", show_default=by_device("steady_tokens"))
+    ] = None,
     minutes: Annotated[float | None, Option(help="Begin no measurement after that many minutes", show_default="no end")] = None,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and dense caches")] = "bfloat16",
     device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
-    inner: Annotated[str, Option(help="Compiler of graphs: inductor, aot_eager or eager")] = "inductor",
+    inner: Annotated[
+        str | None, Option(help="Compiler of graphs: inductor, aot_eager or eager", show_default=by_device("inner"))
+    ] = None,
     seed: Annotated[int, Option(help="Of weights, keys, values and prompts")] = 0,
     json_: Annotated[
         Path | None, Option("--json", callback=check_writable, help="File to write every figure to, after each measurement")
@@ -80,29 +114,38 @@ def bench(
     """
     screen = Console(stderr=True)
     chosen = by_comma("part", parts, PARTS)
+    where = device_of(device)
+    asked = Sizes(geometry, pairs, cached, new_tokens, steady_tokens, inner)
+    usual = ON_A_CPU if where.type == "cpu" else ON_A_GPU
+    sizes = Sizes(*(default if given is None else given for given, default in zip(asked, usual, strict=True)))
     settings = Settings(
-        geometries=tuple(by_comma("geometry", geometry, GEOMETRIES)) if geometry else None,
-        pairs=tuple(pair(text) for text in pairs.split(",")),
+        geometries=tuple(by_comma("geometry", sizes.geometry, GEOMETRIES)) if sizes.geometry else None,
+        pairs=tuple(pair(text) for text in sizes.pairs.split(",")),
         presets=tuple(by_comma("preset", presets, PRESETS, others=True)),
-        cached=tuple(count(text) for text in cached.split(",")),
+        cached=tuple(count(text) for text in sizes.cached.split(",")),
         variants=tuple(by_comma("variant", variants, generation.VARIANTS)),
         chunk=chunk,
-        new_tokens=new_tokens,
-        steady_tokens=steady_tokens,
+        new_tokens=sizes.new_tokens,
+        steady_tokens=sizes.steady_tokens,
         dtype=getattr(torch, dtype),
-        device=device_of(device),
-        inner=inner,
+        device=where,
+        inner=sizes.inner,
         seed=seed,
     )
     with mistakes(ValueError):
         for preset in settings.presets:
-            SpectralConfig.parse({**(options_of(preset) or {"preset": preset}), "inner": inner})
+            SpectralConfig.parse({**(options_of(preset) or {"preset": preset}), "inner": sizes.inner})
     if plot:
         need_matplotlib()
     transformers.logging.set_verbosity_error()
 
     facts = header(settings)
     out = output()
+    small = [f"--{name.replace('_', '-')} {value}" for name, value in usual._asdict().items() if getattr(asked, name) is None]
+    if usual is ON_A_CPU and small:
+        screen.print(
+            f"On a CPU the defaults are small: {', '.join(small)}; give these options to measure more.", soft_wrap=True
+        )
     out.print(", ".join(f"{name} {value}" for name, value in facts.items()), markup=False, soft_wrap=True)
     ends = time.monotonic() + 60 * minutes if minutes else float("inf")
     measured: dict[str, list[Row]] = {}

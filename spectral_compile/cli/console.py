@@ -1,8 +1,7 @@
-"""What all verbs of the command line share: how mistakes are said, options read, and what is shown."""
+"""What all commands share: how mistakes are said, and where tables, progress and figures go."""
 
 from __future__ import annotations
 
-import ast
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -13,14 +12,13 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from spectral_compile.config import SpectralConfig
-from spectral_compile.errors import Mistake, mistakes
+from spectral_compile.errors import Mistake
 
 WIDTH = 200  # of tables that go to a file
 
 
-class Verbs(TyperGroup):
-    """Verbs that say a ``Mistake`` in one sentence and exit with its status; any other error keeps its traceback."""
+class Commands(TyperGroup):
+    """Commands that say a ``Mistake`` in one sentence and exit with its status; any other error keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,27 +31,6 @@ class Verbs(TyperGroup):
             mistake = error.inner_exception
         Console(stderr=True).print(f"error: {mistake}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(mistake.status)
-
-
-def parse_options(given: dict[str, Any], pairs: list[str]) -> SpectralConfig:
-    """The config of ``given`` options and every ``key=value``; ``Mistake`` where it is none."""
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise Mistake(f"--options takes key=value, not {pair!r}")
-        try:
-            given[key] = ast.literal_eval(value)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            given[key] = value
-    with mistakes(ValueError):
-        return SpectralConfig.parse(given)
-
-
-def count(text: str) -> int:
-    """A count of tokens; ``Mistake`` where it is none."""
-    if not text.isdecimal() or len(text) > 12 or int(text) < 1:
-        raise Mistake(f"{text!r} is no count of tokens, such as 4096")
-    return int(text)
 
 
 def need_matplotlib() -> None:
