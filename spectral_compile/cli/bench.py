@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -115,9 +115,12 @@ def bench(
     screen = Console(stderr=True)
     chosen = by_comma("part", parts, PARTS)
     where = device_of(device)
-    asked = Sizes(geometry, pairs, cached, new_tokens, steady_tokens, inner)
+    asked: dict[str, Any] = {
+        "geometry": geometry, "pairs": pairs, "cached": cached, "new_tokens": new_tokens, "steady_tokens": steady_tokens,
+        "inner": inner,
+    }  # fmt: skip
     usual = ON_A_CPU if where.type == "cpu" else ON_A_GPU
-    sizes = Sizes(*(default if given is None else given for given, default in zip(asked, usual, strict=True)))
+    sizes = usual._replace(**{name: given for name, given in asked.items() if given is not None})
     settings = Settings(
         geometries=tuple(by_comma("geometry", sizes.geometry, GEOMETRIES)) if sizes.geometry else None,
         pairs=tuple(pair(text) for text in sizes.pairs.split(",")),
@@ -141,7 +144,7 @@ def bench(
 
     facts = header(settings)
     out = output()
-    small = [f"--{name.replace('_', '-')} {value}" for name, value in usual._asdict().items() if getattr(asked, name) is None]
+    small = [f"--{name.replace('_', '-')} {value}" for name, value in usual._asdict().items() if asked[name] is None]
     if usual is ON_A_CPU and small:
         screen.print(
             f"On a CPU the defaults are small: {', '.join(small)}; give these options to measure more.", soft_wrap=True
