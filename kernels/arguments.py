@@ -40,15 +40,15 @@ class ChunkArguments(NamedTuple):
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    index: torch.Tensor | None
+    index: torch.Tensor | None  # type: ignore[assignment]  # which may well hide the method of tuples
     query_strides: Strides
     key_strides: Strides
     value_strides: Strides
 
     @classmethod
     def of(cls, chunk: Chunk, index: torch.Tensor | None) -> ChunkArguments:
-        tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in chunk[:3]]
-        return cls(*tensors, index, *map(Strides.of, tensors))
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in chunk[:3])
+        return cls(query, key, value, index, Strides.of(query), Strides.of(key), Strides.of(value))
 
 
 class Side(NamedTuple):

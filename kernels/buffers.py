@@ -55,11 +55,11 @@ class Buffers(NamedTuple):
         return self._replace(**{name: getattr(self, name).to(dtype) for name in names})
 
 
-PART = Buffers(  # the line of a memory report in which each buffer is counted
-    k_codes="codes", v_codes="codes", v_norms="scales", k_basis="bases", v_basis="bases", k_affine="scales",
-    v_affine="scales", k_exact="recent", v_exact="recent", k_recent="recent", v_recent="recent", k_sizes="recent",
-    v_sizes="recent", starts="other", moment="other",
-)  # fmt: skip
+PART = {  # the line of a memory report in which each buffer is counted
+    "k_codes": "codes", "v_codes": "codes", "v_norms": "scales", "k_basis": "bases", "v_basis": "bases", "k_affine": "scales",
+    "v_affine": "scales", "k_exact": "recent", "v_exact": "recent", "k_recent": "recent", "v_recent": "recent",
+    "k_sizes": "recent", "v_sizes": "recent", "starts": "other", "moment": "other",
+}  # fmt: skip
 
 
 def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype, device: torch.device | str) -> Buffers:

@@ -24,9 +24,9 @@ def canonicalise_attention(trace: Trace) -> None:
     attention drops out, adds a bias to each head's scores or takes a scale that the graph computes. Where no attention can be
     read, ``trace.refusals`` says why. The graph stays as it is.
     """
-    reasons = []
+    reasons: list[str] = []
     for node in trace.gm.graph.nodes:
-        found = None
+        found: Site | str | None = None
         if is_call(node, "scaled_dot_product_attention"):
             found = _called(node)
         elif is_call(node, "softmax"):

@@ -7,10 +7,9 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 
-from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, fake, is_call
+from spectral_compile.passes.trace import Trace, begins_or_ends_vmap, fake, fake_mode_of, is_call
 from spectral_compile.passes.writes import changes_in_place
 from spectral_compile.tensor import SpectralTensor, shape_of
 
@@ -102,7 +101,7 @@ def _counts(node: Node) -> bool:
 
 
 def _number(trace: Trace) -> torch.Tensor:
-    with detect_fake_mode([fake(site.query) for site in trace.matched]):
+    with fake_mode_of(*(fake(site.query) for site in trace.matched)):
         return torch.empty((), dtype=torch.int64, device=trace.plan.sites[0].device)
 
 
@@ -124,5 +123,5 @@ def stand_in(node: Node) -> torch.Tensor:
 
 def dense_example(x: SpectralTensor) -> torch.Tensor:
     """A fake dense tensor in the place of a fake compressed one."""
-    with detect_fake_mode([x.handle]):
+    with fake_mode_of(x.handle):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -57,7 +58,7 @@ def _past_casts(node: Node) -> Node:
     return node
 
 
-def _of_maximum(node: object) -> object:
+def _of_maximum(node: Any) -> Any:
     """What ``node`` is the maximum of, if it is one."""
     call = node.args[0] if is_call(node, "getitem", "getattr") else node
     return call.args[0] if is_call(call, "max", "amax") else None

@@ -74,22 +74,23 @@ def _give_layout(trace: Trace, site: Site, layer: int) -> str | None:
         site.layout = trace.config.layout(key.shape[1], key.shape[3], None, layer)
     if key.device.type != "cuda":
         return None
-    return too_wide(site.layout, site.dtype, torch.cuda.get_device_properties(key.device).shared_memory_per_block_optin)
+    memory = torch.cuda.get_device_properties(key.device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stub
+    return too_wide(site.layout, site.dtype, memory)
 
 
 def _edge(trace: Trace, site: Site, leaving: set[Node]) -> Edge | str:
     if fake(site.key).dtype not in _DTYPES:
         dtype = str(fake(site.key).dtype).removeprefix("torch.")
         return f"keys are {dtype}: load the model in float16, bfloat16 or float32"
-    found = [_side(node) for node in (site.key, site.value)]
-    for side in found:
-        if isinstance(side, str):
-            return side
-    key, value = found
+    key, value = _side(site.key), _side(site.value)
+    if isinstance(key, str):
+        return key
+    if isinstance(value, str):
+        return value
     if (key.past is None) != (value.past is None) or (key.write is None) != (value.write is None):
         return "keys have a past and values have none, or the reverse"
     new = (key.new, value.new)
-    writes = tuple(side.write for side in found if side.write is not None)
+    writes = tuple(side.write for side in (key, value) if side.write is not None)
     if (key.past is None or not writes) and not {key.grown, value.grown} <= leaving:
         if any(is_call(user, "getitem") and user in leaving for user in site.key.users):
             return "the cache keeps only a window of its tokens"

@@ -94,7 +94,7 @@ class _Run(Interpreter):
         known: dict[Node, Any],
         values: Callable[[Node], Any],
         numbers: dict[int, int],
-        written: dict[int, list[Node]],
+        written: dict[int | None, list[Node]],
         device: torch.device | None,
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)

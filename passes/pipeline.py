@@ -36,7 +36,7 @@ from spectral_compile.passes.rewrite import rewrite
 from spectral_compile.passes.rope import match_rope
 from spectral_compile.passes.slices import slice_wide
 from spectral_compile.passes.trace import Trace
-from spectral_compile.report import PassReport, Refusal
+from spectral_compile.report import PassReport
 
 log = logging.getLogger(__name__)
 
@@ -66,5 +66,5 @@ def run_passes(
         trace.passes.append(PassReport(run.__name__, seconds, len(trace.matched), len(refused)))
         log.info("%s", trace.passes[-1])
         for site in refused:
-            log.debug("refused: %s", Refusal(site.where, site.refusal))
+            log.debug("refused: %s: %s", site.where, site.refusal)
         seen(trace)

@@ -11,7 +11,6 @@ import operator
 from typing import Any, NamedTuple
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import Node
 
 from spectral_compile.kernels.advance.op import advance_
@@ -21,7 +20,7 @@ from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from spectral_compile.kernels.causal import causal
 from spectral_compile.kernels.importance.op import importance
 from spectral_compile.kernels.ledger import COLUMNS
-from spectral_compile.passes.trace import Site, Trace, fake
+from spectral_compile.passes.trace import Site, Trace, fake, fake_mode_of
 from spectral_compile.plan import Plan, SitePlan
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def rewrite(trace: Trace) -> None:
     graph, sites = trace.gm.graph, [readers[0] for readers in stores]
     arguments = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     inputs: dict[Node, tuple[Any, ...]] = {node: ("argument", i) for node, i in arguments.items()}
-    fake_mode = detect_fake_mode([fake(site.query) for site in sites])
+    fake_mode = fake_mode_of(*(fake(site.query) for site in sites))
     first = sites[0]
     batch, count = fake(first.edge.new[0]).shape[0], fake(first.edge.new[0]).shape[2]
     device = fake(first.query).device
@@ -90,7 +89,8 @@ def rewrite(trace: Trace) -> None:
             reader.layout, reader.stored_key = layout, site.stored_key
             _substitute(reader, books, buffers, reader is enters)
 
-    outputs, kept = [], []
+    outputs: list[tuple[str, int]] = []
+    kept: list[Node] = []
     leaving = {
         node: (role, i) for i, site in enumerate(sites) for role, node in zip(("key", "value"), site.edge.grown, strict=False)
     }
@@ -108,7 +108,7 @@ def rewrite(trace: Trace) -> None:
                 layout=site.layout,
                 dtype=site.dtype,
                 device=fake(site.query).device,
-                past=tuple(arguments[n] for n in site.edge.past) if site.edge.past else None,
+                past=None if (past := site.edge.past) is None else (arguments[past[0]], arguments[past[1]]),
                 slots=fake(site.edge.grown[0]).shape[2] if site.edge.grown and site.edge.writes else None,
             )
             for site in sites
@@ -133,7 +133,9 @@ def _stores(trace: Trace) -> list[list[Site]]:
         sharing.setdefault((site.key, site.value), []).append(site)
     for sites in sharing.values():
         refused = next((site for site in sites if site.refusal is not None), None)
-        for site in sites if refused is not None else ():
+        if refused is None:
+            continue
+        for site in sites:
             site.refusal = site.refusal or f"{refused.where} reads its keys and values too, and stays dense: {refused.refusal}"
     return [sites for sites in sharing.values() if sites[0].refusal is None]
 

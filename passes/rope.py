@@ -70,7 +70,7 @@ def match_rope(trace: Trace) -> None:
         found = _find(trace, site)
         if found is None:
             continue
-        rotary = found
+        rotary: Rotary | _Found | str = found
         if isinstance(found, _Found):
             if found.ids is None and any(is_float(node) for angle in found.angles for node in arguments_of(angle)):
                 rotary = "the graph is given their angles, not their positions"
@@ -80,7 +80,7 @@ def match_rope(trace: Trace) -> None:
                 rotary = "they are rotated in place"
             else:
                 rotary = _rotation(trace, site, found, known)
-        if isinstance(rotary, Rotary):
+        if isinstance(found, _Found) and isinstance(rotary, Rotary):
             positions = found.ids
             log.debug("%s: keys are stored before RoPE, at %s; positions are %s", site.where, site.stored_key, positions)
         else:
@@ -151,7 +151,9 @@ def _same(a: Rotary | None, b: Rotary | None) -> bool:
 def _find(trace: Trace, site: Site) -> _Found | str | None:
     """The key before RoPE and what turns it, why it is not there, or None where the key does not depend on positions."""
     order = trace.order
-    frontier, queued, angles = [], set(), []
+    frontier: list[tuple[int, Node]] = []
+    queued: set[Node] = set()
+    angles: list[Node] = []
 
     def push(node: Node) -> None:
         if node not in queued:

@@ -52,10 +52,11 @@ class Part:
 
         The values that nodes have for them are noted in the graph as Dynamo does it.
         """
-        mode = FakeTensorMode(shape_env=ShapeEnv())
+        shapes = ShapeEnv()
+        mode = FakeTensorMode(shape_env=shapes)
         source = torch._dynamo.source.ConstantSource("tokens")
-        symbol = mode.shape_env.create_symbol(ROWS, source, DimDynamic.DYNAMIC)
-        count = mode.shape_env.create_symintnode(symbol, hint=ROWS, source=source)
+        symbol = shapes.create_symbol(ROWS, source, DimDynamic.DYNAMIC)
+        count = shapes.create_symintnode(symbol, hint=ROWS, source=source)
         tokens, *weights = self.inputs
         with mode:
             slice_ = torch.empty((1, count, tokens.shape[-1]), dtype=tokens.dtype, device=tokens.device)
@@ -123,7 +124,7 @@ def _wide_and_back(trace: Trace, x: Node) -> tuple[Node, set[Node]] | None:
                 reached[user] = None
                 stack.append(user)
     found = None
-    for end in sorted(reached, key=trace.order.get):
+    for end in sorted(reached, key=lambda node: trace.order.get(node, -1)):
         if not _is_tokens(end) or end is x or (found and x not in end.all_input_nodes):
             continue
         piece, stack = {end}, [end]
@@ -170,7 +171,7 @@ def _is_weight(trace: Trace, node: Node, most: int) -> bool:
 
 
 def _own_graph(trace: Trace, x: Node, end: Node, piece: set[Node]) -> tuple[Part, list[Node]]:
-    graph, order = Graph(), sorted(piece, key=trace.order.get)
+    graph, order = Graph(), sorted(piece, key=lambda node: trace.order.get(node, -1))
     weights = list(dict.fromkeys(n for node in order for n in node.all_input_nodes if n is not x and n not in piece))
     copies = {node: graph.placeholder(f"given_{i}") for i, node in enumerate((x, *weights))}
     for node in order:  # named by what they do, so that all layers give the same code

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from spectral_compile.codec.layout import Layout, Rotary
@@ -47,8 +49,9 @@ class Site:
     where: str
     softcap: float = 0.0
     sink_score: Node | None = None
-    edge: Edge | None = None
-    layout: Layout | None = None
+    # None until ``classify_edges``, after which every site that is not refused has both
+    edge: Edge = None  # type: ignore[assignment]
+    layout: Layout = None  # type: ignore[assignment]
     stored_key: Node | None = None
     positions: Node | None = None
     rotary: Rotary | None = None
@@ -129,6 +132,13 @@ class Trace:
     @property
     def kind(self) -> str:
         return self.matched[0].edge.kind if self.matched else "other"
+
+
+def fake_mode_of(*values: torch.Tensor) -> FakeTensorMode:
+    """The mode in which Dynamo made these fake ``values``."""
+    mode = detect_fake_mode(values)
+    assert mode is not None, "what Dynamo traces with is fake"
+    return mode
 
 
 def fake(node: Any) -> Any:

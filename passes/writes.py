@@ -27,9 +27,9 @@ def memory(node: Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, FakeTensor) else None
 
 
-def writes(graph: Graph) -> dict[int, list[Node]]:
+def writes(graph: Graph) -> dict[int | None, list[Node]]:
     """The nodes that write, in order, by the memory that they write to."""
-    found: dict[int, list[Node]] = defaultdict(list)
+    found: dict[int | None, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         for place in {memory(target) for target in _targets(node)} - {None}:
             found[place].append(node)

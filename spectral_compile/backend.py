@@ -62,7 +62,7 @@ def spectral(
         examples = [trace.examples[node] for node in trace.plan.inputs]
         parts = [part_of(name, part, config) for name, part in trace.parts.items()]
         # a store's buffers grow between calls; nothing but the operations that take them depends on their sizes
-        patches = {"size_asserts": False, "triton.cudagraphs": False}
+        patches: dict[str, Any] = {"size_asserts": False, "triton.cudagraphs": False}
         if trace.kind != "decode":
             # else hidden states are not added up for two layers, and all that they are the sum of stays alive
             patches["realize_reads_threshold"] = 2
@@ -95,7 +95,8 @@ def refuse_graph(gm: GraphModule) -> Refusal | None:
 
 def own_copy(gm: GraphModule) -> GraphModule:
     """A copy to edit: Dynamo still reads the placeholders of its own graph after the backend has returned."""
-    graph, copies = Graph(), {}
+    graph = Graph()
+    copies: dict[Any, Any] = {}
     result = graph.graph_copy(gm.graph, copies)
     old = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     graph.output(result).meta.update(old.meta)
@@ -127,7 +128,9 @@ def compile_inner(
         return torch._dynamo.lookup_backend("aot_eager")(gm, examples)
     from torch._inductor.compile_fx import compile_fx  # here, since to import it takes seconds
 
-    return compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
+    compiled = compile_fx(gm, examples, config_patches=dict(config.inductor) | dict(patches or {}) or None)
+    assert callable(compiled), "Inductor gives files only where it compiles ahead of time"
+    return compiled
 
 
 def part_of(name: str, part: Part, config: SpectralConfig) -> CompiledPart:
@@ -169,7 +172,8 @@ def moving_and_staying(plan: Plan) -> tuple[list[int], list[int]]:
 
     Buffers of stores are neither: ``SpectralStore.buffers_identity`` tells by one comparison whether they are still the same.
     """
-    move, stay = [], []
+    move: list[int] = []
+    stay: list[int] = []
     for i, (node, source) in enumerate(plan.inputs.items()):
         if source[0] != "buffer":
             (stay if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) else move).append(i)

@@ -125,7 +125,8 @@ class SpectralConfig:
                 continue
             if sum(ranks) > head_dim:
                 raise Mistake(f"{name}_ranks {ranks} sum to more than head_dim {head_dim}: lower them")
-            layout = replace(layout, **{name: Tiers(*(n * layout.head_group for n in ranks))})
+            side: dict[str, Any] = {name: Tiers(*(n * layout.head_group for n in ranks))}
+            layout = replace(layout, **side)
         if self.profile is not None:
             layout = self.profile.apply(layout, layer)
         return Layout.parse(layout.spec())  # interned, so that guards compare it by identity
@@ -184,7 +185,7 @@ def _of_inductor(given: Any) -> tuple[tuple[str, Any], ...]:
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"unknown option {name!r}{_nearest(name, sorted(_own() | set(known)))}")
-        kind = config.get_type(name)
+        kind = config.get_type(name)  # type: ignore[attr-defined]  # it is no plain module, as a type checker takes it for
         # an option that is None and has no annotation can be anything
         if kind is not type(None) and not _fits(value, kind):
             raise ValueError(f"{name} of Inductor must be {getattr(kind, '__name__', kind)}, not {value!r}")

@@ -46,7 +46,7 @@ def memory_stats(cache: Any) -> MemoryStats:
     seen: set[int] = set()
     logical, layers = 0, []
 
-    def add(tensor: torch.Tensor, part: Any) -> int:
+    def add(tensor: torch.Tensor, part: str) -> int:
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0 or storage._cdata in seen:
             return 0
@@ -63,7 +63,7 @@ def memory_stats(cache: Any) -> MemoryStats:
                 stored += add(tensor, "dense")
                 continue
             store = store_of(tensor)
-            stored += sum(add(buffer, part) for buffer, part in zip(store.buffers, PART, strict=True))
+            stored += sum(add(buffer, PART[name]) for name, buffer in store.buffers._asdict().items())
             stored += sum(add(x, "other") for x in (*store.timeline.tensors(), store.handle))
             stored += sum(add(x, "recent") for x in store.pending.values())
         layers.append(stored)

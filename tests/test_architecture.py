@@ -35,10 +35,10 @@ LAYERS: dict[str, tuple[str, ...]] = {  # from the bottom up; patterns of module
     "passes": ("passes.*",),
     "backend": ("artefacts", "backend", "explain", "entry", "unsloth"),
     "package": ("",),
-    "checkpoints": ("models", "command", "generate"),
+    "checkpoints": ("models",),
     "evaluation": ("evaluation", "evaluation.*"),
     "bench": ("bench", "bench.*"),
-    "command line": ("cli", "cli.*", "doctor"),
+    "command line": ("cli", "cli.*"),
 }
 # Beyond the layers: passes know a compressed tensor by its type and its metadata, and never touch its store.
 APART = (("passes.*", "cache*"), ("passes.*", "runtime"), ("passes.*", "replay"))

@@ -37,6 +37,7 @@ def fit(writer: ChunkWriter, rows: list[LedgerRow], token_weight: torch.Tensor |
             x = writer.gather(at, min(_AT_ONCE, longest - at))[:, :, :, None]
             part = _gram(x if token_scale is None else x * token_scale[:, :, None, at : at + _AT_ONCE, None])
             gram = part if gram is None else gram + part
+        assert gram is not None, "some row has tokens to code"
         most = max(-(-count // max(1, count // codec.SAMPLE)) for count in counts)
         sample = writer.gather(0, most, codec.SAMPLE)[:, :, :, None]
         if anew and min(counts) > 0:

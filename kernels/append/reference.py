@@ -42,14 +42,14 @@ def append(
         if coded_after > coded:
             held = torch.arange(coded, min(max(first, coded), coded_after), device=k.device)
             fresh = slice(in_first, in_first + coded_after - coded - len(held))
-            tails = [
+            key_tail, value_tail = (
                 torch.cat((dense.recent(row, side, held, buffers, layout), new[:, fresh]), 1) if len(held) else new[:, fresh]
                 for side, new in (("k", k), ("v", v))
-            ]
+            )
             weights = None
             if token_weight is not None:
                 weights = (token_weight[row] if valid is None else token_weight[row][:, valid[row]])[:, fresh]
-            _code(row, coded, *tails, weights, buffers, layout, may_fit)
+            _code(row, coded, key_tail, value_tail, weights, buffers, layout, may_fit)
         slots = torch.arange(max(first, coded_after), max(after - first_exact, 0), device=k.device)
         for side, new in (("k", k), ("v", v)):
             _keep(row, side, slots, new[:, slots - first + in_first], buffers, layout)

@@ -54,9 +54,9 @@ def attend(chunk: Chunk, past: Past, scale: float, visible: torch.Tensor | None 
         for k, v in _decoded(row, before, coded, past, shown):
             if k.shape[1] == 0:
                 continue
-            more, own = _attention(q, k, v, scale)
-            mixed.lerp_(more.float(), (own - total).sigmoid()[..., None])
-            total = total.logaddexp(own)
+            more, more_total = _attention(q, k, v, scale)
+            mixed.lerp_(more.float(), (more_total - total).sigmoid()[..., None])
+            total = total.logaddexp(more_total)
         out[row] = mixed.to(query.dtype)
     return out
 

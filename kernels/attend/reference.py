@@ -72,6 +72,7 @@ def _allowed(row: int, before: int, after: int, keep: torch.Tensor, hidden: Hidd
     if hidden.mask is not None:
         seen = hidden.mask[min(row, hidden.mask.shape[0] - 1)]
         count = seen.shape[-1] - len(keep)  # columns of the past
+        assert hidden.columns is not None, "they come with a mask"
         stored = hidden.columns[row, :count].nonzero().flatten()
         chosen = torch.cat((stored, keep.nonzero().flatten() + count))
         if seen.shape[0] > 1:

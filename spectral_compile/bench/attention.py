@@ -90,7 +90,8 @@ def over_decoded(layer: Layer, tokens: Tokens, cached: int) -> torch.Tensor:
     key = torch.cat((key, rotate(new_key, at, layer.layout.rotary)), 2)
     value = torch.cat((value, new_value), 2)
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.cat([sdpa(*(x[None] for x in row), enable_gqa=True) for row in zip(query, key, value, strict=True)])
+        rows = zip(query, key, value, strict=True)
+        return torch.cat([sdpa(q[None], k[None], v[None], enable_gqa=True) for q, k, v in rows])
 
 
 def timed(call: Any, settings: Settings, bytes_read: int) -> Row:

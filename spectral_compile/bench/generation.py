@@ -85,7 +85,8 @@ class TokenClock(StoppingCriteria):
     """When each new token was there, in seconds; it never stops a text."""
 
     def __init__(self, prompt: torch.Tensor) -> None:
-        self.device, self.moments = prompt.device, []
+        self.device = prompt.device
+        self.moments: list[float] = []
         self.done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -132,7 +133,7 @@ def prepare(model: PreTrainedModel, settings: Settings, variant: str, options: d
     if variant == "inductor":
         model.compile(backend=settings.inner)
     elif variant == SPECTRAL:
-        given = {**options_of(settings.presets[0]), "strict": True, "inner": settings.inner, **options}
+        given = {**(options_of(settings.presets[0]) or {}), "strict": True, "inner": settings.inner, **options}
         model.compile(backend=spectral_backend, options=given)
     return {}
 

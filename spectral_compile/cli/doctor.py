@@ -166,7 +166,8 @@ class Weighed:
                 shown.add_row(name, site.mask, rope(site.layout), *cells(*self.sizes(site.layout, tokens)))
         shown.add_section()
         sizes = summed(self.layouts, tokens, self.dtype, self.headroom)
-        shown.add_row(f"{self.decode.matched} of {self.decode.sites} layers", "", "", *cells(*sizes))
+        matched, sites = (self.decode.matched, self.decode.sites) if self.decode else (0, 0)
+        shown.add_row(f"{matched} of {sites} layers", "", "", *cells(*sizes))
         return shown
 
     def totals(self, tokens: int) -> Table:
@@ -184,7 +185,7 @@ class Weighed:
         """The figures of both tables, for JSON; bytes, and None where a layer has no figure of its own."""
         layers = []
         for site in self.sites:
-            row = {"layer": plain_name(site.where, self.config), "module": site.where, "mask": site.mask}
+            row: dict[str, Any] = {"layer": plain_name(site.where, self.config), "module": site.where, "mask": site.mask}
             row |= {"compressed": site.layout is not None, "why_not": site.refusal}
             sizes = (None, None) if site.layout is None or self.shares(site) else self.sizes(site.layout, tokens)
             row |= {"rope": rope(site.layout) if site.layout else None, "dense_bytes": sizes[0], "compressed_bytes": sizes[1]}

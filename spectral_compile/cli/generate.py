@@ -66,7 +66,7 @@ def generate(
     if runs["spectral"].memory.ratio < 1:
         layouts = [site.layout for site in runs["spectral"].reports[0].layers if site.layout]
         room = config.headroom or HEADROOM.get(where.type)
-        shown.caption += "\n" + when_it_pays(layouts, loaded.dtype, room)
+        shown.caption = f"{shown.caption}\n{when_it_pays(layouts, loaded.dtype, room)}"
     output().print(shown)
 
 
