@@ -14,6 +14,7 @@ import triton.language as tl
 
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.errors import Mistake
+from spectral_compile.kernels.append.kernel import tiles_of
 from spectral_compile.kernels.arguments import LEAST
 from spectral_compile.kernels.digits import INTERPRETED, PACKED, row_fields, scaled, unpack
 from spectral_compile.kernels.rotary import TILE
@@ -135,12 +136,13 @@ class AttendPlan:
                 splits = programs = most
                 exact_splits = min(exact_tiles, most)
         # alone, a program takes longer to code a tile than to attend
-        code_tiles = triton.cdiv(layout.block, 32)
-        coders = 1 if layout.lossless else max(1, min(_CODERS, exact_splits // (2 * code_tiles)))
-        return cls(tile, splits, exact_splits, programs, exact_tile, coders)._overridden()
+        coders = 1 if layout.lossless else max(1, min(_CODERS, exact_splits // (2 * tiles_of(layout.block))))
+        return cls(tile, splits, exact_splits, programs, exact_tile, coders)._overridden(layout.lossless)
 
-    def _overridden(self) -> AttendPlan:
+    def _overridden(self, lossless: bool) -> AttendPlan:
         plan = replace(self, **_overrides)
+        if lossless:
+            plan = replace(plan, splits=0)  # nothing is coded
         if _overrides.keys() & {"splits", "exact_splits"} and "programs" not in _overrides:
             plan = replace(plan, programs=plan.splits + plan.exact_splits)
         if plan.programs < max(plan.splits, plan.exact_splits):

@@ -22,7 +22,7 @@ from spectral_compile.bench import attention, encode, generation, host
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
 from spectral_compile.bench.plot import draw
 from spectral_compile.cli.console import need_matplotlib, output, phases
-from spectral_compile.cli.options import count
+from spectral_compile.cli.options import count, parse_pairs
 from spectral_compile.codec import PRESETS
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, mistakes
@@ -102,6 +102,7 @@ def bench(
     inner: Annotated[
         str | None, Option(help="Compiler of graphs: inductor, aot_eager or eager", show_default=by_device("inner"))
     ] = None,
+    plan: Annotated[list[str] | None, Option(help="key=value, of the kernels' AttendPlan, on a GPU; repeatable")] = None,
     seed: Annotated[int, Option(help="Of weights, keys, values and prompts")] = 0,
     json_: Annotated[
         Path | None, Option("--json", callback=check_writable, help="File to write every figure to, after each measurement")
@@ -115,6 +116,7 @@ def bench(
     screen = Console(stderr=True)
     chosen = by_comma("part", parts, PARTS)
     where = device_of(device)
+    override_plan(parse_pairs(plan or [], "--plan"), where)
     asked: dict[str, Any] = {"geometry": geometry, "pairs": pairs, "cached": cached}
     asked |= {"new_tokens": new_tokens, "steady_tokens": steady_tokens, "inner": inner}
     usual = ON_A_CPU if where.type == "cpu" else ON_A_GPU
@@ -176,6 +178,17 @@ def bench(
         out.print(part.show(rows))
     if plot:
         draw(measured, facts, plot)
+
+
+def override_plan(values: dict[str, Any], device: torch.device) -> None:
+    """Plan attention with these values of ``AttendPlan``; ``Mistake`` where there is none, or no kernel to plan."""
+    if not values:
+        return
+    if device.type == "cpu":
+        raise Mistake("--plan is of the kernels of a GPU: leave it out, or give --device cuda")
+    from spectral_compile.kernels.attend.plan import override  # Triton is there only where a GPU is
+
+    override(values)
 
 
 def by_comma(what: str, given: str, known: Iterable[str], others: bool = False) -> list[str]:

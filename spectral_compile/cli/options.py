@@ -19,13 +19,16 @@ def parse_options(given: Mapping[str, Any], pairs: list[str]) -> SpectralConfig:
         return SpectralConfig.parse({**given, **parse_pairs(pairs)})
 
 
-def parse_pairs(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` pairs, whose values are Python's literals or else text; ``Mistake`` where one is no pair."""
+def parse_pairs(pairs: list[str], option: str = "--options") -> dict[str, Any]:
+    """``key=value`` pairs of an ``option``, whose values are Python's literals or else text.
+
+    ``Mistake`` where one is no pair.
+    """
     given: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise Mistake(f"--options takes key=value, not {pair!r}")
+            raise Mistake(f"{option} takes key=value, not {pair!r}")
         try:
             given[key] = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -114,6 +114,8 @@ MISTAKES = [  # a command, its arguments, and what is said before a model is loo
     ("bench", ("--plot", "."), "cannot write to .: Is a directory"),
     ("bench", ("--device", "gpu"), "cannot compute on the device gpu"),
     ("bench", ("--presets", JSON), "unknown option 'recnt'"),
+    ("bench", ("--plan", "splits=4", "--device", "cpu"), "--plan is of the kernels of a GPU"),
+    ("bench", ("--plan", "splits"), "--plan takes key=value, not 'splits'"),
     ("bench", ("--parts", "everything"), "unknown part 'everything'"),
     ("bench", ("--pairs", "2x"), "'2x' is no batch and count of tokens"),
     ("bench", ("--cached", "4096,0"), "'0' is no count of tokens"),

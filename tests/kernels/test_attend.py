@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
+from spectral_compile.errors import Mistake
 from spectral_compile.kernels.attend import coded, kernel, plan
 from spectral_compile.kernels.attend.plan import AttendPlan
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
@@ -227,6 +228,44 @@ def test_programs_that_take_coded_tokens_and_exact_ones(preset: str, past: int, 
     apart, together = plans
     assert apart.programs == apart.splits + apart.exact_splits
     assert together.programs == together.splits > apart.splits and together.exact_splits > 1
+
+
+PLANS: list[dict[str, Any]] = [
+    {"splits": 1, "exact_splits": 5},
+    {"splits": 7, "exact_splits": 2, "programs": 7, "exact_tile": 32},
+    {"tile": 32, "exact_tile": 16},
+    {"tile": 64, "stages": 1, "coders": 2},
+]
+
+
+@pytest.mark.parametrize(("preset", "values"), combinations(["balanced", "seed", "exact"], PLANS))
+def test_any_plan_gives_the_same(preset: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_overrides", {})
+    plan.override(values)
+    attends_and_enters(*filled(preset, 64, past=190, new=1))
+    step = filled(preset, 64, past=190, new=3)
+    assert_same(by_kernels(*step, 0.1), step[0].attend(step[1], 0.1), step[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"split": 3}, "--plan knows no 'split': it has tile, splits"),
+        ({"splits": 0}, "--plan splits must be a positive integer, not 0"),
+        ({"tile": 24}, "--plan tile must be 16, 32 or 64, not 24"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(values: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_overrides", {})
+    with pytest.raises(Mistake, match=said):
+        plan.override(values)
+    assert not plan._overrides
+
+
+def test_a_plan_of_too_few_programs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_overrides", {"splits": 4, "exact_splits": 1, "programs": 2})
+    with pytest.raises(Mistake, match="--plan programs must be at least 4, not 2"):
+        by_kernels(*filled("balanced", 64, past=190, new=1), 0.1)
 
 
 def test_a_step_with_one_basis_for_all_tokens_leaves_its_product_for_the_end() -> None:
