@@ -1,4 +1,4 @@
-"""Run a piece of a traced graph on real tensors, to learn what it computes.
+"""Run some nodes of a traced graph on real tensors, to learn what it computes.
 
 What it reads off the process, such as the frequencies of RoPE, is true of this graph only for as long as nobody changes it:
 ``constants.py`` has Dynamo ask for another graph then. What the graph itself changes is read by no piece of it.

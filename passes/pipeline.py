@@ -11,7 +11,7 @@ The order follows from that:
    attention, its reason is the true one, and what later passes would say of the remains is not.
 3. ``classify_edges`` says where keys and values come from: ``match_rope`` walks back from the chunk's own keys, and
    ``classify_masks`` must know how many columns are cached. It also picks the layout.
-4. ``match_rope`` and ``classify_masks`` need edges, and not each other. Both run pieces of the graph, and note on placeholders
+4. ``match_rope`` and ``classify_masks`` need edges, and not each other. Both run parts of the graph, and note on placeholders
    which constants they have read.
 5. ``guard_constants`` comes behind both, since it guards what they noted.
 6. ``slice_wide`` is the first to change what runs. It sorts nodes by ``Trace.order``, in which those that ``rewrite`` adds have

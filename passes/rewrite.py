@@ -82,12 +82,12 @@ def rewrite(trace: Trace) -> None:
         with fake_mode:
             values = allocate(layout, batch, capacity, site.dtype, device)
         buffers = [placeholder(f"spectral_{i}_{name}", ("buffer", i, name), value) for name, value in values._asdict().items()]
-        books = _Books(ledger, positions, valid, columns, visible)
+        timeline = _TimelineNodes(ledger, positions, valid, columns, visible)
         # a prompt enters with the first that reads it, since nothing reads the store yet, and what follows with the last
         enters = readers[0] if site.edge.past is None else readers[-1]
         for reader in readers:
             reader.layout, reader.stored_key = layout, site.stored_key
-            _substitute(reader, books, buffers, reader is enters)
+            _substitute(reader, timeline, buffers, reader is enters)
 
     outputs: list[tuple[str, int]] = []
     kept: list[Node] = []
@@ -140,7 +140,7 @@ def _stores(trace: Trace) -> list[list[Site]]:
     return [sites for sites in sharing.values() if sites[0].refusal is None]
 
 
-class _Books(NamedTuple):
+class _TimelineNodes(NamedTuple):
     """What all layers of a cache read beside their buffers; see ``Timeline``."""
 
     ledger: Node
@@ -150,10 +150,10 @@ class _Books(NamedTuple):
     visible: Node | None
 
 
-def _substitute(site: Site, books: _Books, buffers: list[Node], enters: bool) -> None:
+def _substitute(site: Site, timeline: _TimelineNodes, buffers: list[Node], enters: bool) -> None:
     """Make one site run on the buffers; what it adds to the cache ``enters`` with it, or with another one that shares them."""
     graph, layout, spec = site.attended.graph, site.layout, site.layout.spec()
-    ledger, positions, valid, columns, visible = books
+    ledger, positions, valid, columns, visible = timeline
     assert len(buffers) == len(Buffers._fields)
     query, stored_key, new_value = (_in_dtype(site, node) for node in (site.query, site.stored_key, site.edge.new[1]))
     if site.edge.past is None:

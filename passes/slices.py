@@ -35,13 +35,13 @@ _ALONE = (  # functions of the channels of a token and of nothing else
 
 @dataclass(frozen=True)
 class Part:
-    """A piece as a graph of its own, of tokens [1, n, C] for any n of two and more, and of weights."""
+    """A part as a graph of its own, of tokens [1, n, C] for any n of two and more, and of weights."""
 
     gm: GraphModule
     inputs: tuple[torch.Tensor, ...]  # as the graph that it was cut from has them
 
     def name(self, config: SpectralConfig) -> str:
-        """The same for pieces that compile to the same."""
+        """The same for parts that compile to the same."""
         tokens, *weights = self.inputs
         inputs = [(tokens.shape[-1], tokens.dtype, tokens.device), *[(w.shape, w.stride(), w.dtype, w.device) for w in weights]]
         described = repr((self.gm.code, inputs, config.inner, config.inductor))
@@ -74,11 +74,11 @@ class _Valued(Interpreter):
 
 
 def slice_wide(trace: Trace) -> None:
-    """Substitute ``sliced`` for each such piece of a graph that may read more than a slice, and note what is to be compiled.
+    """Substitute ``sliced`` for each such part of a graph that may read more than a slice, and note what is to be compiled.
 
     Requires: edges, and the nodes as Dynamo traced them, each with a fake value and a place in ``trace.order``.
-    Gives: one call of ``sliced`` in the place of each piece, and the piece in ``trace.parts`` by the name that the call has;
-    what is left of the piece is dead code. Decode steps, graphs that always have at most ``ROWS`` tokens and graphs under
+    Gives: one call of ``sliced`` in the place of each part, and the part in ``trace.parts`` by the name that the call has;
+    what is left of the part is dead code. Decode steps, graphs that always have at most ``ROWS`` tokens and graphs under
     autocast stay as they are.
     """
     if not trace.matched or trace.kind == "decode":
@@ -89,7 +89,7 @@ def slice_wide(trace: Trace) -> None:
     if isinstance(tokens, int) and tokens <= ROWS:
         return
     if torch.is_autocast_enabled(new.device.type) or any(is_call(node, "_enter_autocast") for node in graph.nodes):
-        return  # a piece by itself would be computed in other dtypes
+        return  # a part by itself would be computed in other dtypes
     for x in list(graph.nodes):  # the hidden states before what is normed
         if (
             x in taken
@@ -98,14 +98,14 @@ def slice_wide(trace: Trace) -> None:
             or (found := _wide_and_back(trace, x)) is None
         ):
             continue
-        end, piece = found
-        taken |= piece
-        part, weights = _own_graph(trace, x, end, piece)
+        end, members = found
+        taken |= members
+        part, weights = _own_graph(trace, x, end, members)
         name = part.name(trace.config)
         trace.parts[name] = part
         end.args = (x, weights, name, fake(end).shape[-1], fake(end).dtype)
         end.op, end.target, end.kwargs = "call_function", sliced, {}
-        log.debug("sliced: part %s, %d nodes from %s to %s", name, len(piece), x, end)
+        log.debug("sliced: part %s, %d nodes from %s to %s", name, len(members), x, end)
 
 
 def _is_tokens(node: Node) -> bool:
@@ -127,16 +127,16 @@ def _wide_and_back(trace: Trace, x: Node) -> tuple[Node, set[Node]] | None:
     for end in sorted(reached, key=lambda node: trace.order.get(node, -1)):
         if not _is_tokens(end) or end is x or (found and x not in end.all_input_nodes):
             continue
-        piece, stack = {end}, [end]
+        members, stack = {end}, [end]
         while stack:
             for node in stack.pop().all_input_nodes:
-                if node in reached and node is not x and node not in piece:
-                    piece.add(node)
+                if node in reached and node is not x and node not in members:
+                    members.add(node)
                     stack.append(node)
-        closed = all(user in piece for node in piece - {end} for user in node.users)
-        widths = [fake(node).shape[-1] for node in piece if _is_tokens(node)]
+        closed = all(user in members for node in members - {end} for user in node.users)
+        widths = [fake(node).shape[-1] for node in members if _is_tokens(node)]
         if closed and max(widths) >= WIDER * max(fake(x).shape[-1], fake(end).shape[-1]):
-            found = end, piece
+            found = end, members
             if x in end.all_input_nodes:
                 break
     return found
@@ -170,9 +170,9 @@ def _is_weight(trace: Trace, node: Node, most: int) -> bool:
     return is_call(node, *_ALONE) and bool(made_of) and all(_is_weight(trace, n, most) for n in made_of)
 
 
-def _own_graph(trace: Trace, x: Node, end: Node, piece: set[Node]) -> tuple[Part, list[Node]]:
-    graph, order = Graph(), sorted(piece, key=lambda node: trace.order.get(node, -1))
-    weights = list(dict.fromkeys(n for node in order for n in node.all_input_nodes if n is not x and n not in piece))
+def _own_graph(trace: Trace, x: Node, end: Node, members: set[Node]) -> tuple[Part, list[Node]]:
+    graph, order = Graph(), sorted(members, key=lambda node: trace.order.get(node, -1))
+    weights = list(dict.fromkeys(n for node in order for n in node.all_input_nodes if n is not x and n not in members))
     copies = {node: graph.placeholder(f"given_{i}") for i, node in enumerate((x, *weights))}
     for node in order:  # named by what they do, so that all layers give the same code
         args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)

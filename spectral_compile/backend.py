@@ -134,7 +134,7 @@ def compile_inner(
 
 
 def part_of(name: str, part: Part, config: SpectralConfig) -> CompiledPart:
-    """A piece as it runs; one that another live graph has too is compiled once."""
+    """A part as it runs; one that another live graph has too is compiled once."""
     if (made := PARTS.get(name)) is None:
         log.debug("part %s is compiled by itself", name)
         made = PARTS[name] = CompiledPart(compile_part(part, config))
@@ -142,7 +142,7 @@ def part_of(name: str, part: Part, config: SpectralConfig) -> CompiledPart:
 
 
 def compile_part(part: Part, config: SpectralConfig) -> Callable[..., Any]:
-    """Compile a piece of a graph for itself, whatever else is being compiled."""
+    """Compile a part of a graph for itself, whatever else is being compiled."""
     mode, examples = part.examples()
     with tracing(TracingContext(mode)):
         return compile_inner(part.gm, examples, config, {"triton.cudagraphs": False})

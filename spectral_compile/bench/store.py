@@ -65,7 +65,7 @@ class Layer:
         self.store = SpectralStore(self.layout, self.timeline, settings.dtype)
 
     def advance(self, key: torch.Tensor) -> None:
-        """Enter the columns of ``key`` [B, H, n, D] in the books."""
+        """Enter the columns of ``key`` [B, H, n, D] in the ledger."""
         first, count = self.timeline.length, key.shape[2]
         ids = torch.arange(first, first + count, device=key.device)[None]
         torch.ops.spectral.advance_(self.timeline.ledger, self.timeline.positions, ids, None, key, self.layout.spec())
@@ -90,8 +90,7 @@ class Layer:
         return torch.ops.spectral.attend_(**tokens, **self._shared(), **absent, positions=positions, scale=scale)
 
     def _shared(self) -> dict[str, Any]:
-        books = {"ledger": self.timeline.ledger, "valid": None}
-        return {**books, **self.store.buffers._asdict(), "layout": self.layout.spec()}
+        return {"ledger": self.timeline.ledger, "valid": None, **self.store.buffers._asdict(), "layout": self.layout.spec()}
 
     def prefill(self, tokens: dict[str, torch.Tensor]) -> None:
         """Store a whole prompt."""
@@ -102,7 +101,7 @@ class Layer:
             self.store.resize()
 
     def begin_step(self, key: torch.Tensor) -> None:
-        """Make room for the column of ``key`` [B, H, 1, D], and enter it in the books."""
+        """Make room for the column of ``key`` [B, H, 1, D], and enter it in the ledger."""
         if self.timeline.reserve(1):
             self.store.resize()
         self.advance(key)
