@@ -31,8 +31,14 @@ settings.register_profile("repeatable", settings.get_profile("full"), max_exampl
 settings.load_profile(PROFILE)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """What has been imported by now, millions of objects, is no garbage: a search for some took a second or more."""
+    if getattr(session.config.option, "loadgroup", False):
+        marked = [item.nodeid for item in session.items if item.get_closest_marker("xdist_group")]
+        if any("@" not in name for name in marked):
+            raise pytest.UsageError(
+                "this pytest-xdist does not keep groups of tests together with this pytest: see pyproject.toml"
+            )
     gc.collect()
     gc.freeze()
 
