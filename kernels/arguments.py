@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.digits import RowField, row_fields
+from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.kernels.values import Chunk
 
 LEAST = 16  # the smallest extent of a matrix product
+LEDGER_COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 
 
 class Strides(NamedTuple):

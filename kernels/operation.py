@@ -15,9 +15,9 @@ _LIBRARY = torch.library.Library("spectral", "FRAGMENT")
 
 
 def operation(
-    fake: Callable[..., Any], mutates: Iterable[str] = (), tags: Iterable[torch.Tag] = ()
+    fake: Callable[..., Any], mutates: Iterable[str] = (), tags: Iterable[torch.Tag] = (), name: str | None = None
 ) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """Make a function ``torch.ops.spectral.<its name>``, which writes to the arguments that ``mutates`` names.
+    """Make a function ``torch.ops.spectral.<name>``, its own by default, which writes to the arguments that ``mutates`` names.
 
     ``fake`` gives the shapes of what it returns. A parameter of type ``Buffers`` is a tensor for each buffer in the operation's
     schema, and a ``Layout`` is its ``spec()``. To a compiler this is ``torch.library.custom_op``; that one runs Python of its
@@ -25,12 +25,12 @@ def operation(
     """
 
     def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
-        name, flat = function.__name__, flattened(function)
+        called, flat = name or function.__name__, flattened(function)
         schema = torch.library.infer_schema(flat, mutates_args=tuple(mutates))
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-        _LIBRARY.impl(name, flat, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"spectral::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.spectral, name).default
+        _LIBRARY.define(called + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        _LIBRARY.impl(called, flat, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"spectral::{called}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.spectral, called).default
 
     return register
 

@@ -8,9 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import spectral_compile as sc
-from tests.tiny import EXACT, GREEDY, build, tokens
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.tiny import DEVICE, EXACT, GREEDY, build, tokens
 
 
 def generated(model: PreTrainedModel) -> torch.Tensor:

@@ -18,8 +18,7 @@ from spectral_compile.kernels.attend import reference as attending
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from spectral_compile.kernels.ledger import columns_of
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.tiny import DEVICE
 
 
 @st.composite

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 import spectral_compile as sc
 from spectral_compile.report import SpectralWarning, stance_warning
 from spectral_compile.unsloth import standard_forward
-from tests.patching import DEVICE, assert_compressed, generated, in_four_bits
-from tests.tiny import GROUPED, build, tokens
+from tests.patching import assert_compressed, generated, in_four_bits
+from tests.tiny import DEVICE, GROUPED, build, tokens
 
 WINDOWED = {"matched": 1, "decodes": 2}  # one of two layers, and a graph more once the window is full
 GEMMA = hf.GemmaConfig(**GROUPED, head_dim=16)

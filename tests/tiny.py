@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OLDEST = hf.__version__.startswith("5.17")
 TEXT = {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 SMALL = {

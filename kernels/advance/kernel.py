@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels.arguments import as_bytes
-from spectral_compile.kernels.ledger import COLUMNS, forget
-
-_COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
+from spectral_compile.kernels.arguments import LEDGER_COLUMNS, as_bytes
+from spectral_compile.kernels.ledger import forget
 
 
 class Schedule(NamedTuple):
@@ -43,7 +41,7 @@ class Columns(NamedTuple):
 def _advance_kernel(ledger, positions, columns, n, slots, S: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr):
     """One row of the ledger, whose columns are those of ``LedgerRow``; a single warp, since each loads what another stored."""
     b = tl.program_id(0).to(tl.int64)
-    row = ledger + b * _COLUMNS
+    row = ledger + b * LEDGER_COLUMNS
     before, coded, waiting = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     gaps = tl.load(row + 5)
     after = before

@@ -30,14 +30,4 @@ def _fake(ledger, positions, position_ids, valid, chunk, layout) -> None:
     return None
 
 
-@operation(_fake, mutates=("ledger", "positions"))
-def advance_(
-    ledger: torch.Tensor,
-    positions: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    chunk: torch.Tensor,
-    layout: Layout,
-) -> None:
-    """See ``reference.advance``."""
-    advance(ledger, positions, position_ids, valid, chunk, layout)
+advance_ = operation(_fake, mutates=("ledger", "positions"), name="advance_")(advance)

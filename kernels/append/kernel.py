@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels.arguments import ChunkArguments, Geometry, as_bytes
+from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry, as_bytes
 from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.kernels.values import Chunk
 
 # ``NAME: tl.constexpr = TUPLE.member`` stands wherever a shape, ``static_range`` or another function takes a member of a tuple:
 # Triton 3.6 has plain Python values there, and allows none.
-_COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 _TOKENS: tl.constexpr = tl.constexpr(32)  # that a program takes
 _SPAN = 512  # columns whose squared queries one program sums
 
@@ -45,7 +43,7 @@ class Entering(NamedTuple):
 @triton.jit
 def ledger_row(ledger, b):
     """The first four of the columns of ``LedgerRow``, int32."""
-    row = ledger + b * _COLUMNS
+    row = ledger + b * LEDGER_COLUMNS
     before, coded = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
     return before, coded, tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
 
@@ -401,10 +399,6 @@ class ChunkWriter:
             self.entering, self.count, code_tiles, self.buffers.starts.shape[1], G=self.geometry, CODE=code_tiles > 0,
             KEEP=keep, ONE=one, PRECISION="tf32x3" if self.chunk.key.dtype == torch.float32 else "tf32", num_stages=2,
         )  # fmt: skip
-
-    def beside(self, code_tiles: int) -> Entering:
-        """What another kernel takes that stores a chunk of one column beside its own work."""
-        return self.entering._replace(columns=1, code_tiles=code_tiles, segments=self.buffers.starts.shape[1])
 
 
 def tiles_of(tokens: int) -> int:

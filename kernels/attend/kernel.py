@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_compile.kernels.append.kernel import ChunkWriter, enter, ledger_row, tiles_of
-from spectral_compile.kernels.arguments import ChunkArguments, Geometry
+from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, tiles_of
+from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact
 from spectral_compile.kernels.attend.merge import merge_kernel
-from spectral_compile.kernels.attend.parts import _LOG2E, Angles, Left, Masks, leave, queries_of
+from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, queries_of
 from spectral_compile.kernels.attend.plan import (
     Arithmetic,
     AttendPlan,
@@ -32,11 +32,8 @@ from spectral_compile.kernels.attend.plan import (
     tiles_at_once,
 )
 from spectral_compile.kernels.digits import as_loaded
-from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.kernels.rotary import TILE, tables
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
-
-_COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 
 
 @triton.jit(do_not_specialize=["splits", "exact_splits", "exact_from", "places", "slots", "coders"])
@@ -75,14 +72,14 @@ def attend_kernel(
 
     q_row = chunk.query + b * chunk.query_strides.row + (g * ROWS + qh) * chunk.query_strides.head
     q_row += qi * chunk.query_strides.column
-    scale = scale * _LOG2E
+    scale = scale * LOG2E
     row_positions = positions + b * slots
     at = ((row_group.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits)
     if not G.lossless and split < splits:
         # all that depends on nothing is on its way before anything is waited for
         queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
         distances = distances_of(angles.table, R, F)
-        gaps = tl.load(ledger + b * _COLUMNS + 5)
+        gaps = tl.load(ledger + b * LEDGER_COLUMNS + 5)
         basis = ()
         if not F.in_segments:
             basis = key_basis(store, b * G.groups + g, G, R, A)
@@ -133,14 +130,15 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     coded_slots, places = buffers.k_codes.shape[2], layout.first_exact + buffers.recent_slots(layout)
     plan = AttendPlan.of(layout, batch, rows, coded_slots, places + count, chunk.query.device)
     form = form_of(past, scoring, count, geometry, plan)
-    merge, merge_warps = MergePlan.of(plan, form, layout, geometry.DIM)
+    merge, merge_warps = MergePlan.of(plan, form, geometry.DIM)
     rope, arithmetic = Rope.of(layout.rotary, dim), Arithmetic.of(dtype)
 
     mask = None if hidden.mask is None else over_tokens(hidden, chunk, positions.shape[1])
     masks = Masks(mask, hidden.visible, 0 if mask is None else mask.shape[2], scoring.sliding_window)
     angles = Angles(*tables(layout.rotary, chunk.query.device, keys_in(dtype)))
     store, code_tiles = in_halfwords(past), tiles_of(layout.block)
-    entering = ChunkWriter(chunk, ledger, buffers, layout).beside(code_tiles) if enters else None
+    segments = buffers.starts.shape[1]
+    entering = Entering(given, buffers, ledger, coded_slots, places, count, code_tiles, segments) if enters else None
     out = chunk.query.new_empty(batch, count, q_heads, dim)
     tiles, tile = triton.cdiv(rows, plan.tile), plan.tile
     most = tiles_at_once(plan, form, pairs)
@@ -152,8 +150,8 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         left = Left(sums, *sums.new_empty(2, *sums.shape[:-1]))
         attend_kernel[(plan.programs, held, pairs)](
             given, store, ledger, positions, masks, angles, writes, code_tiles, plan.coders, left, plan.splits,
-            plan.exact_splits, plan.exact_from, count, first, coded_slots, places, buffers.starts.shape[1], positions.shape[1],
-            scoring.scale, G=geometry, R=rope, A=arithmetic, F=here, num_warps=plan.warps,
+            plan.exact_splits, plan.exact_from, count, first, coded_slots, places, segments, positions.shape[1], scoring.scale,
+            G=geometry, R=rope, A=arithmetic, F=here, num_warps=plan.warps,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](
@@ -175,7 +173,7 @@ def form_of(past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: 
         in_segments=segments > 1,
         slides=scoring.sliding_window > 0,
         enters=False,
-        softcap=scoring.softcap * _LOG2E.value,
+        softcap=scoring.softcap * LOG2E.value,
         queries=plan.tile,
         tokens=TILE,
         exact_tokens=plan.exact_tile,

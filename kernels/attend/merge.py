@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
 from spectral_compile.kernels.append.kernel import enter
 from spectral_compile.kernels.attend.coded import inverse
+from spectral_compile.kernels.attend.parts import LOG2E
 from spectral_compile.kernels.digits import digit_rows
-
-_LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -63,7 +60,7 @@ def merge_kernel(
         maxima, sums = _some_splits(left, at, 0, splits, d, G, F, P)
         top = tl.max(highest, 0)
         if sink_score is not None:
-            taken = tl.load(sink_score + g * ROWS + m % ROWS).to(tl.float32) * _LOG2E
+            taken = tl.load(sink_score + g * ROWS + m % ROWS).to(tl.float32) * LOG2E
             top = tl.maximum(top, taken)
         top = tl.where(top == float("-inf"), 0.0, top)
         norm = tl.sum(tl.exp2(highest - top) * total, 0)

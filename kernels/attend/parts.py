@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-_LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 class Masks(NamedTuple):
@@ -39,7 +39,7 @@ class Left(NamedTuple):
 @triton.jit
 def capped(s, CAP: tl.constexpr):
     """``CAP * tanh(s / CAP)``, or scores as they are where ``CAP`` is 0; all counted in powers of two."""
-    return CAP - 2 * CAP / (tl.exp2(s * (2 * _LOG2E / CAP)) + 1) if CAP > 0 else s
+    return CAP - 2 * CAP / (tl.exp2(s * (2 * LOG2E / CAP)) + 1) if CAP > 0 else s
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -140,6 +140,8 @@ class AttendPlan:
         return cls(tile, splits, exact_splits, programs, exact_tile, coders)._overridden(layout.lossless)
 
     def _overridden(self, lossless: bool) -> AttendPlan:
+        if not _overrides:
+            return self
         plan = replace(self, **_overrides)
         if lossless:
             plan = replace(plan, splits=0)  # nothing is coded
@@ -182,11 +184,11 @@ class MergePlan(NamedTuple):
     AT_ONCE: int  # splits of codes that are in registers
 
     @classmethod
-    def of(cls, plan: AttendPlan, form: Form, layout: Layout, padded_dim: int) -> tuple[MergePlan, int]:
+    def of(cls, plan: AttendPlan, form: Form, padded_dim: int) -> tuple[MergePlan, int]:
         """The plan, and the warps of a program; one warp has no barriers to wait at."""
         channels, warps = (min(8, padded_dim), 1) if form.latent_out else (padded_dim, 4)
         splits = triton.next_power_of_2(max(1, plan.splits))
-        widths = [field.digits for field in row_fields(layout.value)] if form.latent_out else []
+        widths = (end - begin for begin, end in pairwise(form.places))  # of row fields, of which there are none otherwise
         widest = triton.next_power_of_2(max(widths, default=channels))
         made = cls(
             channels=channels,
@@ -237,5 +239,7 @@ def override(values: Mapping[str, Any]) -> None:
             raise Mistake(f"--plan {name} must be a positive integer, not {value!r}")
         if name in ("tile", "exact_tile") and value not in (16, 32, 64):
             raise Mistake(f"--plan {name} must be 16, 32 or 64, not {value}")
+        if name == "warps" and value not in (1, 2, 4, 8, 16):
+            raise Mistake(f"--plan warps must be 1, 2, 4, 8 or 16, not {value}")
     _overrides.clear()
     _overrides.update(values)

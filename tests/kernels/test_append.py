@@ -22,6 +22,7 @@ from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 from spectral_compile.kernels.ledger import columns_of, rows_of
 from spectral_compile.kernels.values import Chunk
 from tests.budget import examples
+from tests.tiny import DEVICE
 
 pytest.importorskip("triton")
 
@@ -29,7 +30,6 @@ from spectral_compile.kernels.advance import kernel as advance_kernel
 from spectral_compile.kernels.append import device, fit
 from spectral_compile.kernels.append.steps import search_step
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
 

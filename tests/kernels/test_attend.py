@@ -26,7 +26,8 @@ from spectral_compile.kernels.values import NOTHING_HIDDEN, Hidden, Scoring
 from spectral_compile.models import prompt as real_text
 from spectral_compile.passes.edges import too_wide
 from tests.budget import combinations, examples
-from tests.stores import DEVICE, Case, PlainStore, Step, by_kernels, cases, filled, moved, tokens_of
+from tests.stores import Case, PlainStore, Step, by_kernels, cases, filled, moved, tokens_of
+from tests.tiny import DEVICE
 
 Real = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 FEW = settings(max_examples=examples(5, full=9), deadline=None)  # the interpreter is slow
@@ -253,6 +254,7 @@ def test_any_plan_gives_the_same(preset: str, values: dict[str, Any], monkeypatc
         ({"split": 3}, "--plan knows no 'split': it has tile, splits"),
         ({"splits": 0}, "--plan splits must be a positive integer, not 0"),
         ({"tile": 24}, "--plan tile must be 16, 32 or 64, not 24"),
+        ({"warps": 3}, "--plan warps must be 1, 2, 4, 8 or 16, not 3"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(values: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

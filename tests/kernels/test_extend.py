@@ -12,8 +12,8 @@ from spectral_compile.kernels.attend import extend
 from spectral_compile.kernels.ledger import columns_of
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Hidden, Scoring
 from tests.budget import examples
-from tests.stores import DEVICE, Case, PlainStore, Step, cases, filled, moved, tokens_of
-from tests.tiny import GREEDY, build, tokens
+from tests.stores import Case, PlainStore, Step, cases, filled, moved, tokens_of
+from tests.tiny import DEVICE, GREEDY, build, tokens
 
 
 def by_library(store: PlainStore, step: Step, scale: float, dtype: torch.dtype, device: str) -> torch.Tensor:

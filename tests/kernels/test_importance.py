@@ -13,8 +13,7 @@ from torch import Tensor
 from spectral_compile.kernels.importance import kernel, reference
 from spectral_compile.kernels.importance.op import SAMPLE, importance
 from tests.budget import examples
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.tiny import DEVICE
 
 
 def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Tensor:

@@ -17,8 +17,8 @@ from spectral_compile.kernels.advance import kernel
 from spectral_compile.kernels.advance.hide import HIDES, REVEALS, hide
 from spectral_compile.kernels.values import Hidden
 from tests.budget import FULL, examples
-from tests.stores import DEVICE, PlainStore, Step, by_kernels
-from tests.tiny import EXACT, GREEDY, TEXT, WINDOWS, build, tokens
+from tests.stores import PlainStore, Step, by_kernels
+from tests.tiny import DEVICE, EXACT, GREEDY, TEXT, WINDOWS, build, tokens
 
 HOW = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
 

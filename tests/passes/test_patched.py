@@ -18,8 +18,8 @@ from spectral_compile import report
 from spectral_compile.passes.patched import refuse_patched
 from spectral_compile.report import UNSLOTH, SpectralWarning
 from tests.passes.harness import Attention, counts, hidden, run_passes
-from tests.patching import DEVICE, assert_compressed, generated, in_four_bits
-from tests.tiny import EXACT, build, rope_embedding
+from tests.patching import assert_compressed, generated, in_four_bits
+from tests.tiny import DEVICE, EXACT, build, rope_embedding
 
 
 @pytest.fixture(autouse=True)
