@@ -9,6 +9,7 @@ no longer recent, the second writes to the recent tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, 
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact
+from spectral_compile.kernels.attend.latent import LatentPlan, LatentTables, attend_latent, takes
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, queries_of
 from spectral_compile.kernels.attend.plan import (
@@ -39,18 +41,20 @@ from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past,
 @triton.jit(do_not_specialize=["splits", "exact_splits", "exact_from", "places", "slots", "coders"])
 def attend_kernel(
     chunk, store, ledger, positions, masks, angles, entering, code_tiles, coders, left, splits, exact_splits, exact_from, n,
-    first_tile, coded_slots, places, segments, slots, scale,
-    G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, F: tl.constexpr,
+    first_tile, coded_slots, places, segments, slots, scale, tables,
+    G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs.
 
-    The first ``splits`` programs take coded tokens, those from ``exact_from`` on what is exact; some may take both.
+    The first ``splits`` programs, or as many for each block of queries, take coded tokens, those from ``exact_from`` on what is
+    exact; some may take both.
     """
     split, tile, row_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = row_group // G.groups, row_group % G.groups
     ROWS: tl.constexpr = G.heads * G.query_heads
     M: tl.constexpr = F.queries
     PRECISION: tl.constexpr = A.precision
+    BLOCKS: tl.constexpr = 1 if L is None else G.heads * L.blocks
     m = (first_tile + tile) * M + tl.arange(0, M)
     live = m < n * ROWS
     qi, qh = m // ROWS, m % ROWS
@@ -75,33 +79,50 @@ def attend_kernel(
     scale = scale * LOG2E
     row_positions = positions + b * slots
     at = ((row_group.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits)
-    if not G.lossless and split < splits:
-        # all that depends on nothing is on its way before anything is waited for
-        queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
-        distances = distances_of(angles.table, R, F)
+    if not G.lossless and split < splits * BLOCKS:
         gaps = tl.load(ledger + b * LEDGER_COLUMNS + 5)
-        basis = ()
-        if not F.in_segments:
-            basis = key_basis(store, b * G.groups + g, G, R, A)
-        distances = as_loaded(distances)
         low = 0
         if F.slides:
             low = tl.maximum(tl.min(tl.where(live, own, 2147483647)) - masks.sliding_window + 1 - G.first_exact, 0)
             low = low // F.tokens * F.tokens
         share = tl.cdiv(tl.cdiv(tl.maximum(coded - low, 0), F.tokens), splits) * F.tokens
-        low += split * share
+        low += split // BLOCKS * share
         high = tl.minimum(low + share, coded)
-        if gaps == 0:
-            sums, highest, total = attend_coded(
-                queries, distances, basis, head, live, own, low, high, b, g, store, row_positions + G.first_exact, mask_row,
-                visible_codes, coded_slots, segments, masks.sliding_window, G, R, A, F, False,
-            )  # fmt: skip
+        row_slots = row_positions + G.first_exact
+        if L is not None:
+            if gaps == 0:
+                if tile == 0:
+                    attend_latent(
+                        chunk, store, ledger, masks, tables, left, row_group, split % BLOCKS, low, high, n, row_slots,
+                        coded_slots, slots, splits + exact_splits, split // BLOCKS, scale, G, R, F, L,
+                    )  # fmt: skip
+            elif split % BLOCKS == 0:
+                queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
+                basis = key_basis(store, b * G.groups + g, G, R, A)
+                sums, highest, total = attend_coded(
+                    queries, (), basis, head, live, own, low, high, b, g, store, row_slots, mask_row, visible_codes,
+                    coded_slots, segments, masks.sliding_window, G, R, A, F, True,
+                )  # fmt: skip
+                leave(sums, highest, total, left, at + split // BLOCKS, F)
         else:
-            sums, highest, total = attend_coded(
-                queries, distances, basis, head, live, own, low, high, b, g, store, row_positions + G.first_exact, mask_row,
-                visible_codes, coded_slots, segments, masks.sliding_window, G, R, A, F, True,
-            )  # fmt: skip
-        leave(sums, highest, total, left, at + split, F)
+            # all that depends on nothing is on its way before anything is waited for
+            queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
+            distances = distances_of(angles.table, R, F)
+            basis = ()
+            if not F.in_segments:
+                basis = key_basis(store, b * G.groups + g, G, R, A)
+            distances = as_loaded(distances)
+            if gaps == 0:
+                sums, highest, total = attend_coded(
+                    queries, distances, basis, head, live, own, low, high, b, g, store, row_slots, mask_row, visible_codes,
+                    coded_slots, segments, masks.sliding_window, G, R, A, F, False,
+                )  # fmt: skip
+            else:
+                sums, highest, total = attend_coded(
+                    queries, distances, basis, head, live, own, low, high, b, g, store, row_slots, mask_row, visible_codes,
+                    coded_slots, segments, masks.sliding_window, G, R, A, F, True,
+                )  # fmt: skip
+            leave(sums, highest, total, left, at + split, F)
     exact_split = split - exact_from
     if exact_split >= 0 and exact_split < exact_splits:
         own_sums, own_highest, own_total = attend_exact(
@@ -142,6 +163,11 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     out = chunk.query.new_empty(batch, count, q_heads, dim)
     tiles, tile = triton.cdiv(rows, plan.tile), plan.tile
     most = tiles_at_once(plan, form, pairs)
+    latent = latent_tables = None
+    if tiles <= most and takes(past, chunk, form, plan):
+        latent = LatentPlan.of(layout, count * geometry.query_heads, plan.warps, plan.stages)
+        plan = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.blocks - 1))
+        latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.bytes)
     for first in range(0, tiles, most):
         held = min(most, tiles - first)
         now = enters and first + held == tiles
@@ -151,7 +177,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         attend_kernel[(plan.programs, held, pairs)](
             given, store, ledger, positions, masks, angles, writes, code_tiles, plan.coders, left, plan.splits,
             plan.exact_splits, plan.exact_from, count, first, coded_slots, places, segments, positions.shape[1], scoring.scale,
-            G=geometry, R=rope, A=arithmetic, F=here, num_warps=plan.warps,
+            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=plan.warps,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](

@@ -111,6 +111,7 @@ class AttendPlan:
     coders: int  # programs that share the coding of a tile
     stages: int = 3
     warps: int = 4
+    latent: int = 0  # 1 scores keys in the latent, where that form is there for the step
 
     @classmethod
     def of(cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device) -> AttendPlan:

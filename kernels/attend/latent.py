@@ -1,0 +1,641 @@
+"""Attention to coded tokens in a warp's registers: digits of keys meet the query in the latent, and those of values the weights.
+
+Only keys of the fastest RoPE pairs are rebuilt; the others are absorbed into the query (``expansion``). A program takes one
+block of four queries of one KV head, and each of its warps tokens of its own, 32 at a time. A lane 4 r + c of a warp has
+
+- of digits of keys those of tokens r and r + 8 of sixteen, from byte c of each word of the row;
+- of absorbed queries, a row for each query and term, row r = 2 query + e of the terms e, then 2 + e;
+- so of scores those of tokens r and r + 8 for query c, all four terms: their sum stays in the lane;
+- of weights the same, transposed for the product with values: tokens 2 c and 2 c + 1, query r // 2, where the column e = 0
+  has their upper 8 bits and e = 1 the next ones, so that sums over both are those of weights that were hardly rounded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels import warp
+from spectral_compile.kernels.arguments import LEDGER_COLUMNS
+from spectral_compile.kernels.attend.coded import inverse
+from spectral_compile.kernels.attend.expansion import EIGHT, RUN, STEP, Expansion, ExpansionTables
+from spectral_compile.kernels.attend.expansion import tables as expansion_tables
+from spectral_compile.kernels.attend.parts import capped
+from spectral_compile.kernels.attend.plan import AttendPlan, Form
+from spectral_compile.kernels.attend.registers import (
+    KeySource,
+    KeyTable,
+    ValueGroup,
+    constant_at,
+    key_sources,
+    key_table,
+    value_groups,
+    value_registers,
+)
+from spectral_compile.kernels.digits import INTERPRETED
+from spectral_compile.kernels.rotary import sincos
+from spectral_compile.kernels.values import Chunk, Past
+
+QUERIES = 4  # of a block
+_FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
+_UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
+_STEP: tl.constexpr = tl.constexpr(STEP)
+_RUN: tl.constexpr = tl.constexpr(RUN)
+_COUNTED: tl.constexpr = tl.constexpr(2.0**69)  # digits of values count 2**-133, weights 2**64
+_STEPS: tl.constexpr = tl.constexpr(RUN // STEP)
+_LARGEST: tl.constexpr = tl.constexpr(4096.0)  # number of a basis in float16; absorbed queries are up to that times the root of the channels
+
+
+class LatentPlan(NamedTuple):
+    """What is fixed about attention in a warp's registers, as kernels are compiled for it."""
+
+    blocks: int  # of four queries of a KV head
+    sources: tuple[KeySource, ...]
+    registers: int  # of digits of keys
+    constant: int  # where among the digits the constant stands
+    groups: tuple[ValueGroup, ...]
+    value_registers: int
+    fast: int  # eights of pairs
+    medium: int
+    slow: int
+    columns: int  # of the basis in shared memory, in words of two channels, a power of two
+    pitch: int  # bytes of a row of it
+    warps: int
+    stages: int
+    spare: int  # where in shared memory what belongs nowhere goes
+    queries_at: int  # bytes of shared memory before the queries
+    rings_at: int
+    stage: int  # bytes of the codes of 32 tokens
+    ring: int  # bytes of a warp's codes and sizes
+    bytes: int
+    reserve: str
+    all_but: str
+
+    @classmethod
+    def of(cls, layout: Layout, queries: int, warps: int, stages: int) -> LatentPlan:
+        """For ``queries`` (query, head) pairs of a KV head."""
+        expansion = Expansion.of(layout.rotary, layout.head_dim)
+        sources, groups = key_sources(layout.key), value_groups(layout.value)
+        registers = sum(len(source.masks) for source in sources)
+        pairs = len(expansion.pairs)
+        pitch = 4 * pairs + 16  # rows of eight that begin at other banks
+        spare = 8 * registers * pitch
+        queries_at = -(-(spare + 4) // 128) * 128
+        rings_at = queries_at + warps * QUERIES * 4 * pairs
+        stage = STEP * (layout.key.row_bytes + layout.value.row_bytes + 1)
+        ring = stages * stage + 4 * STEP
+        total = rings_at + warps * ring
+        return cls(
+            blocks=-(-queries // QUERIES),
+            sources=sources,
+            registers=registers,
+            constant=constant_at(layout.key),
+            groups=groups,
+            value_registers=value_registers(layout.value),
+            fast=expansion.fast // EIGHT,
+            medium=expansion.medium // EIGHT,
+            slow=expansion.slow // EIGHT,
+            columns=triton.next_power_of_2(pairs),
+            pitch=pitch,
+            warps=warps,
+            stages=stages,
+            spare=spare,
+            queries_at=queries_at,
+            rings_at=rings_at,
+            stage=stage,
+            ring=ring,
+            bytes=total,
+            reserve=warp.reserve(total),
+            all_but=warp.all_but(stages - 2),
+        )
+
+
+class LatentTables(NamedTuple):
+    """What the kernel reads that is neither the store's nor the step's."""
+
+    of_pairs: ExpansionTables
+    of_keys: KeyTable
+    scratch: torch.Tensor | None  # the interpreter's shared memory, uint8 [programs, bytes]
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device, count: int) -> LatentTables:
+        """``count`` bytes of shared memory in all, where there is none."""
+        scratch = torch.empty(count if INTERPRETED.value else 0, dtype=torch.uint8, device=device)
+        pairs = expansion_tables(layout.rotary, layout.head_dim, device)
+        return cls(pairs, key_table(layout.key, device), scratch if INTERPRETED.value else None)
+
+
+def takes(past: Past, chunk: Chunk, form: Form, plan: AttendPlan) -> bool:
+    """Whether this form of attention is there for a step."""
+    buffers = past.buffers
+    return (
+        plan.latent
+        and form.latent_out
+        and chunk.query.dtype in (torch.float16, torch.bfloat16)
+        and buffers.k_codes.shape[2] % 4 == 0  # tokens are copied by fours
+    )
+
+
+@triton.jit
+def _power_below(x):
+    """The largest power of two that is not above ``x``, a positive float32."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _basis_to_shared(room, x, basis, affine, head, tables, G: tl.constexpr, L: tl.constexpr):
+    """Write the matrix from digits to the channels of one head, in the order of pairs, to shared memory; what it is times."""
+    T: tl.constexpr = x.shape[0]
+    RANK: tl.constexpr = G.k.rank
+    J: tl.constexpr = L.columns if L.columns < T else T
+    ROWS: tl.constexpr = T // J
+    SLOTS: tl.constexpr = 8 * L.registers
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    largest = 0.0
+    for first in tl.static_range(0, RANK, T):
+        held = first + x < RANK
+        a = tl.load(affine + first + x, mask=held, other=0.0) * tl.load(affine + RANK + first + x, mask=held, other=0.0)
+        largest = tl.maximum(largest, tl.max(a, 0))
+    gain = _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
+    for part in tl.static_range(L.columns // J):
+        j, row = part * J + x % J, x // J
+        live = j < PAIRS
+        pair = j // 8 * 8 + 2 * (j % 4)
+        which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
+        c0, c1 = tl.load(which, mask=live, other=-1), tl.load(which + 1, mask=live, other=-1)
+        at0, at1 = basis + head * G.dim + c0, basis + head * G.dim + c1
+        middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
+        for i in tl.static_range(SLOTS // ROWS):
+            slot = i * ROWS + row
+            code, place = tl.load(tables.of_keys.codes + slot), tl.load(tables.of_keys.places + slot)
+            real = code >= 0
+            a = tl.load(affine + code, mask=real, other=0.0) * tl.load(affine + RANK + code, mask=real, other=0.0) * place * gain
+            b0 = tl.load(at0 + code * G.width, mask=real & (c0 >= 0), other=0).to(tl.float32) * a
+            b1 = tl.load(at1 + code * G.width, mask=real & (c1 >= 0), other=0).to(tl.float32) * a
+            away = tl.load(tables.of_keys.middles + slot)
+            middle0 += b0.to(tl.float16).to(tl.float32) * away
+            middle1 += b1.to(tl.float16).to(tl.float32) * away
+            if L.columns > PAIRS:
+                warp.to_shared(room + tl.where(live, slot * L.pitch + 4 * j, L.spare), warp.halves(b0, b1))
+            else:
+                warp.to_shared(room + (slot * L.pitch + 4 * j), warp.halves(b0, b1))
+        middle0, middle1 = _over_rows(middle0, ROWS, J) * (-1.0 / 1024), _over_rows(middle1, ROWS, J) * (-1.0 / 1024)
+        # twice: what the first rounding takes away stands in another lane's constant
+        rest0 = middle0 - middle0.to(tl.float16).to(tl.float32)
+        rest1 = middle1 - middle1.to(tl.float16).to(tl.float32)
+        at = room + tl.where(live, L.constant * L.pitch + 4 * j, L.spare)
+        tl.debug_barrier()
+        warp.to_shared(at, warp.halves(middle0, middle1))
+        warp.to_shared(at + tl.where(live, 2 * L.pitch, 0), warp.halves(rest0, rest1))
+    tl.debug_barrier()
+    return gain
+
+
+@triton.jit
+def _over_rows(x, ROWS: tl.constexpr, J: tl.constexpr):
+    """Sums over lanes that have the same column, in each of them."""
+    return tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(x, (ROWS, J)), 0)[None, :], (ROWS, J)), (ROWS * J,))
+
+
+@triton.jit
+def _queries_to_shared(
+    room, spare, lane, at, live, scale, weights, positions, tables, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """Write the warp's four queries, turned back to where its tokens begin, to its shared memory; what each was divided by.
+
+    ``at`` and ``live`` are tuples, of each query. A query is scaled to a length below one, so that no product leaves float16.
+    """
+    T: tl.constexpr = lane.shape[0]
+    WARPS: tl.constexpr = L.warps
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    first, second, squares = (), (), ()
+    for h in tl.static_range(4):
+        squares = squares + (tl.zeros([T], tl.float32),)
+    for i in tl.static_range((PAIRS + 31) // 32):
+        pair = 32 * i + lane
+        there = pair < PAIRS
+        c0 = tl.load(tables.of_pairs.channels + pair, mask=there, other=-1)
+        c1 = tl.load(tables.of_pairs.channels + PAIRS + pair, mask=there, other=-1)
+        sin, cos = sincos(positions, tl.load(tables.of_pairs.turns + pair, mask=there, other=0))
+        turned = scale * tl.where(c0 < 2 * R.pairs, R.scaling, 1.0)
+        w0 = inverse(tl.load(weights + c0, mask=c0 >= 0, other=1.0)) * turned
+        w1 = inverse(tl.load(weights + c1, mask=c1 >= 0, other=1.0)) * turned
+        grown = ()
+        for h in tl.static_range(4):
+            q0 = tl.load(at[h] + c0, mask=live[h] & (c0 >= 0), other=0.0).to(tl.float32)
+            q1 = tl.load(at[h] + c1, mask=live[h] & (c1 >= 0), other=0.0).to(tl.float32)
+            x0, x1 = (q0 * cos + q1 * sin) * w0, (q1 * cos - q0 * sin) * w1
+            first, second = first + (x0,), second + (x1,)
+            grown = grown + (squares[h] + x0 * x0 + x1 * x1,)
+        squares = grown
+    gains = ()
+    for h in tl.static_range(4):
+        length = tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(squares[h], (WARPS, 32)), 1)[:, None], (WARPS, 32)), (T,))
+        gain = 2 * _power_below(tl.sqrt(tl.maximum(length, 1e-30)))
+        gains = gains + (gain,)
+        for i in tl.static_range((PAIRS + 31) // 32):
+            pair = 32 * i + lane
+            there = pair < PAIRS
+            to = room + (h * 2 * PAIRS + pair) * 2
+            if PAIRS % 32 == 0:
+                warp.half_to_shared(to, first[4 * i + h] / gain)
+                warp.half_to_shared(to + 2 * PAIRS, second[4 * i + h] / gain)
+            else:
+                warp.half_to_shared(tl.where(there, to, spare), first[4 * i + h] / gain)
+                warp.half_to_shared(tl.where(there, to + 2 * PAIRS, spare), second[4 * i + h] / gain)
+    return gains
+
+
+@triton.jit
+def _query(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
+    """Of the S-th eight pairs of a query fragments of first and second channels: as they are for e = 0, turned a quarter for 1."""
+    at = room + h * (4 * PAIRS) + (16 * S + 4 * c)
+    a, b = warp.shared_word(at), warp.shared_word(at + 2 * PAIRS)
+    return tl.where(e == 1, b, a), tl.where(e == 1, a ^ -2147450880, b)  # 0x80008000 changes both signs
+
+
+@triton.jit
+def _absorbed_by(queries, FIRST: tl.constexpr, COUNT: tl.constexpr, step, tables, e, c, L: tl.constexpr):
+    """The terms of some eights of pairs over a step, [16, 16] each: fragments for ``warp.product``."""
+    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
+    out = ()
+    for s in tl.static_range(COUNT):
+        at = tables.of_pairs.absorbed + (step * EIGHTS + FIRST + s) * 32 + e * 16 + c * 4
+        cos0, sin0, cos1, sin1 = warp.words_of(at)
+        a0, a2 = warp.turned(queries[2 * s], queries[2 * s + 1], cos0, sin0)
+        a1, a3 = warp.turned(queries[2 * s], queries[2 * s + 1], cos1, sin1)
+        out = out + (a0, a1, a2, a3)
+    return out
+
+
+@triton.jit
+def _channels_of(room, r, c, S: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
+    """Of the basis two fragments [digits, channels]: first, then second channels of the S-th eight pairs, digits of register J."""
+    at = room + ((8 * J + r) * L.pitch + (32 * S + 4 * c))
+    return warp.shared_word(at), warp.shared_word(at + 16)
+
+
+@triton.jit
+def _basis_of(room, r, c, S: tl.constexpr, SECOND: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
+    """The same of first or second channels, transposed: [channels, digits]."""
+    at = room + ((8 * J + 2 * c) * L.pitch + (32 * S + 16 * SECOND + 2 * r))
+    return warp.shared_halfwords(at, at + L.pitch)
+
+
+@triton.jit
+def _absorbed(terms, over_run, shift, held, r, L: tl.constexpr):
+    """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
+    zero = (r * 0).to(tl.float32)
+    out = ()
+    for j in tl.static_range(L.registers):
+        y = (zero, zero, zero, zero)
+        if L.slow > 0:
+            y = warp.product(y, shift[0], shift[1], shift[2], shift[3], over_run[2 * j], over_run[2 * j + 1], False)
+        for s in tl.static_range(L.medium):
+            b0, b1 = held[2 * (j * L.medium + s)], held[2 * (j * L.medium + s) + 1]
+            y = warp.product(y, terms[4 * s], terms[4 * s + 1], terms[4 * s + 2], terms[4 * s + 3], b0, b1, False)
+        out = out + (warp.halves(y[0], y[1]), warp.halves(y[2], y[3]))
+    return out
+
+
+@triton.jit
+def _absorbed_over_run(room, queries_room, h, e, r, c, tables, L: tl.constexpr):
+    """What ``_absorbed`` takes of the slowest pairs: fragments [digits, terms] over the whole run."""
+    FIRST: tl.constexpr = L.fast + L.medium
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    zero = (r * 0).to(tl.float32)
+    sums = ()
+    for _ in tl.static_range(4 * L.registers):
+        sums = sums + (zero,)
+    for s in tl.static_range(L.slow):
+        a, b = _query(queries_room, h, e, c, FIRST + s, PAIRS)
+        t = _absorbed_by((a, b), FIRST + s, 1, _STEPS, tables, e, c, L)
+        grown = ()
+        for j in tl.static_range(L.registers):
+            b0, b1 = _channels_of(room, r, c, FIRST + s, j, L)
+            y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
+            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b0, b1, False)
+        sums = grown
+    out = ()
+    for j in tl.static_range(L.registers):
+        out = out + (warp.transposed(warp.halves(sums[4 * j], sums[4 * j + 1])),)
+        out = out + (warp.transposed(warp.halves(sums[4 * j + 2], sums[4 * j + 3])),)
+    return out
+
+
+@triton.jit
+def _fast_queries(queries, step, tables, e, c, L: tl.constexpr):
+    """Queries of the fastest pairs, turned back to where a step begins; only the columns e = 0 of a product take them."""
+    out = ()
+    for s in tl.static_range(L.fast):
+        at = tables.of_pairs.turned + (step * ((L.fast + 1) // 2) + s // 2) * 16 + c * 4
+        turns = warp.words_of(at)
+        a, b = warp.turned(queries[2 * s], queries[2 * s + 1], turns[s % 2 * 2], turns[s % 2 * 2 + 1])
+        out = out + (tl.where(e == 1, 0, a), tl.where(e == 1, 0, b))
+    return out
+
+
+@triton.jit
+def _digits(at, pairwise, alone, L: tl.constexpr, G: tl.constexpr):
+    """Registers of digits of one token's key, whose row begins at ``at``."""
+    WORDS: tl.constexpr = G.k.halfwords // 2
+    row = ()
+    if WORDS % 4 == 0:
+        for i in tl.static_range(WORDS // 4):
+            row = row + warp.shared_words(at + 16 * i)
+    else:
+        for i in tl.static_range(WORDS):
+            row = row + (warp.shared_word(at + 4 * i),)
+    out = ()
+    for i in tl.static_range(len(L.sources)):
+        x = alone * 0
+        if L.sources[i].low != L.sources[i].high:
+            x = warp.permuted(row[L.sources[i].low], row[L.sources[i].high], pairwise)
+        elif L.sources[i].bits > 0:
+            x = warp.permuted(row[L.sources[i].low], row[L.sources[i].low], alone)
+        for k in tl.static_range(len(L.sources[i].masks)):
+            digit = x & L.sources[i].masks[k]
+            if L.sources[i].constant != 0:
+                digit = digit | L.sources[i].constant
+            if L.sources[i].centres[k] != 0:
+                digit = warp.plus(digit, alone * 0 + L.sources[i].centres[k])
+            out = out + (digit,)
+    return out
+
+
+@triton.jit
+def _scores(
+    stage, r, lane, pairwise, alone, absorbed, fast, held, tables, SIXTEEN: tl.constexpr, L: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Four terms of the scores of tokens r and r + 8 of sixteen: the first two of both, then the others."""
+    KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
+    N: tl.constexpr = L.registers
+    zero, none = (r * 0).to(tl.float32), r * 0
+    d0 = _digits(stage + ((16 * SIXTEEN + r) * KEY_BYTES), pairwise, alone, L, G)
+    d1 = _digits(stage + ((16 * SIXTEEN + 8 + r) * KEY_BYTES), pairwise, alone, L, G)
+    y0, y1 = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    for q in tl.static_range(N // 2):
+        a0, a1, a2, a3 = d0[2 * q], d1[2 * q], d0[2 * q + 1], d1[2 * q + 1]
+        y0 = warp.product(y0, a0, a1, a2, a3, absorbed[4 * q], absorbed[4 * q + 2], False)
+        y1 = warp.product(y1, a0, a1, a2, a3, absorbed[4 * q + 1], absorbed[4 * q + 3], False)
+    if N % 2 == 1:
+        y0 = warp.half_product(y0, d0[N - 1], d1[N - 1], absorbed[2 * N - 2])
+        y1 = warp.half_product(y1, d0[N - 1], d1[N - 1], absorbed[2 * N - 1])
+    for s in tl.static_range(L.fast):
+        keys = ()
+        for second in tl.static_range(2):
+            k = (none, none)
+            for q in tl.static_range(N // 2):
+                b0, b1 = held[(2 * s + second) * N + 2 * q], held[(2 * s + second) * N + 2 * q + 1]
+                k = warp.rounded_product(k, d0[2 * q], d1[2 * q], d0[2 * q + 1], d1[2 * q + 1], b0, b1)
+            if N % 2 == 1:
+                k = warp.rounded_half_product(k, d0[N - 1], d1[N - 1], held[(2 * s + second) * N + N - 1])
+            keys = keys + k
+        cos0, cos1, sin0, sin1 = warp.words_of(tables.of_pairs.distances + ((SIXTEEN * L.fast + s) * 32 + lane) * 4)
+        second0, first0 = warp.turned(keys[2], keys[0], cos0, sin0)
+        second1, first1 = warp.turned(keys[3], keys[1], cos1, sin1)
+        y0 = warp.product(y0, first0, first1, second0, second1, fast[2 * s], fast[2 * s + 1], False)
+    return y0 + y1
+
+
+@triton.jit
+def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G: tl.constexpr):
+    """``sums`` plus digits of the values of sixteen tokens times their weights."""
+    VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
+    KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
+    N: tl.constexpr = L.value_registers
+    first = stage + (_STEP * KEY_BYTES + 16 * SIXTEEN * VALUE_BYTES) + 2 * c * VALUE_BYTES
+    lower, upper = (), ()
+    for i in tl.static_range(len(L.groups)):
+        at = first + (L.groups[i].byte + 2 * (r % L.groups[i].held))
+        x = warp.shared_halfwords(at, at + VALUE_BYTES)
+        y = warp.shared_halfwords(at + 8 * VALUE_BYTES, at + 9 * VALUE_BYTES)
+        if L.groups[i].held < 8:
+            own = (4 if L.groups[i].bits > 2 else 2) * (r // L.groups[i].held)
+            x, y = x >> own, y >> own
+        for k in tl.static_range(len(L.groups[i].registers)):
+            lower = lower + ((x >> L.groups[i].registers[k].shift) & L.groups[i].registers[k].mask,)
+            upper = upper + ((y >> L.groups[i].registers[k].shift) & L.groups[i].registers[k].mask,)
+    out = ()
+    for m in tl.static_range((N + 1) // 2):
+        d = (sums[4 * m], sums[4 * m + 1], sums[4 * m + 2], sums[4 * m + 3])
+        if 2 * m + 1 < N:
+            a1, a3 = lower[2 * m + 1], upper[2 * m + 1]
+        else:
+            a1, a3 = r * 0, r * 0
+        out = out + warp.product(d, lower[2 * m], a1, upper[2 * m], a3, weights[0], weights[1], True)
+    return out
+
+
+@triton.jit
+def _fetch(ring, lane, key_codes, value_codes, norms, token, step, steps, slots, L: tl.constexpr, G: tl.constexpr):
+    """Begin to copy the codes of 32 tokens, from ``token`` of the row's ``slots`` on, to shared memory, if there is such a step."""
+    KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
+    VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
+    asked = step < steps
+    for i in tl.static_range((2 * KEY_BYTES + 31) // 32):
+        at = 16 * (lane + 32 * i)
+        wanted = asked & (at < _STEP * KEY_BYTES) & (token * KEY_BYTES + at < slots * KEY_BYTES)
+        warp.copy_ahead(ring + at, key_codes + token.to(tl.int64) * KEY_BYTES + at, wanted)
+    for i in tl.static_range((2 * VALUE_BYTES + 31) // 32):
+        at = 16 * (lane + 32 * i)
+        wanted = asked & (at < _STEP * VALUE_BYTES) & (token * VALUE_BYTES + at < slots * VALUE_BYTES)
+        warp.copy_ahead(ring + (_STEP * KEY_BYTES + at), value_codes + token.to(tl.int64) * VALUE_BYTES + at, wanted)
+    if G.normalised:
+        at = 4 * lane
+        wanted = asked & (at < _STEP) & (token + at < slots)
+        warp.copy_word_ahead(ring + (_STEP * (KEY_BYTES + VALUE_BYTES) + at), norms + token + at, wanted)
+    warp.end_of_copies(lane)
+
+
+@triton.jit
+def attend_latent(
+    chunk, store, ledger, masks, tables, left, row_group, block, low, high, n, row_positions, coded_slots, slots, splits,
+    split, scale,
+    G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Attention of one block of four queries to coded tokens from ``low`` to ``high``, left for the merge."""
+    WARPS: tl.constexpr = L.warps
+    T: tl.constexpr = 32 * WARPS
+    TILES: tl.constexpr = (L.value_registers + 1) // 2
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
+    VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
+    NORMALISED: tl.constexpr = G.normalised
+    BLOCKS: tl.constexpr = L.blocks
+    RESERVE: tl.constexpr = L.reserve
+    BYTES: tl.constexpr = L.bytes
+    ALL_BUT: tl.constexpr = L.all_but
+    b, g = row_group // G.groups, row_group % G.groups
+    head, block = block // BLOCKS, block % BLOCKS
+    x = tl.arange(0, T)
+    lane, own_warp = x % 32, x // 32
+    r, c = lane // 4, lane % 4
+    h, e = r // 2, r % 2
+    room = warp.room(tables.scratch, x, RESERVE, BYTES)
+    queries_room = room + (L.queries_at + own_warp * (16 * PAIRS))
+    ring = room + (L.rings_at + own_warp * L.ring)
+    sizes = ring + L.stages * L.stage
+    pairwise, alone = c * 0x11 + (4 + c) * 0x1100, c * 0x1111
+    first_row = row_group.to(tl.int64) * coded_slots
+    key_codes = store.k_codes.to(tl.pointer_type(tl.uint8)) + first_row * KEY_BYTES
+    value_codes = store.v_codes.to(tl.pointer_type(tl.uint8)) + first_row * VALUE_BYTES
+    norms = store.v_norms + first_row
+    zero = (x * 0).to(tl.float32)
+    pointers, lives = (), ()
+    for i in tl.static_range(4):
+        u = block * 4 + i
+        of_head = (g * G.heads + head) * G.query_heads + u % G.query_heads
+        q = chunk.query + b * chunk.query_strides.row + of_head * chunk.query_strides.head
+        pointers = pointers + (q + u // G.query_heads * chunk.query_strides.column,)
+        lives = lives + (u + x * 0 < n * G.query_heads,)
+    column = tl.minimum((block * 4 + c) // G.query_heads, n - 1)
+    if F.slides:
+        own = tl.load(ledger + b * LEDGER_COLUMNS).to(tl.int32) + column
+        if chunk.index is not None:
+            own = tl.load(ledger + b * LEDGER_COLUMNS).to(tl.int32) + tl.load(chunk.index + b * n + column)
+    reference, top = tl.zeros([4], tl.float32), tl.full([4], float("-inf"), tl.float32)
+    begin = low
+    total, mass = zero, zero
+    sums = ()
+    for _ in tl.static_range(4 * TILES):
+        sums = sums + (zero,)
+    basis, affine = store.k_basis + row_group * (G.width * G.k.rank), store.k_affine + row_group * (2 * G.k.rank + G.width)
+    gain = _basis_to_shared(room, x, basis, affine, head, tables, G, L)
+    again = low < high
+    while again:
+        low = begin
+        highest, total, mass = zero + float("-inf"), zero, zero
+        cleared = ()
+        for _ in tl.static_range(4 * TILES):
+            cleared = cleared + (zero,)
+        sums = cleared
+        up = tl.reshape(tl.broadcast_to((0 - reference + _UP)[None, :], (WARPS * 8, 4)), (T,))
+        while low < high:
+            end = tl.minimum(high, low + WARPS * _RUN)
+            all_steps = tl.cdiv(end - low, _STEP)
+            step0 = all_steps * own_warp // WARPS
+            steps = all_steps * (own_warp + 1) // WARPS - step0
+            token = low + _STEP * step0
+            for i in tl.static_range(L.stages - 1):
+                _fetch(ring + i * L.stage, lane, key_codes, value_codes, norms, token + _STEP * i, i, steps, coded_slots, L, G)
+            position = tl.load(row_positions + tl.minimum(token, end - 1))
+            gains = _queries_to_shared(
+                queries_room, room + L.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
+                tables, G, R, L,
+            )  # fmt: skip
+            warp.lanes_meet(x)
+            own_gain = tl.where(c == 0, gains[0], tl.where(c == 1, gains[1], tl.where(c == 2, gains[2], gains[3])))
+            own_gain = own_gain * (16777216.0 / gain)  # digits count 2**-24
+            over_run = _absorbed_over_run(room, queries_room, h, e, r, c, tables, L)
+            medium, quick, of_medium, of_quick = (), (), (), ()
+            for s in tl.static_range(L.medium):
+                medium = medium + _query(queries_room, h, e, c, L.fast + s, PAIRS)
+            for s in tl.static_range(L.fast):
+                quick = quick + _query(queries_room, h, e, c, s, PAIRS)
+            for j in tl.static_range(L.registers):
+                for s in tl.static_range(L.medium):
+                    of_medium = of_medium + _channels_of(room, r, c, L.fast + s, j, L)
+            for s in tl.static_range(L.fast):
+                for second in tl.static_range(2):
+                    for j in tl.static_range(L.registers):
+                        of_quick = of_quick + (_basis_of(room, r, c, s, second, j, L),)
+            shift_at = tables.of_pairs.shifts + tl.where(c == h, e, 2) * 4
+            terms = _absorbed_by(medium, L.fast, L.medium, 0, tables, e, c, L)
+            absorbed = _absorbed(terms, over_run, warp.words_of(shift_at), of_medium, r, L)
+            fast = _fast_queries(quick, 0, tables, e, c, L)
+            at_stage, ahead = 0, L.stages - 1
+            for k in range(tl.cdiv(all_steps, WARPS)):
+                warp.wait_for_copies(x, ALL_BUT)
+                stage = ring + at_stage * L.stage
+                _fetch(
+                    ring + ahead * L.stage, lane, key_codes, value_codes, norms, token + _STEP * (L.stages - 1),
+                    k + L.stages - 1, steps, coded_slots, L, G,
+                )  # fmt: skip
+                at_stage = tl.where(at_stage + 1 == L.stages, 0, at_stage + 1)
+                ahead = tl.where(ahead + 1 == L.stages, 0, ahead + 1)
+                if NORMALISED:
+                    code = warp.shared_byte(stage + (_STEP * (KEY_BYTES + VALUE_BYTES) + lane))
+                    warp.float_to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code))
+                scores = _scores(stage, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
+                scores += _scores(stage, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
+                following = tl.minimum(k + 1, _STEPS - 1)
+                terms = _absorbed_by(medium, L.fast, L.medium, following, tables, e, c, L)
+                absorbed = _absorbed(terms, over_run, warp.words_of(shift_at + following * 12), of_medium, r, L)
+                fast = _fast_queries(quick, following, tables, e, c, L)
+                if NORMALISED:
+                    warp.lanes_meet(x)
+                    size = warp.shared_floats(sizes + r * 16)
+                for sixteen in tl.static_range(2):
+                    weights = ()
+                    for i in tl.static_range(2):
+                        slot = token + (16 * sixteen + 8 * i) + r
+                        across = (r - 16).to(tl.float32) * 0.0625 + (2 * sixteen + i) * 0.5
+                        s = scores[8 * sixteen + 5 + 2 * i] * across + scores[8 * sixteen + 4 + 2 * i]
+                        s = s * across + scores[8 * sixteen + 1 + 2 * i]
+                        s = s * across + scores[8 * sixteen + 2 * i]
+                        s = capped(s * own_gain, F.softcap)
+                        seen = (slot < end) & (k < steps)
+                        if F.slides:
+                            seen = seen & (G.first_exact + slot > own - masks.sliding_window)
+                        if masks.visible is not None:
+                            shown = masks.visible + b * slots + G.first_exact
+                            seen = seen & (tl.load(shown + tl.minimum(slot, end - 1)) != 0)
+                        if masks.mask is not None:
+                            asked = masks.mask + (b * n + column) * masks.mask_slots + G.first_exact
+                            seen = seen & (tl.load(asked + slot, mask=seen, other=0) != 0)
+                        s = tl.where(seen, s, float("-inf"))
+                        highest = tl.maximum(highest, s)
+                        weight = warp.power_of_two(s + up)
+                        total += weight
+                        if NORMALISED:
+                            weight = weight * size[2 * sixteen + i]
+                        mass += weight
+                        upper = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+                        weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
+                    sums = _mixed(stage, r, c, sixteen, weights, sums, L, G)
+                token += _STEP
+            low = end
+        top = tl.max(tl.reshape(highest, (WARPS * 8, 4)), 0)
+        far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
+        again = tl.max(far.to(tl.int32), 0) > 0
+        reference = tl.where(far, top, reference)
+    u = block * 4 + tl.arange(0, 4)
+    row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+    at = (row_group.to(tl.int64) * tl.num_programs(1) * F.queries + row) * splits + split
+    live = u < n * G.query_heads
+    tl.store(left.maxima + at, tl.where(top == float("-inf"), float("-inf"), reference), mask=live)
+    tl.store(left.totals + at, _over_lanes(total, WARPS), mask=live)
+    rest = _over_lanes(mass, WARPS)[None, :]
+    to, live = left.sums + at[None, :] * F.left, live[None, :]
+    rows = tl.arange(0, 8)[:, None]
+    for i in tl.static_range(len(L.groups)):
+        for f in tl.static_range(L.groups[i].fields if L.groups[i].held < 8 else 0):  # places that no register has
+            tl.store(to + (L.groups[i].place + f * L.groups[i].stride + rows), 0.0, mask=live & (rows >= L.groups[i].held))
+        for k in tl.static_range(len(L.groups[i].registers)):
+            y = _digit_sums(sums, L.groups[i].first + k, WARPS) * (_COUNTED / (1 << L.groups[i].registers[k].at))
+            field = k * (8 // L.groups[i].held) + rows // L.groups[i].held
+            place = to + (L.groups[i].place + field * L.groups[i].stride + rows % L.groups[i].held)
+            if L.groups[i].bits < 8:
+                tl.store(place, y - rest * (1.5 if L.groups[i].bits == 2 else 7.5), mask=live)
+            elif k % 2 == 1:
+                low_half = _digit_sums(sums, L.groups[i].first + k - 1, WARPS) * _COUNTED
+                place = to + (L.groups[i].place + k // 2 * L.groups[i].stride + rows)
+                tl.store(place, y * 16 + low_half - rest * 127.5, mask=live)
+
+
+@triton.jit
+def _over_lanes(x, WARPS: tl.constexpr):
+    """Sums of weights of each of the four queries, [4]."""
+    return tl.sum(tl.reshape(x, (WARPS * 8, 4)), 0) * 5.421010862427522e-20  # 2**-64
+
+
+@triton.jit
+def _digit_sums(sums, i: tl.constexpr, WARPS: tl.constexpr):
+    """Of the i-th register of values, [8, 4]: upper and next bits of the weights together, over warps."""
+    y = sums[4 * (i // 2) + 2 * (i % 2)] + sums[4 * (i // 2) + 2 * (i % 2) + 1]
+    return tl.sum(tl.reshape(y, (WARPS, 8, 4)), 0)
