@@ -17,45 +17,47 @@ import triton.language as tl
 from spectral_compile.kernels.digits import INTERPRETED
 
 LANES: tl.constexpr = tl.constexpr(32)
+# Triton patches itself again whenever its interpreter enters a function of its own: ten times what these take
+function = (lambda of: of) if INTERPRETED.value else triton.jit
 
 
-@triton.jit
+@function
 def _matrices(x):
     """Fragments [lanes] int32 as matrices [warps, 8, 8] of 16 bits, int32 below 2**16."""
     halves = tl.join(x & 0xFFFF, (x >> 16) & 0xFFFF)
     return tl.reshape(halves, (x.shape[0] // LANES, 8, 8))
 
 
-@triton.jit
+@function
 def _fragments(m):
     """Matrices [warps, 8, 8] of 16 bits as fragments."""
     low, high = tl.split(tl.reshape(m, (m.shape[0] * LANES, 2)))
     return (low & 0xFFFF) | (high << 16)
 
 
-@triton.jit
+@function
 def _of_half(bits):
     return (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit
+@function
 def _of_bfloat(bits):
     return ((bits & 0xFFFF) << 16).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@function
 def _as_half(x):
     return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
-@triton.jit
+@function
 def _as_bfloat(x):
     """Rounded to the nearest, to an even one of two; of what is finite."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
 
 
-@triton.jit
+@function
 def permuted(a, b, selector):
     """Four bytes: of the eight of ``a`` and ``b``, lowest first, those that the four lowest hexadecimal digits say."""
     if INTERPRETED:
@@ -67,7 +69,7 @@ def permuted(a, b, selector):
     return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.int32, True, 1)
 
 
-@triton.jit
+@function
 def halves(low, high):
     """Two numbers of float32 as float16."""
     if INTERPRETED:
@@ -75,7 +77,7 @@ def halves(low, high):
     return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
 
 
-@triton.jit
+@function
 def bfloats(low, high):
     """Two numbers of float32 as bfloat16."""
     if INTERPRETED:
@@ -83,7 +85,7 @@ def bfloats(low, high):
     return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
 
 
-@triton.jit
+@function
 def power_of_two(x):
     """2**x; 0 of minus infinity."""
     if INTERPRETED:
@@ -91,7 +93,7 @@ def power_of_two(x):
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
-@triton.jit
+@function
 def size(code):
     """What a token's values are times, of its code from 0 to 255: 2**((code - 128) / 8)."""
     if INTERPRETED:
@@ -104,7 +106,7 @@ def size(code):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def plus(a, b):
     """Sums of two pairs of float16."""
     if INTERPRETED:
@@ -113,13 +115,13 @@ def plus(a, b):
     return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
 
 
-@triton.jit
+@function
 def _turned_half(a, b, cos, sin):
     a, b, cos, sin = _of_half(a), _of_half(b), _of_half(cos), _of_half(sin)
     return _as_half(a * cos + _of_half(_as_half(b * sin))), _as_half(b * cos - _of_half(_as_half(a * sin)))
 
 
-@triton.jit
+@function
 def turned(a, b, cos, sin):
     """a cos + b sin and b cos - a sin, of two pairs of float16 at a time: (a, b) turned back by an angle."""
     if INTERPRETED:
@@ -133,7 +135,7 @@ def turned(a, b, cos, sin):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def transposed(x):
     """A fragment of the transposed matrix."""
     if INTERPRETED:
@@ -143,7 +145,7 @@ def transposed(x):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def _product(a, b, BFLOAT: tl.constexpr):
     """Products [warps, 8, 8] of fragments: rows of ``a`` times rows of ``b``."""
     a, b = _matrices(a), _matrices(b)
@@ -151,7 +153,7 @@ def _product(a, b, BFLOAT: tl.constexpr):
     return tl.sum(a[:, :, None, :] * b[:, None, :, :], 3)
 
 
-@triton.jit
+@function
 def _sums(a0, a1, a2, a3, b0, b1, BFLOAT: tl.constexpr):
     """Of a product of [16, 16] and [16, 8], for each lane: row r of the columns 2 c and 2 c + 1, then row r + 8 of them."""
     LEN: tl.constexpr = a0.shape[0]
@@ -162,7 +164,7 @@ def _sums(a0, a1, a2, a3, b0, b1, BFLOAT: tl.constexpr):
     return d0, d1, d2, d3
 
 
-@triton.jit
+@function
 def product(d, a0, a1, a2, a3, b0, b1, BFLOAT: tl.constexpr):
     """``d`` plus [16, 16] x [16, 8] in float32.
 
@@ -183,7 +185,7 @@ def product(d, a0, a1, a2, a3, b0, b1, BFLOAT: tl.constexpr):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def half_product(d, a0, a1, b0):
     """``d`` plus [16, 8] x [8, 8] of float16, in float32."""
     if INTERPRETED:
@@ -196,14 +198,14 @@ def half_product(d, a0, a1, b0):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def _rounded(d, e):
     """Two fragments of float16 plus what four registers of float32 hold."""
     upper, lower = _of_half(d[0]) + e[0], _of_half(d[1]) + e[2]
     return halves(upper, _of_half(d[0] >> 16) + e[1]), halves(lower, _of_half(d[1] >> 16) + e[3])
 
 
-@triton.jit
+@function
 def rounded_product(d, a0, a1, a2, a3, b0, b1):
     """``d`` plus [16, 16] x [16, 8] in float16: two fragments, of rows 0 to 7 and 8 to 15."""
     if INTERPRETED:
@@ -214,7 +216,7 @@ def rounded_product(d, a0, a1, a2, a3, b0, b1):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def rounded_half_product(d, a0, a1, b0):
     """``d`` plus [16, 8] x [8, 8] in float16."""
     if INTERPRETED:
@@ -226,7 +228,7 @@ def rounded_half_product(d, a0, a1, b0):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def room(scratch, x, RESERVE: tl.constexpr, BYTES: tl.constexpr):
     """Where the program's own shared memory begins, in each lane; in the interpreter its ``BYTES`` of ``scratch``."""
     if INTERPRETED:
@@ -240,12 +242,12 @@ def reserve(count: int) -> str:
     return f"{{ .shared .align 128 .b8 spectral_room[{count}]; mov.u32 $0, spectral_room; }}"
 
 
-@triton.jit
+@function
 def _at(address, DTYPE: tl.constexpr):
     return address.to(tl.pointer_type(DTYPE))
 
 
-@triton.jit
+@function
 def shared_word(address):
     """32 bits of shared memory."""
     if INTERPRETED:
@@ -253,7 +255,7 @@ def shared_word(address):
     return tl.inline_asm_elementwise("ld.shared.u32 $0, [$1];", "=r,r", [address], tl.int32, False, 1)
 
 
-@triton.jit
+@function
 def shared_float(address):
     """One float32 of shared memory."""
     if INTERPRETED:
@@ -261,7 +263,7 @@ def shared_float(address):
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, False, 1)
 
 
-@triton.jit
+@function
 def shared_words(address):
     """Four times 32 bits of shared memory."""
     if INTERPRETED:
@@ -272,7 +274,7 @@ def shared_words(address):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def shared_floats(address):
     """Four times float32 of shared memory."""
     if INTERPRETED:
@@ -283,7 +285,7 @@ def shared_floats(address):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def shared_halfwords(first, second):
     """16 bits of shared memory from each of two places, in one register."""
     if INTERPRETED:
@@ -295,7 +297,7 @@ def shared_halfwords(first, second):
     )  # fmt: skip
 
 
-@triton.jit
+@function
 def shared_byte(address):
     """A byte of shared memory."""
     if INTERPRETED:
@@ -303,7 +305,7 @@ def shared_byte(address):
     return tl.inline_asm_elementwise("ld.shared.u8 $0, [$1];", "=r,r", [address], tl.int32, False, 1)
 
 
-@triton.jit
+@function
 def to_shared(address, word):
     """Write 32 bits to shared memory."""
     if INTERPRETED:
@@ -312,7 +314,7 @@ def to_shared(address, word):
         tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.b32 $0, $2;", "=r,r,r", [address, word], tl.int32, False, 1)
 
 
-@triton.jit
+@function
 def float_to_shared(address, x):
     """Write one float32 to shared memory."""
     if INTERPRETED:
@@ -321,7 +323,7 @@ def float_to_shared(address, x):
         tl.inline_asm_elementwise("st.shared.f32 [$1], $2; mov.f32 $0, $2;", "=f,r,f", [address, x], tl.float32, False, 1)
 
 
-@triton.jit
+@function
 def half_to_shared(address, x):
     """Write one float32 to shared memory as float16."""
     if INTERPRETED:
@@ -333,7 +335,7 @@ def half_to_shared(address, x):
         )  # fmt: skip
 
 
-@triton.jit
+@function
 def copy_ahead(address, pointer, wanted):
     """Begin to copy 16 bytes of global memory to shared memory where ``wanted``; both lie at multiples of 16."""
     if INTERPRETED:
@@ -347,7 +349,7 @@ def copy_ahead(address, pointer, wanted):
         )  # fmt: skip
 
 
-@triton.jit
+@function
 def copy_word_ahead(address, pointer, wanted):
     """The same for 4 bytes."""
     if INTERPRETED:
@@ -359,14 +361,14 @@ def copy_word_ahead(address, pointer, wanted):
         )  # fmt: skip
 
 
-@triton.jit
+@function
 def end_of_copies(x):
     """What has been begun to copy since the last time is one batch."""
     if not INTERPRETED:
         tl.inline_asm_elementwise("cp.async.commit_group; mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
 
 
-@triton.jit
+@function
 def wait_for_copies(x, LATER: tl.constexpr):
     """Wait until all lanes' batches but the last ones are there, as ``LATER``, of ``all_but``, says."""
     if not INTERPRETED:
@@ -378,14 +380,14 @@ def all_but(batches: int) -> str:
     return f"cp.async.wait_group {batches}; bar.warp.sync 0xffffffff; mov.b32 $0, $1;"
 
 
-@triton.jit
+@function
 def lanes_meet(x):
     """What the lanes of a warp have written to shared memory is there for its other lanes."""
     if not INTERPRETED:
         tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
 
 
-@triton.jit
+@function
 def words_of(pointer):
     """Four times 32 bits of global memory, from a multiple of 16 bytes that nobody writes meanwhile."""
     if INTERPRETED:

@@ -140,16 +140,16 @@ def takes(past: Past, chunk: Chunk, form: Form, plan: AttendPlan) -> bool:
     )
 
 
-@triton.jit
+@warp.function
 def _power_below(x):
     """The largest power of two that is not above ``x``, a positive float32."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@warp.function
 def _basis_to_shared(room, x, basis, affine, head, tables, G: tl.constexpr, L: tl.constexpr):
     """Write the matrix from digits to the channels of one head, in the order of pairs, to shared memory; what it is times."""
-    T: tl.constexpr = x.shape[0]
+    T: tl.constexpr = 32 * L.warps
     RANK: tl.constexpr = G.k.rank
     J: tl.constexpr = L.columns if L.columns < T else T
     ROWS: tl.constexpr = T // J
@@ -195,13 +195,15 @@ def _basis_to_shared(room, x, basis, affine, head, tables, G: tl.constexpr, L: t
     return gain
 
 
-@triton.jit
+@warp.function
 def _over_rows(x, ROWS: tl.constexpr, J: tl.constexpr):
     """Sums over lanes that have the same column, in each of them."""
+    if ROWS == 1:
+        return x
     return tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(x, (ROWS, J)), 0)[None, :], (ROWS, J)), (ROWS * J,))
 
 
-@triton.jit
+@warp.function
 def _queries_to_shared(
     room, spare, lane, at, live, scale, weights, positions, tables, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
@@ -209,7 +211,7 @@ def _queries_to_shared(
 
     ``at`` and ``live`` are tuples, of each query. A query is scaled to a length below one, so that no product leaves float16.
     """
-    T: tl.constexpr = lane.shape[0]
+    T: tl.constexpr = 32 * L.warps
     WARPS: tl.constexpr = L.warps
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
     first, second, squares = (), (), ()
@@ -250,7 +252,7 @@ def _queries_to_shared(
     return gains
 
 
-@triton.jit
+@warp.function
 def _query(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
     """Of the S-th eight pairs of a query fragments of first and second channels: as they are for e = 0, turned a quarter for 1."""
     at = room + h * (4 * PAIRS) + (16 * S + 4 * c)
@@ -258,7 +260,7 @@ def _query(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
     return tl.where(e == 1, b, a), tl.where(e == 1, a ^ -2147450880, b)  # 0x80008000 changes both signs
 
 
-@triton.jit
+@warp.function
 def _absorbed_by(queries, FIRST: tl.constexpr, COUNT: tl.constexpr, step, tables, e, c, L: tl.constexpr):
     """The terms of some eights of pairs over a step, [16, 16] each: fragments for ``warp.product``."""
     EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
@@ -272,21 +274,21 @@ def _absorbed_by(queries, FIRST: tl.constexpr, COUNT: tl.constexpr, step, tables
     return out
 
 
-@triton.jit
+@warp.function
 def _channels_of(room, r, c, S: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
     """Of the basis two fragments [digits, channels]: first, then second channels of the S-th eight pairs, digits of register J."""
     at = room + ((8 * J + r) * L.pitch + (32 * S + 4 * c))
     return warp.shared_word(at), warp.shared_word(at + 16)
 
 
-@triton.jit
+@warp.function
 def _basis_of(room, r, c, S: tl.constexpr, SECOND: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
     """The same of first or second channels, transposed: [channels, digits]."""
     at = room + ((8 * J + 2 * c) * L.pitch + (32 * S + 16 * SECOND + 2 * r))
     return warp.shared_halfwords(at, at + L.pitch)
 
 
-@triton.jit
+@warp.function
 def _absorbed(terms, over_run, shift, held, r, L: tl.constexpr):
     """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
     zero = (r * 0).to(tl.float32)
@@ -302,7 +304,7 @@ def _absorbed(terms, over_run, shift, held, r, L: tl.constexpr):
     return out
 
 
-@triton.jit
+@warp.function
 def _absorbed_over_run(room, queries_room, h, e, r, c, tables, L: tl.constexpr):
     """What ``_absorbed`` takes of the slowest pairs: fragments [digits, terms] over the whole run."""
     FIRST: tl.constexpr = L.fast + L.medium
@@ -327,7 +329,7 @@ def _absorbed_over_run(room, queries_room, h, e, r, c, tables, L: tl.constexpr):
     return out
 
 
-@triton.jit
+@warp.function
 def _fast_queries(queries, step, tables, e, c, L: tl.constexpr):
     """Queries of the fastest pairs, turned back to where a step begins; only the columns e = 0 of a product take them."""
     out = ()
@@ -339,7 +341,7 @@ def _fast_queries(queries, step, tables, e, c, L: tl.constexpr):
     return out
 
 
-@triton.jit
+@warp.function
 def _digits(at, pairwise, alone, L: tl.constexpr, G: tl.constexpr):
     """Registers of digits of one token's key, whose row begins at ``at``."""
     WORDS: tl.constexpr = G.k.halfwords // 2
@@ -367,7 +369,7 @@ def _digits(at, pairwise, alone, L: tl.constexpr, G: tl.constexpr):
     return out
 
 
-@triton.jit
+@warp.function
 def _scores(
     stage, r, lane, pairwise, alone, absorbed, fast, held, tables, SIXTEEN: tl.constexpr, L: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
@@ -402,7 +404,7 @@ def _scores(
     return y0 + y1
 
 
-@triton.jit
+@warp.function
 def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G: tl.constexpr):
     """``sums`` plus digits of the values of sixteen tokens times their weights."""
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
@@ -431,7 +433,7 @@ def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G
     return out
 
 
-@triton.jit
+@warp.function
 def _fetch(ring, lane, key_codes, value_codes, norms, token, step, steps, slots, L: tl.constexpr, G: tl.constexpr):
     """Begin to copy the codes of 32 tokens, from ``token`` of the row's ``slots`` on, to shared memory, if there is such a step."""
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
@@ -452,7 +454,7 @@ def _fetch(ring, lane, key_codes, value_codes, norms, token, step, steps, slots,
     warp.end_of_copies(lane)
 
 
-@triton.jit
+@warp.function
 def attend_latent(
     chunk, store, ledger, masks, tables, left, row_group, block, low, high, n, row_positions, coded_slots, slots, splits,
     split, scale,
@@ -572,13 +574,13 @@ def attend_latent(
                     size = warp.shared_floats(sizes + r * 16)
                 for sixteen in tl.static_range(2):
                     weights = ()
-                    for i in tl.static_range(2):
-                        slot = token + (16 * sixteen + 8 * i) + r
-                        across = (r - 16).to(tl.float32) * 0.0625 + (2 * sixteen + i) * 0.5
-                        s = scores[8 * sixteen + 5 + 2 * i] * across + scores[8 * sixteen + 4 + 2 * i]
-                        s = s * across + scores[8 * sixteen + 1 + 2 * i]
-                        s = s * across + scores[8 * sixteen + 2 * i]
-                        s = capped(s * own_gain, F.softcap)
+                    for octet in tl.static_range(2):
+                        slot = token + (16 * sixteen + 8 * octet) + r
+                        across = (r - 16).to(tl.float32) * 0.0625 + (2 * sixteen + octet) * 0.5
+                        score = scores[8 * sixteen + 5 + 2 * octet] * across + scores[8 * sixteen + 4 + 2 * octet]
+                        score = score * across + scores[8 * sixteen + 1 + 2 * octet]
+                        score = score * across + scores[8 * sixteen + 2 * octet]
+                        score = capped(score * own_gain, F.softcap)
                         seen = (slot < end) & (k < steps)
                         if F.slides:
                             seen = seen & (G.first_exact + slot > own - masks.sliding_window)
@@ -588,12 +590,12 @@ def attend_latent(
                         if masks.mask is not None:
                             asked = masks.mask + (b * n + column) * masks.mask_slots + G.first_exact
                             seen = seen & (tl.load(asked + slot, mask=seen, other=0) != 0)
-                        s = tl.where(seen, s, float("-inf"))
-                        highest = tl.maximum(highest, s)
-                        weight = warp.power_of_two(s + up)
+                        score = tl.where(seen, score, float("-inf"))
+                        highest = tl.maximum(highest, score)
+                        weight = warp.power_of_two(score + up)
                         total += weight
                         if NORMALISED:
-                            weight = weight * size[2 * sixteen + i]
+                            weight = weight * size[2 * sixteen + octet]
                         mass += weight
                         upper = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
                         weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
@@ -628,13 +630,13 @@ def attend_latent(
                 tl.store(place, y * 16 + low_half - rest * 127.5, mask=live)
 
 
-@triton.jit
+@warp.function
 def _over_lanes(x, WARPS: tl.constexpr):
     """Sums of weights of each of the four queries, [4]."""
     return tl.sum(tl.reshape(x, (WARPS * 8, 4)), 0) * 5.421010862427522e-20  # 2**-64
 
 
-@triton.jit
+@warp.function
 def _digit_sums(sums, i: tl.constexpr, WARPS: tl.constexpr):
     """Of the i-th register of values, [8, 4]: upper and next bits of the weights together, over warps."""
     y = sums[4 * (i // 2) + 2 * (i % 2)] + sums[4 * (i // 2) + 2 * (i % 2) + 1]

@@ -74,14 +74,14 @@ def key_sources(tiers: Tiers) -> tuple[KeySource, ...]:
     for width in (8, 4, 2):
         of_width = [w for w in range(words) if bits[w] == width]
         for low, high in zip(of_width[::2], [*of_width[1::2], None], strict=False):
-            out.append(_source(low, high, width, tiers))
+            out.append(_source(low, high, width))
             constant = constant or bool(out[-1].constant)
     if not constant:
         out.append(KeySource(0, 0, 0, (0,), (0,), ONE << 16))
     return tuple(out)
 
 
-def _source(low: int, high: int | None, bits: int, tiers: Tiers) -> KeySource:
+def _source(low: int, high: int | None, bits: int) -> KeySource:
     digit = (1 << bits) - 1
     if high is not None:
         masks = [(digit | digit << 16) << at for at in range(0, 8, bits)]
@@ -91,15 +91,19 @@ def _source(low: int, high: int | None, bits: int, tiers: Tiers) -> KeySource:
         masks = [digit << at | digit << (16 + at + bits) for at in range(0, 8, 2 * bits)]
     centres = []
     for mask in masks:
-        halves = [(low, mask & 0xFFFF), (low if high is None else high, mask >> 16)]
-        centres.append(sum(_centre(word, half, bits, tiers) << 16 * i for i, (word, half) in enumerate(halves)))
-    return KeySource(low, low if high is None else high, bits, tuple(masks), tuple(centres), ONE << 16 if masks == [255] else 0)
+        centres.append(_centre(mask & 0xFFFF, bits) | _centre(mask >> 16, bits) << 16)
+    constant = ONE << 16 if masks == [255] else 0
+    return KeySource(low, low if high is None else high, bits, tuple(map(signed, masks)), tuple(map(signed, centres)), constant)
 
 
-def _centre(word: int, mask: int, bits: int, tiers: Tiers) -> int:
-    """The float16 that centres digits which are parts of wider codes, or codes of 8 bits; 0 for others."""
-    wide = any(_bits_at(4 * word + c, tiers) == 8 for c in range(4))
-    return 0x8000 | (1 << (bits - 1)) << (mask & -mask).bit_length() - 1 if wide and mask else 0
+def signed(word: int) -> int:
+    """32 bits as the int32 that they are."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _centre(mask: int, bits: int) -> int:
+    """The float16 that takes half of the range of a digit away, where there is one."""
+    return 0x8000 | (1 << (bits - 1)) << (mask & -mask).bit_length() - 1 if mask else 0
 
 
 def key_digits(tiers: Tiers) -> Iterator[Digit]:
@@ -180,7 +184,8 @@ def value_groups(tiers: Tiers) -> tuple[ValueGroup, ...]:
             for field in range(0, 16 // bits, HALFWORDS // held):
                 bit = bits * field
                 shift = bit if bits == 4 else bit // 6 * 6
-                registers.append(ValueRegister(shift, ((1 << bits) - 1) * 0x00010001 << bit - shift, bit - shift))
+                mask = ((1 << bits) - 1) * 0x00010001 << bit - shift
+                registers.append(ValueRegister(shift, signed(mask), bit - shift))
             byte = 2 * (row_field.first + first)
             count = sum(len(group.registers) for group in out)
             fields = 16 // row_field.bits
