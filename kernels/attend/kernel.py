@@ -38,6 +38,9 @@ from spectral_compile.kernels.rotary import TILE, tables
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 
 
+_FEW = 8  # columns of a chunk whose values leave the latent when splits are merged
+
+
 @triton.jit(do_not_specialize=["splits", "exact_splits", "exact_from", "places", "slots", "coders"])
 def attend_kernel(
     chunk, store, ledger, positions, masks, angles, entering, code_tiles, coders, left, splits, exact_splits, exact_from, n,
@@ -94,11 +97,13 @@ def attend_kernel(
                 if tile == 0:
                     attend_latent(
                         chunk, store, ledger, masks, tables, left, row_group, split % BLOCKS, low, high, n, row_slots,
-                        coded_slots, slots, splits + exact_splits, split // BLOCKS, scale, G, R, F, L,
+                        coded_slots, slots, segments, splits + exact_splits, split // BLOCKS, scale, G, R, F, L,
                     )  # fmt: skip
             elif split % BLOCKS == 0:
                 queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
-                basis = key_basis(store, b * G.groups + g, G, R, A)
+                basis = ()
+                if not F.in_segments:
+                    basis = key_basis(store, b * G.groups + g, G, R, A)
                 sums, highest, total = attend_coded(
                     queries, (), basis, head, live, own, low, high, b, g, store, row_slots, mask_row, visible_codes,
                     coded_slots, segments, masks.sliding_window, G, R, A, F, True,
@@ -192,7 +197,7 @@ def form_of(past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: 
     """What kind of step this is."""
     layout, segments = past.layout, past.buffers.starts.shape[1]
     # where one basis serves all tokens, its product with what values came to is left for the end
-    latent_out = count == 1 and segments == 1 and not layout.lossless
+    latent_out = count <= _FEW and segments == 1 and not layout.lossless
     left, places = places_left(layout, geometry.DIM, latent_out)
     return Form(
         one=count == 1,

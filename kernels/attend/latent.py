@@ -30,17 +30,20 @@ from spectral_compile.kernels.attend.registers import (
     KeySource,
     KeyTable,
     ValueGroup,
+    ValueTable,
     constant_at,
     key_sources,
     key_table,
     value_groups,
     value_registers,
+    value_table,
 )
 from spectral_compile.kernels.digits import INTERPRETED
 from spectral_compile.kernels.rotary import sincos
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a block
+COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 _FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
 _UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
 _STEP: tl.constexpr = tl.constexpr(STEP)
@@ -119,6 +122,7 @@ class LatentTables(NamedTuple):
 
     of_pairs: ExpansionTables
     of_keys: KeyTable
+    of_values: ValueTable
     scratch: torch.Tensor | None  # the interpreter's shared memory, uint8 [programs, bytes]
 
     @classmethod
@@ -126,17 +130,20 @@ class LatentTables(NamedTuple):
         """``count`` bytes of shared memory in all, where there is none."""
         scratch = torch.empty(count if INTERPRETED.value else 0, dtype=torch.uint8, device=device)
         pairs = expansion_tables(layout.rotary, layout.head_dim, device)
-        return cls(pairs, key_table(layout.key, device), scratch if INTERPRETED.value else None)
+        keys, values = key_table(layout.key, device), value_table(layout.value, device)
+        return cls(pairs, keys, values, scratch if INTERPRETED.value else None)
 
 
 def takes(past: Past, chunk: Chunk, form: Form, plan: AttendPlan) -> bool:
     """Whether this form of attention is there for a step."""
-    buffers = past.buffers
+    buffers, layout = past.buffers, past.layout
     return (
         plan.latent
-        and form.latent_out
+        and not layout.lossless
+        and chunk.columns <= COLUMNS
         and chunk.query.dtype in (torch.float16, torch.bfloat16)
         and buffers.k_codes.shape[2] % 4 == 0  # tokens are copied by fours
+        and (not form.in_segments or layout.block % 4 == 0)
     )
 
 
@@ -456,8 +463,8 @@ def _fetch(ring, lane, key_codes, value_codes, norms, token, step, steps, slots,
 
 @warp.function
 def attend_latent(
-    chunk, store, ledger, masks, tables, left, row_group, block, low, high, n, row_positions, coded_slots, slots, splits,
-    split, scale,
+    chunk, store, ledger, masks, tables, left, row_group, block, low, high, n, row_positions, coded_slots, slots, segments,
+    splits, split, scale,
     G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Attention of one block of four queries to coded tokens from ``low`` to ``high``, left for the merge."""
@@ -506,11 +513,19 @@ def attend_latent(
     sums = ()
     for _ in tl.static_range(4 * TILES):
         sums = sums + (zero,)
-    basis, affine = store.k_basis + row_group * (G.width * G.k.rank), store.k_affine + row_group * (2 * G.k.rank + G.width)
-    gain = _basis_to_shared(room, x, basis, affine, head, tables, G, L)
+    if not F.in_segments:
+        affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
+        gain = _basis_to_shared(room, x, store.k_basis + row_group * (G.width * G.k.rank), affine, head, tables, G, L)
+    if not F.latent_out:
+        out = tl.zeros([4, G.DIM], tl.float32)
     again = low < high
     while again:
-        low = begin
+        low, segment = begin, 0
+        if F.in_segments:
+            for one in range(1, segments):
+                segment += (tl.load(store.starts + b * segments + one) <= low).to(tl.int32)
+        if not F.latent_out:
+            out = tl.zeros([4, G.DIM], tl.float32)
         highest, total, mass = zero + float("-inf"), zero, zero
         cleared = ()
         for _ in tl.static_range(4 * TILES):
@@ -519,6 +534,13 @@ def attend_latent(
         up = tl.reshape(tl.broadcast_to((0 - reference + _UP)[None, :], (WARPS * 8, 4)), (T,))
         while low < high:
             end = tl.minimum(high, low + WARPS * _RUN)
+            if F.in_segments:
+                if segment + 1 < segments:
+                    end = tl.minimum(end, tl.load(store.starts + b * segments + segment + 1))
+                where = row_group * segments + segment
+                affine = store.k_affine + where * (2 * G.k.rank + G.width)
+                tl.debug_barrier()  # the last segment's basis is still read
+                gain = _basis_to_shared(room, x, store.k_basis + where * (G.width * G.k.rank), affine, head, tables, G, L)
             all_steps = tl.cdiv(end - low, _STEP)
             step0 = all_steps * own_warp // WARPS
             steps = all_steps * (own_warp + 1) // WARPS - step0
@@ -601,7 +623,17 @@ def attend_latent(
                         weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
                     sums = _mixed(stage, r, c, sixteen, weights, sums, L, G)
                 token += _STEP
+            if not F.latent_out:
+                out += _values(sums, mass, store, where, head, tables, G, L)
+                mass = zero
+                emptied = ()
+                for _ in tl.static_range(4 * TILES):
+                    emptied = emptied + (zero,)
+                sums = emptied
             low = end
+            if F.in_segments:
+                if segment + 1 < segments:
+                    segment += (tl.load(store.starts + b * segments + segment + 1) <= low).to(tl.int32)
         top = tl.max(tl.reshape(highest, (WARPS * 8, 4)), 0)
         far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
         again = tl.max(far.to(tl.int32), 0) > 0
@@ -612,9 +644,18 @@ def attend_latent(
     live = u < n * G.query_heads
     tl.store(left.maxima + at, tl.where(top == float("-inf"), float("-inf"), reference), mask=live)
     tl.store(left.totals + at, _over_lanes(total, WARPS), mask=live)
-    rest = _over_lanes(mass, WARPS)[None, :]
-    to, live = left.sums + at[None, :] * F.left, live[None, :]
-    rows = tl.arange(0, 8)[:, None]
+    if F.latent_out:
+        _leave_digits(sums, _over_lanes(mass, WARPS), left.sums + at[None, :] * F.left, live[None, :], L)
+    else:
+        d = tl.arange(0, G.DIM)
+        tl.store(left.sums + at[:, None] * F.left + d[None, :], out, mask=live[:, None])
+
+
+@warp.function
+def _leave_digits(sums, mass, to, live, L: tl.constexpr):
+    """Store what the digits of values came to, less the middle of their range, where the merge looks for it."""
+    WARPS: tl.constexpr = L.warps
+    rest, rows = mass[None, :], tl.arange(0, 8)[:, None]
     for i in tl.static_range(len(L.groups)):
         for f in tl.static_range(L.groups[i].fields if L.groups[i].held < 8 else 0):  # places that no register has
             tl.store(to + (L.groups[i].place + f * L.groups[i].stride + rows), 0.0, mask=live & (rows >= L.groups[i].held))
@@ -628,6 +669,28 @@ def attend_latent(
                 low_half = _digit_sums(sums, L.groups[i].first + k - 1, WARPS) * _COUNTED
                 place = to + (L.groups[i].place + k // 2 * L.groups[i].stride + rows)
                 tl.store(place, y * 16 + low_half - rest * 127.5, mask=live)
+
+
+@warp.function
+def _values(sums, mass, store, where, head, tables, G: tl.constexpr, L: tl.constexpr):
+    """What the values of one segment came to, [4, DIM], by its basis."""
+    WARPS: tl.constexpr = L.warps
+    rest, d = _over_lanes(mass, WARPS)[None, :], tl.arange(0, G.DIM)
+    basis = store.v_basis + where * (G.width * G.v.rank) + head * G.dim
+    affine = store.v_affine + where * (2 * G.v.rank + G.width)
+    out = tl.zeros([4, G.DIM], tl.float32)
+    for i in tl.static_range(len(L.groups)):
+        for k in tl.static_range(len(L.groups[i].registers)):
+            y = _digit_sums(sums, L.groups[i].first + k, WARPS) * (_COUNTED / (1 << L.groups[i].registers[k].at))
+            y -= rest * (1.5 if L.groups[i].bits == 2 else 7.5)
+            digit = (L.groups[i].first + k) * 8 + tl.arange(0, 8)
+            code = tl.load(tables.of_values.codes + digit)
+            size = tl.load(affine + code, mask=code >= 0, other=0.0) * tl.load(tables.of_values.places + digit)
+            size *= tl.load(affine + G.v.rank + code, mask=code >= 0, other=0.0)
+            held = (code >= 0)[:, None] & (d < G.dim)[None, :]
+            x = tl.load(basis + code[:, None] * G.width + d[None, :], mask=held, other=0).to(tl.float32)
+            out += tl.sum((y * size[:, None])[:, :, None] * x[:, None, :], 0)
+    return out / tl.load(affine + 2 * G.v.rank + head * G.dim + d, mask=d < G.dim, other=1.0)[None, :]
 
 
 @warp.function

@@ -196,6 +196,27 @@ def value_groups(tiers: Tiers) -> tuple[ValueGroup, ...]:
     return tuple(out)
 
 
+class ValueTable(NamedTuple):
+    """The digits of values in the order of registers, eight each."""
+
+    codes: torch.Tensor  # int32: the row of the basis, -1 for none
+    places: torch.Tensor  # float32: what the row is times
+
+
+@functools.cache
+def value_table(tiers: Tiers, device: torch.device) -> ValueTable:
+    codes, places = [], []
+    for group in value_groups(tiers):
+        bits = min(group.bits, 4)
+        for k in range(len(group.registers)):
+            for r in range(HALFWORDS):
+                bit = bits * (k * (HALFWORDS // group.held) + r // group.held)
+                code, begin = _code_at(group.byte + 2 * (r % group.held) + bit // 8, bit % 8, tiers)
+                codes.append(code)
+                places.append(2.0 ** (bit % 8 - begin))
+    return ValueTable(torch.tensor(codes, dtype=torch.int32).to(device), torch.tensor(places).to(device))
+
+
 def value_registers(tiers: Tiers) -> int:
     return sum(len(group.registers) for group in value_groups(tiers))
 
