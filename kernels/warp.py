@@ -396,3 +396,47 @@ def words_of(pointer):
     return tl.inline_asm_elementwise(
         "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32,) * 4, True, 1
     )  # fmt: skip
+
+
+@function
+def word_of(pointer, wanted):
+    """32 bits of global memory that nobody writes meanwhile, as int32; 0 where they are not ``wanted``.
+
+    What Triton knows to be a load it compares with all others to lay them out: of hundreds that took half a minute.
+    """
+    if INTERPRETED:
+        return tl.load(_at(pointer, tl.int32), mask=wanted, other=0)
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
+        "=&r,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int32, True, 1,
+    )  # fmt: skip
+
+
+@function
+def float_of(pointer, wanted):
+    """A float32, likewise."""
+    return word_of(pointer, wanted).to(tl.float32, bitcast=True)
+
+
+@function
+def number_of(pointer, wanted, DTYPE: tl.constexpr):
+    """A number of 16 bits as float32, likewise; 0 where it is not ``wanted``."""
+    if INTERPRETED:
+        bits = tl.load(_at(pointer, tl.int16), mask=wanted, other=0)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.nc.b16 $0, [$1]; }",
+            "=&h,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int16, True, 1,
+        )  # fmt: skip
+    return bits.to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@function
+def signed_byte_of(pointer, wanted):
+    """A signed byte as int32, likewise."""
+    if INTERPRETED:
+        return tl.load(_at(pointer, tl.int8), mask=wanted, other=0).to(tl.int32)
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.s8 $0, [$1]; }",
+        "=&r,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int32, True, 1,
+    )  # fmt: skip

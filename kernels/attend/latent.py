@@ -165,7 +165,7 @@ def _basis_to_shared(room, x, basis, affine, head, tables, G: tl.constexpr, L: t
     largest = 0.0
     for first in tl.static_range(0, RANK, T):
         held = first + x < RANK
-        a = tl.load(affine + first + x, mask=held, other=0.0) * tl.load(affine + RANK + first + x, mask=held, other=0.0)
+        a = warp.float_of(affine + first + x, held) * warp.float_of(affine + RANK + first + x, held)
         largest = tl.maximum(largest, tl.max(a, 0))
     gain = _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
     for part in tl.static_range(L.columns // J):
@@ -173,17 +173,17 @@ def _basis_to_shared(room, x, basis, affine, head, tables, G: tl.constexpr, L: t
         live = j < PAIRS
         pair = j // 8 * 8 + 2 * (j % 4)
         which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
-        c0, c1 = tl.load(which, mask=live, other=-1), tl.load(which + 1, mask=live, other=-1)
+        c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
         at0, at1 = basis + head * G.dim + c0, basis + head * G.dim + c1
         middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
         for i in tl.static_range(SLOTS // ROWS):
             slot = i * ROWS + row
-            code, place = tl.load(tables.of_keys.codes + slot), tl.load(tables.of_keys.places + slot)
+            code, place = warp.word_of(tables.of_keys.codes + slot, live), warp.float_of(tables.of_keys.places + slot, live)
             real = code >= 0
-            a = tl.load(affine + code, mask=real, other=0.0) * tl.load(affine + RANK + code, mask=real, other=0.0) * place * gain
-            b0 = tl.load(at0 + code * G.width, mask=real & (c0 >= 0), other=0).to(tl.float32) * a
-            b1 = tl.load(at1 + code * G.width, mask=real & (c1 >= 0), other=0).to(tl.float32) * a
-            away = tl.load(tables.of_keys.middles + slot)
+            a = warp.float_of(affine + code, real) * warp.float_of(affine + RANK + code, real) * place * gain
+            b0 = warp.signed_byte_of(at0 + code * G.width, real & live & (c0 >= 0)).to(tl.float32) * a
+            b1 = warp.signed_byte_of(at1 + code * G.width, real & live & (c1 >= 0)).to(tl.float32) * a
+            away = warp.float_of(tables.of_keys.middles + slot, live)
             middle0 += b0.to(tl.float16).to(tl.float32) * away
             middle1 += b1.to(tl.float16).to(tl.float32) * away
             if L.columns > PAIRS:
@@ -221,22 +221,24 @@ def _queries_to_shared(
     T: tl.constexpr = 32 * L.warps
     WARPS: tl.constexpr = L.warps
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    DTYPE: tl.constexpr = at[0].dtype.element_ty
     first, second, squares = (), (), ()
     for h in tl.static_range(4):
         squares = squares + (tl.zeros([T], tl.float32),)
     for i in tl.static_range((PAIRS + 31) // 32):
         pair = 32 * i + lane
         there = pair < PAIRS
-        c0 = tl.load(tables.of_pairs.channels + pair, mask=there, other=-1)
-        c1 = tl.load(tables.of_pairs.channels + PAIRS + pair, mask=there, other=-1)
-        sin, cos = sincos(positions, tl.load(tables.of_pairs.turns + pair, mask=there, other=0))
+        c0 = warp.word_of(tables.of_pairs.channels + pair, there)
+        c1 = warp.word_of(tables.of_pairs.channels + PAIRS + pair, there)
+        held0, held1 = there & (c0 >= 0), there & (c1 >= 0)
+        sin, cos = sincos(positions, warp.word_of(tables.of_pairs.turns + pair, there))
         turned = scale * tl.where(c0 < 2 * R.pairs, R.scaling, 1.0)
-        w0 = inverse(tl.load(weights + c0, mask=c0 >= 0, other=1.0)) * turned
-        w1 = inverse(tl.load(weights + c1, mask=c1 >= 0, other=1.0)) * turned
+        w0 = inverse(tl.where(held0, warp.float_of(weights + c0, held0), 1.0)) * turned
+        w1 = inverse(tl.where(held1, warp.float_of(weights + c1, held1), 1.0)) * turned
         grown = ()
         for h in tl.static_range(4):
-            q0 = tl.load(at[h] + c0, mask=live[h] & (c0 >= 0), other=0.0).to(tl.float32)
-            q1 = tl.load(at[h] + c1, mask=live[h] & (c1 >= 0), other=0.0).to(tl.float32)
+            q0 = warp.number_of(at[h] + c0, live[h] & held0, DTYPE)
+            q1 = warp.number_of(at[h] + c1, live[h] & held1, DTYPE)
             x0, x1 = (q0 * cos + q1 * sin) * w0, (q1 * cos - q0 * sin) * w1
             first, second = first + (x0,), second + (x1,)
             grown = grown + (squares[h] + x0 * x0 + x1 * x1,)
@@ -337,14 +339,14 @@ def _absorbed_over_run(room, queries_room, h, e, r, c, tables, L: tl.constexpr):
 
 
 @warp.function
-def _fast_queries(queries, step, tables, e, c, L: tl.constexpr):
-    """Queries of the fastest pairs, turned back to where a step begins; only the columns e = 0 of a product take them."""
+def _fast_queries(queries, step, tables, c, L: tl.constexpr):
+    """Queries of the fastest pairs, turned back to where a step begins."""
     out = ()
     for s in tl.static_range(L.fast):
         at = tables.of_pairs.turned + (step * ((L.fast + 1) // 2) + s // 2) * 16 + c * 4
         turns = warp.words_of(at)
         a, b = warp.turned(queries[2 * s], queries[2 * s + 1], turns[s % 2 * 2], turns[s % 2 * 2 + 1])
-        out = out + (tl.where(e == 1, 0, a), tl.where(e == 1, 0, b))
+        out = out + (a, b)
     return out
 
 
@@ -441,23 +443,19 @@ def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G
 
 
 @warp.function
-def _fetch(ring, lane, key_codes, value_codes, norms, token, step, steps, slots, L: tl.constexpr, G: tl.constexpr):
-    """Begin to copy the codes of 32 tokens, from ``token`` of the row's ``slots`` on, to shared memory, if there is such a step."""
+def _fetch(ring, lane, keys, values, norms, left, L: tl.constexpr, G: tl.constexpr):
+    """Begin to copy the codes of 32 tokens, or of ``left`` ones if these are fewer, from each lane's pointers to shared memory."""
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
-    asked = step < steps
+    # a multiple of four tokens, so all 16 bytes of a copy are theirs, or none
+    count = tl.minimum(left, _STEP)
     for i in tl.static_range((2 * KEY_BYTES + 31) // 32):
-        at = 16 * (lane + 32 * i)
-        wanted = asked & (at < _STEP * KEY_BYTES) & (token * KEY_BYTES + at < slots * KEY_BYTES)
-        warp.copy_ahead(ring + at, key_codes + token.to(tl.int64) * KEY_BYTES + at, wanted)
+        warp.copy_ahead(ring + (16 * lane + 512 * i), keys + 512 * i, 16 * lane + 512 * i < count * KEY_BYTES)
     for i in tl.static_range((2 * VALUE_BYTES + 31) // 32):
-        at = 16 * (lane + 32 * i)
-        wanted = asked & (at < _STEP * VALUE_BYTES) & (token * VALUE_BYTES + at < slots * VALUE_BYTES)
-        warp.copy_ahead(ring + (_STEP * KEY_BYTES + at), value_codes + token.to(tl.int64) * VALUE_BYTES + at, wanted)
+        to = ring + (16 * lane + (_STEP * KEY_BYTES + 512 * i))
+        warp.copy_ahead(to, values + 512 * i, 16 * lane + 512 * i < count * VALUE_BYTES)
     if G.normalised:
-        at = 4 * lane
-        wanted = asked & (at < _STEP) & (token + at < slots)
-        warp.copy_word_ahead(ring + (_STEP * (KEY_BYTES + VALUE_BYTES) + at), norms + token + at, wanted)
+        warp.copy_word_ahead(ring + (4 * lane + _STEP * (KEY_BYTES + VALUE_BYTES)), norms, 4 * lane < count)
     warp.end_of_copies(lane)
 
 
@@ -545,8 +543,18 @@ def attend_latent(
             step0 = all_steps * own_warp // WARPS
             steps = all_steps * (own_warp + 1) // WARPS - step0
             token = low + _STEP * step0
+            last = tl.minimum(end, token + steps * _STEP)
+            # of the row's slots, of which those past the coded tokens hold nothing of use
+            unread = tl.minimum(coded_slots - token, steps * _STEP)
+            keys = key_codes + (token.to(tl.int64) * KEY_BYTES + 16 * lane)
+            values = value_codes + (token.to(tl.int64) * VALUE_BYTES + 16 * lane)
+            sizes_of = norms + (token + 4 * lane)
             for i in tl.static_range(L.stages - 1):
-                _fetch(ring + i * L.stage, lane, key_codes, value_codes, norms, token + _STEP * i, i, steps, coded_slots, L, G)
+                _fetch(ring + i * L.stage, lane, keys, values, sizes_of, unread, L, G)
+                unread -= _STEP
+                keys += _STEP * KEY_BYTES
+                values += _STEP * VALUE_BYTES
+                sizes_of += _STEP
             position = tl.load(row_positions + tl.minimum(token, end - 1))
             gains = _queries_to_shared(
                 queries_room, room + L.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
@@ -560,7 +568,8 @@ def attend_latent(
             for s in tl.static_range(L.medium):
                 medium = medium + _query(queries_room, h, e, c, L.fast + s, PAIRS)
             for s in tl.static_range(L.fast):
-                quick = quick + _query(queries_room, h, e, c, s, PAIRS)
+                first, second = _query(queries_room, h, e, c, s, PAIRS)
+                quick = quick + (tl.where(e == 1, 0, first), tl.where(e == 1, 0, second))
             for j in tl.static_range(L.registers):
                 for s in tl.static_range(L.medium):
                     of_medium = of_medium + _channels_of(room, r, c, L.fast + s, j, L)
@@ -571,15 +580,16 @@ def attend_latent(
             shift_at = tables.of_pairs.shifts + tl.where(c == h, e, 2) * 4
             terms = _absorbed_by(medium, L.fast, L.medium, 0, tables, e, c, L)
             absorbed = _absorbed(terms, over_run, warp.words_of(shift_at), of_medium, r, L)
-            fast = _fast_queries(quick, 0, tables, e, c, L)
+            fast = _fast_queries(quick, 0, tables, c, L)
             at_stage, ahead = 0, L.stages - 1
             for k in range(tl.cdiv(all_steps, WARPS)):
                 warp.wait_for_copies(x, ALL_BUT)
                 stage = ring + at_stage * L.stage
-                _fetch(
-                    ring + ahead * L.stage, lane, key_codes, value_codes, norms, token + _STEP * (L.stages - 1),
-                    k + L.stages - 1, steps, coded_slots, L, G,
-                )  # fmt: skip
+                _fetch(ring + ahead * L.stage, lane, keys, values, sizes_of, unread, L, G)
+                unread -= _STEP
+                keys += _STEP * KEY_BYTES
+                values += _STEP * VALUE_BYTES
+                sizes_of += _STEP
                 at_stage = tl.where(at_stage + 1 == L.stages, 0, at_stage + 1)
                 ahead = tl.where(ahead + 1 == L.stages, 0, ahead + 1)
                 if NORMALISED:
@@ -590,7 +600,7 @@ def attend_latent(
                 following = tl.minimum(k + 1, _STEPS - 1)
                 terms = _absorbed_by(medium, L.fast, L.medium, following, tables, e, c, L)
                 absorbed = _absorbed(terms, over_run, warp.words_of(shift_at + following * 12), of_medium, r, L)
-                fast = _fast_queries(quick, following, tables, e, c, L)
+                fast = _fast_queries(quick, following, tables, c, L)
                 if NORMALISED:
                     warp.lanes_meet(x)
                     size = warp.shared_floats(sizes + r * 16)
@@ -602,8 +612,11 @@ def attend_latent(
                         score = scores[8 * sixteen + 5 + 2 * octet] * across + scores[8 * sixteen + 4 + 2 * octet]
                         score = score * across + scores[8 * sixteen + 1 + 2 * octet]
                         score = score * across + scores[8 * sixteen + 2 * octet]
-                        score = capped(score * own_gain, F.softcap)
-                        seen = (slot < end) & (k < steps)
+                        if F.softcap > 0:
+                            score = capped(score * own_gain, F.softcap) + up
+                        else:
+                            score = score * own_gain + up
+                        seen = slot < last
                         if F.slides:
                             seen = seen & (G.first_exact + slot > own - masks.sliding_window)
                         if masks.visible is not None:
@@ -614,7 +627,7 @@ def attend_latent(
                             seen = seen & (tl.load(asked + slot, mask=seen, other=0) != 0)
                         score = tl.where(seen, score, float("-inf"))
                         highest = tl.maximum(highest, score)
-                        weight = warp.power_of_two(score + up)
+                        weight = warp.power_of_two(score)
                         total += weight
                         if NORMALISED:
                             weight = weight * size[2 * sixteen + octet]
@@ -634,7 +647,7 @@ def attend_latent(
             if F.in_segments:
                 if segment + 1 < segments:
                     segment += (tl.load(store.starts + b * segments + segment + 1) <= low).to(tl.int32)
-        top = tl.max(tl.reshape(highest, (WARPS * 8, 4)), 0)
+        top = tl.max(tl.reshape(highest, (WARPS * 8, 4)), 0) + (reference - _UP)
         far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
         again = tl.max(far.to(tl.int32), 0) > 0
         reference = tl.where(far, top, reference)
