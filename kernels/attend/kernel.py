@@ -169,7 +169,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     tiles, tile = triton.cdiv(rows, plan.tile), plan.tile
     most = tiles_at_once(plan, form, pairs)
     latent = latent_tables = None
-    if tiles <= most and takes(past, chunk, form, plan):
+    if tiles <= most and takes(past, chunk, plan):
         latent = LatentPlan.of(layout, count * geometry.query_heads, plan.warps, plan.stages)
         plan = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.blocks - 1))
         latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.bytes)

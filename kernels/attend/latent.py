@@ -25,7 +25,7 @@ from spectral_compile.kernels.attend.coded import inverse
 from spectral_compile.kernels.attend.expansion import EIGHT, RUN, STEP, Expansion, ExpansionTables
 from spectral_compile.kernels.attend.expansion import tables as expansion_tables
 from spectral_compile.kernels.attend.parts import capped
-from spectral_compile.kernels.attend.plan import AttendPlan, Form
+from spectral_compile.kernels.attend.plan import AttendPlan
 from spectral_compile.kernels.attend.registers import (
     KeySource,
     KeyTable,
@@ -43,6 +43,7 @@ from spectral_compile.kernels.rotary import sincos
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a block
+ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 _FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
 _UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
@@ -80,7 +81,7 @@ class LatentPlan(NamedTuple):
 
     @classmethod
     def of(cls, layout: Layout, queries: int, warps: int, stages: int) -> LatentPlan:
-        """For ``queries`` (query, head) pairs of a KV head."""
+        """For ``queries`` (query, head) pairs of a KV head, with fewer ``stages`` where there is no room for so many."""
         expansion = Expansion.of(layout.rotary, layout.head_dim)
         sources, groups = key_sources(layout.key), value_groups(layout.value)
         registers = sum(len(source.masks) for source in sources)
@@ -90,6 +91,7 @@ class LatentPlan(NamedTuple):
         queries_at = -(-(spare + 4) // 128) * 128
         rings_at = queries_at + warps * QUERIES * 4 * pairs
         stage = STEP * (layout.key.row_bytes + layout.value.row_bytes + 1)
+        stages = max(2, min(stages, ((ROOM - rings_at) // warps - 4 * STEP) // stage))
         ring = stages * stage + 4 * STEP
         total = rings_at + warps * ring
         return cls(
@@ -134,17 +136,17 @@ class LatentTables(NamedTuple):
         return cls(pairs, keys, values, scratch if INTERPRETED.value else None)
 
 
-def takes(past: Past, chunk: Chunk, form: Form, plan: AttendPlan) -> bool:
-    """Whether this form of attention is there for a step."""
+def takes(past: Past, chunk: Chunk, plan: AttendPlan) -> bool:
+    """Whether a step can be attended to in this form.
+
+    Not in float32, of which products take as many instructions again, and not with bases that leave too little shared memory,
+    which are those of groups from 192 channels on.
+    """
     buffers, layout = past.buffers, past.layout
-    return (
-        plan.latent
-        and not layout.lossless
-        and chunk.columns <= COLUMNS
-        and chunk.query.dtype in (torch.float16, torch.bfloat16)
-        and buffers.k_codes.shape[2] % 4 == 0  # tokens are copied by fours
-        and (not form.in_segments or layout.block % 4 == 0)
-    )
+    if not plan.latent or layout.lossless or chunk.columns > COLUMNS or chunk.query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    by_fours = buffers.k_codes.shape[2] % 4 == 0 and (buffers.starts.shape[1] == 1 or layout.block % 4 == 0)
+    return by_fours and LatentPlan.of(layout, 1, plan.warps, plan.stages).bytes <= ROOM
 
 
 @warp.function
@@ -300,13 +302,15 @@ def _basis_of(room, r, c, S: tl.constexpr, SECOND: tl.constexpr, J: tl.constexpr
 @warp.function
 def _absorbed(terms, over_run, shift, held, r, L: tl.constexpr):
     """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
+    MEDIUM: tl.constexpr = L.medium
+    REGISTERS: tl.constexpr = L.registers
     zero = (r * 0).to(tl.float32)
     out = ()
-    for j in tl.static_range(L.registers):
+    for j in tl.static_range(REGISTERS):
         y = (zero, zero, zero, zero)
         if L.slow > 0:
             y = warp.product(y, shift[0], shift[1], shift[2], shift[3], over_run[2 * j], over_run[2 * j + 1], False)
-        for s in tl.static_range(L.medium):
+        for s in tl.static_range(MEDIUM):
             b0, b1 = held[2 * (j * L.medium + s)], held[2 * (j * L.medium + s) + 1]
             y = warp.product(y, terms[4 * s], terms[4 * s + 1], terms[4 * s + 2], terms[4 * s + 3], b0, b1, False)
         out = out + (warp.halves(y[0], y[1]), warp.halves(y[2], y[3]))
@@ -316,23 +320,25 @@ def _absorbed(terms, over_run, shift, held, r, L: tl.constexpr):
 @warp.function
 def _absorbed_over_run(room, queries_room, h, e, r, c, tables, L: tl.constexpr):
     """What ``_absorbed`` takes of the slowest pairs: fragments [digits, terms] over the whole run."""
+    SLOW: tl.constexpr = L.slow
+    REGISTERS: tl.constexpr = L.registers
     FIRST: tl.constexpr = L.fast + L.medium
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
     zero = (r * 0).to(tl.float32)
     sums = ()
-    for _ in tl.static_range(4 * L.registers):
+    for _ in tl.static_range(4 * REGISTERS):
         sums = sums + (zero,)
-    for s in tl.static_range(L.slow):
+    for s in tl.static_range(SLOW):
         a, b = _query(queries_room, h, e, c, FIRST + s, PAIRS)
         t = _absorbed_by((a, b), FIRST + s, 1, _STEPS, tables, e, c, L)
         grown = ()
-        for j in tl.static_range(L.registers):
+        for j in tl.static_range(REGISTERS):
             b0, b1 = _channels_of(room, r, c, FIRST + s, j, L)
             y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
             grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b0, b1, False)
         sums = grown
     out = ()
-    for j in tl.static_range(L.registers):
+    for j in tl.static_range(REGISTERS):
         out = out + (warp.transposed(warp.halves(sums[4 * j], sums[4 * j + 1])),)
         out = out + (warp.transposed(warp.halves(sums[4 * j + 2], sums[4 * j + 3])),)
     return out
@@ -341,8 +347,9 @@ def _absorbed_over_run(room, queries_room, h, e, r, c, tables, L: tl.constexpr):
 @warp.function
 def _fast_queries(queries, step, tables, c, L: tl.constexpr):
     """Queries of the fastest pairs, turned back to where a step begins."""
+    FAST: tl.constexpr = L.fast
     out = ()
-    for s in tl.static_range(L.fast):
+    for s in tl.static_range(FAST):
         at = tables.of_pairs.turned + (step * ((L.fast + 1) // 2) + s // 2) * 16 + c * 4
         turns = warp.words_of(at)
         a, b = warp.turned(queries[2 * s], queries[2 * s + 1], turns[s % 2 * 2], turns[s % 2 * 2 + 1])
@@ -383,6 +390,7 @@ def _scores(
     stage, r, lane, pairwise, alone, absorbed, fast, held, tables, SIXTEEN: tl.constexpr, L: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Four terms of the scores of tokens r and r + 8 of sixteen: the first two of both, then the others."""
+    FAST: tl.constexpr = L.fast
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     N: tl.constexpr = L.registers
     zero, none = (r * 0).to(tl.float32), r * 0
@@ -396,7 +404,7 @@ def _scores(
     if N % 2 == 1:
         y0 = warp.half_product(y0, d0[N - 1], d1[N - 1], absorbed[2 * N - 2])
         y1 = warp.half_product(y1, d0[N - 1], d1[N - 1], absorbed[2 * N - 1])
-    for s in tl.static_range(L.fast):
+    for s in tl.static_range(FAST):
         keys = ()
         for second in tl.static_range(2):
             k = (none, none)
@@ -466,6 +474,10 @@ def attend_latent(
     G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Attention of one block of four queries to coded tokens from ``low`` to ``high``, left for the merge."""
+    MEDIUM: tl.constexpr = L.medium
+    FAST: tl.constexpr = L.fast
+    REGISTERS: tl.constexpr = L.registers
+    STAGES: tl.constexpr = L.stages
     WARPS: tl.constexpr = L.warps
     T: tl.constexpr = 32 * WARPS
     TILES: tl.constexpr = (L.value_registers + 1) // 2
@@ -549,7 +561,7 @@ def attend_latent(
             keys = key_codes + (token.to(tl.int64) * KEY_BYTES + 16 * lane)
             values = value_codes + (token.to(tl.int64) * VALUE_BYTES + 16 * lane)
             sizes_of = norms + (token + 4 * lane)
-            for i in tl.static_range(L.stages - 1):
+            for i in tl.static_range(STAGES - 1):
                 _fetch(ring + i * L.stage, lane, keys, values, sizes_of, unread, L, G)
                 unread -= _STEP
                 keys += _STEP * KEY_BYTES
@@ -565,17 +577,17 @@ def attend_latent(
             own_gain = own_gain * (16777216.0 / gain)  # digits count 2**-24
             over_run = _absorbed_over_run(room, queries_room, h, e, r, c, tables, L)
             medium, quick, of_medium, of_quick = (), (), (), ()
-            for s in tl.static_range(L.medium):
+            for s in tl.static_range(MEDIUM):
                 medium = medium + _query(queries_room, h, e, c, L.fast + s, PAIRS)
-            for s in tl.static_range(L.fast):
+            for s in tl.static_range(FAST):
                 first, second = _query(queries_room, h, e, c, s, PAIRS)
                 quick = quick + (tl.where(e == 1, 0, first), tl.where(e == 1, 0, second))
-            for j in tl.static_range(L.registers):
-                for s in tl.static_range(L.medium):
+            for j in tl.static_range(REGISTERS):
+                for s in tl.static_range(MEDIUM):
                     of_medium = of_medium + _channels_of(room, r, c, L.fast + s, j, L)
-            for s in tl.static_range(L.fast):
+            for s in tl.static_range(FAST):
                 for second in tl.static_range(2):
-                    for j in tl.static_range(L.registers):
+                    for j in tl.static_range(REGISTERS):
                         of_quick = of_quick + (_basis_of(room, r, c, s, second, j, L),)
             shift_at = tables.of_pairs.shifts + tl.where(c == h, e, 2) * 4
             terms = _absorbed_by(medium, L.fast, L.medium, 0, tables, e, c, L)
@@ -670,8 +682,10 @@ def _leave_digits(sums, mass, to, live, L: tl.constexpr):
     WARPS: tl.constexpr = L.warps
     rest, rows = mass[None, :], tl.arange(0, 8)[:, None]
     for i in tl.static_range(len(L.groups)):
-        for f in tl.static_range(L.groups[i].fields if L.groups[i].held < 8 else 0):  # places that no register has
-            tl.store(to + (L.groups[i].place + f * L.groups[i].stride + rows), 0.0, mask=live & (rows >= L.groups[i].held))
+        for f in tl.static_range(8):
+            if L.groups[i].held < 8 and f < L.groups[i].fields:  # places that no register has
+                none = live & (rows >= L.groups[i].held)
+                tl.store(to + (L.groups[i].place + f * L.groups[i].stride + rows), 0.0, mask=none)
         for k in tl.static_range(len(L.groups[i].registers)):
             y = _digit_sums(sums, L.groups[i].first + k, WARPS) * (_COUNTED / (1 << L.groups[i].registers[k].at))
             field = k * (8 // L.groups[i].held) + rows // L.groups[i].held
