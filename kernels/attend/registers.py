@@ -144,11 +144,8 @@ def constant_at(tiers: Tiers) -> int:
     for source in key_sources(tiers):
         if source.constant:
             return at + 1
-        at += EIGHT * len(source.masks)
+        at += 8 * len(source.masks)
     raise AssertionError("one of the registers holds it")
-
-
-EIGHT = 8
 
 
 class ValueRegister(NamedTuple):
@@ -161,7 +158,8 @@ class ValueGroup(NamedTuple):
     """Up to eight halfwords of a token's row: registers in which lane 4 r + c holds a digit of halfword r, or r % ``held``."""
 
     byte: int  # at which it begins
-    held: int  # halfwords: 2, 4 or 8
+    live: int  # halfwords; those that follow in the registers are another group's, or no one's
+    held: int  # that many and more: 2, 4 or 8
     bits: int  # of a digit that is left for the merge; bytes are two digits of 4 bits in registers
     fields: int  # digits of a halfword that are left for the merge
     registers: tuple[ValueRegister, ...]
@@ -190,7 +188,7 @@ def value_groups(tiers: Tiers) -> tuple[ValueGroup, ...]:
             count = sum(len(group.registers) for group in out)
             fields = 16 // row_field.bits
             out.append(
-                ValueGroup(byte, held, row_field.bits, fields, tuple(registers), count, place + first, row_field.padded)
+                ValueGroup(byte, left, held, row_field.bits, fields, tuple(registers), count, place + first, row_field.padded)
             )
         place += row_field.digits
     return tuple(out)
@@ -212,7 +210,7 @@ def value_table(tiers: Tiers, device: torch.device) -> ValueTable:
             for r in range(HALFWORDS):
                 bit = bits * (k * (HALFWORDS // group.held) + r // group.held)
                 code, begin = _code_at(group.byte + 2 * (r % group.held) + bit // 8, bit % 8, tiers)
-                codes.append(code)
+                codes.append(code if r % group.held < group.live else -1)
                 places.append(2.0 ** (bit % 8 - begin))
     return ValueTable(torch.tensor(codes, dtype=torch.int32).to(device), torch.tensor(places).to(device))
 

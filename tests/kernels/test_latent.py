@@ -1,0 +1,173 @@
+"""Attention to coded tokens in a warp's registers against the reference, and against keys that are rebuilt on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectral_compile.codec import PRESETS, Rotary
+from spectral_compile.kernels.attend import kernel, latent, plan
+from spectral_compile.kernels.attend.plan import AttendPlan
+from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
+from tests.budget import combinations
+from tests.stores import PlainStore, Step, filled, moved
+from tests.tiny import DEVICE
+
+# of the whole output, beside the present form's error on the same inputs
+WORSE = 1.5
+ROUNDED = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # what rounding of the output alone may come to
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # the interpreter has no products of bfloat16
+in_half = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Overrides of plans, of few splits: in the interpreter each takes seconds."""
+    values: dict[str, int] = {"splits": 2, "exact_splits": 1} if DEVICE == "cpu" else {}
+    monkeypatch.setattr(plan, "_overrides", values)
+    yield values
+
+
+def errors(
+    store: PlainStore, step: Step, scale: float, dtype: torch.dtype, planned: dict[str, int],
+    hidden: Hidden = NOTHING_HIDDEN, **how: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of each query the relative error of keys that are rebuilt, then of scores in the latent."""
+    step = Step(*(x.to(dtype).float() for x in (step.query, step.key, step.value)), step.ids, step.valid)
+    store.buffers = store.buffers.cast(dtype, store.layout).cast(torch.float32, store.layout)
+    expected = store.attend(step, scale, hidden, **how)
+    chunk = Chunk(*(x.to(dtype) for x in (step.query, step.key, step.value)), step.valid)
+    past = Past(store.ledger, store.positions, store.buffers.cast(dtype, store.layout), store.layout)
+    out = []
+    for form in (0, 1):
+        planned["latent"] = form
+        given = (moved(x, DEVICE) for x in (chunk, past, Scoring(scale, **how), hidden))
+        got = kernel.attend(*given).float().cpu()
+        out.append((got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-3))
+    planned.pop("latent")
+    return out[0], out[1]
+
+
+def assert_near(
+    store: PlainStore, step: Step, scale: float, dtype: torch.dtype, planned: dict[str, int], **how: Any
+) -> None:
+    given = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
+    planned["latent"] = 1
+    asked = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
+    assert asked.latent and not given.latent
+    chunk = Chunk(step.query.to(dtype), step.key, step.value)
+    assert latent.takes(store.past, chunk, asked), "else both sides are the same form"
+    rebuilt, scored = errors(store, step, scale, dtype, planned, **how)
+    assert scored.square().mean().sqrt() <= max(WORSE * rebuilt.square().mean().sqrt(), ROUNDED[dtype])
+    assert scored.max() <= 2 * max(rebuilt.max(), ROUNDED[dtype])  # of one query chance has a part
+
+
+STORES = {
+    "one basis": ("balanced", 64, 1, {"head_group": 1}),
+    "joint heads": ("compact", 64, 1, {"head_group": 2}),
+    "a basis a segment": ("seed", 64, 1, {}),
+    "few queries": ("quality", 64, 3, {"head_group": 1}),
+    "no RoPE": ("balanced", 64, 1, {"turned": 0}),
+    "partial RoPE, wide": ("balanced", 128, 1, {"turned": 40, "head_group": 1}),
+    "bytes beside": ("balanced", 80, 2, {"recent_bits": 8, "batch": 2}),
+    "many queries of a head": ("compact", 96, 4, {"head_group": 1}),
+}
+
+
+@in_half
+@pytest.mark.parametrize("name", STORES)
+def test_it_is_as_near_as_rebuilt_keys(name: str, dtype: torch.dtype, planned: dict[str, int]) -> None:
+    preset, dim, new, how = STORES[name]
+    store, step = filled(preset, dim, past=152 - new, new=new, **how)
+    assert_near(store, step, 0.1, dtype, planned)
+
+
+@in_half
+@pytest.mark.parametrize("hides", ["a window", "padding", "a mask"])
+def test_it_sees_the_same_tokens(hides: str, dtype: torch.dtype, planned: dict[str, int]) -> None:
+    store, step = filled("balanced", 64, past=149, new=3, head_group=1)
+    generator = torch.Generator().manual_seed(1)
+    if hides == "a window":
+        how: dict[str, Any] = {"sliding_window": 50, "softcap": 2.0}
+    elif hides == "padding":
+        how = {"hidden": Hidden(visible=(torch.rand(1, 153, generator=generator) < 0.6).to(torch.uint8))}
+    else:
+        mask = torch.rand(1, 1, 3, 152, generator=generator) < 0.6
+        how = {"hidden": Hidden(mask, torch.ones(1, 152, dtype=torch.bool))}
+    assert_near(store, step, 0.1, dtype, planned, **how)
+
+
+@in_half
+def test_a_store_of_several_bases_and_joint_heads(dtype: torch.dtype, planned: dict[str, int]) -> None:
+    """Halfwords of values that belong to no group's codes were counted twice where a segment ends."""
+    store, step = filled("seed", 64, past=203, new=1, head_group=2)
+    assert store.buffers.starts.shape[1] > 1
+    assert_near(store, step, 0.1, dtype, planned)
+
+
+@in_half
+@pytest.mark.parametrize("boost", [1.0, 3.0, 5.0])
+def test_large_queries_are_no_worse(boost: float, dtype: torch.dtype, planned: dict[str, int]) -> None:
+    store, step = random_store(300, boost)
+    assert_near(store, step, 128**-0.5, dtype, planned)
+
+
+@in_half
+def test_scores_far_from_any_reference(dtype: torch.dtype, planned: dict[str, int]) -> None:
+    """Weights that leave float32 are computed again from the largest score."""
+    store, step = random_store(120, 1.0)
+    step.query[:, ::2] *= 200
+    rebuilt, scored = errors(store, step, 0.3, dtype, planned)
+    assert scored.isfinite().all()
+    assert scored.max() <= max(2 * WORSE * rebuilt.max(), ROUNDED[dtype])
+
+
+@in_half
+def test_a_run_longer_than_its_tables(dtype: torch.dtype, planned: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slowest pairs are absorbed once a run: a split of more tokens takes several."""
+    store, step = random_store(4 * 512 + 200, 1.0, heads=1)
+    if DEVICE == "cpu":
+        planned["splits"] = 1
+    assert_near(store, step, 128**-0.5, dtype, planned)
+
+
+@in_half
+def test_positions_with_gaps_are_right(dtype: torch.dtype, planned: dict[str, int]) -> None:
+    """The device sees that an expansion would not hold, and rebuilds all keys."""
+    ids = torch.arange(152) * 3
+    store, step = filled("balanced", 64, past=151, new=1, ids=ids, head_group=1)
+    rebuilt, scored = errors(store, step, 0.1, dtype, planned)
+    assert scored.max() <= max(1.01 * rebuilt.max(), ROUNDED[dtype])
+
+
+def random_store(past: int, boost: float, heads: int = 2) -> tuple[PlainStore, Step]:
+    """Llama-3's RoPE over keys of a decaying spectrum, and a query ``boost`` times as large as theirs."""
+    generator = torch.Generator().manual_seed(7)
+    basis = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0] * torch.logspace(0.3, -1.2, 128)[:, None]
+    layout = PRESETS["balanced"].layout(heads, 128, Rotary(tuple(5e5 ** (-i / 64) for i in range(64))))
+    layout = layout.__class__(**vars(layout) | {"recent": 16, "block": 32, "warmup": 64})
+
+    def some(count: int) -> Step:
+        key, value = (torch.randn(1, heads, count, 128, generator=generator) @ basis for _ in range(2))
+        return Step(boost * torch.randn(1, 4 * heads, count, 128, generator=generator), key, value, None, None)
+
+    store = PlainStore.blank(layout, 1, past // 4 * 4 + 4)
+    for step in (some(past), some(1)):
+        store.advance(step)
+        if step.key.shape[2] > 1:
+            store.append(step)
+    return store, step
+
+
+@pytest.mark.parametrize(("preset", "columns", "dtype"), combinations(["exact", "balanced"], [1, 9], [torch.float32, torch.float16]))
+def test_other_steps_are_left_alone(preset: str, columns: int, dtype: torch.dtype, planned: dict[str, int]) -> None:
+    planned["latent"] = 1
+    store, step = filled(preset, 64, past=152 - columns, new=columns)
+    asked = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
+    chunk = Chunk(step.query.to(dtype), step.key, step.value)
+    takes = latent.takes(store.past, chunk, asked)
+    assert takes == (preset == "balanced" and columns == 1 and dtype == torch.float16)
