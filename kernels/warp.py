@@ -146,21 +146,19 @@ def transposed(x):
 
 
 @function
-def _product(a, b, BFLOAT: tl.constexpr):
-    """Products [warps, 8, 8] of fragments: rows of ``a`` times rows of ``b``."""
-    a, b = _matrices(a), _matrices(b)
-    a, b = (_of_bfloat(a), _of_bfloat(b)) if BFLOAT else (_of_half(a), _of_half(b))
-    return tl.sum(a[:, :, None, :] * b[:, None, :, :], 3)
-
-
-@function
 def _sums(a0, a1, a2, a3, b0, b1, BFLOAT: tl.constexpr):
     """Of a product of [16, 16] and [16, 8], for each lane: row r of the columns 2 c and 2 c + 1, then row r + 8 of them."""
-    LEN: tl.constexpr = a0.shape[0]
-    upper = _product(a0, b0, BFLOAT) + _product(a2, b1, BFLOAT)
-    lower = _product(a1, b0, BFLOAT) + _product(a3, b1, BFLOAT)
-    d0, d1 = tl.split(tl.reshape(upper, (LEN, 2)))
-    d2, d3 = tl.split(tl.reshape(lower, (LEN, 2)))
+    WARPS: tl.constexpr = a0.shape[0] // 32
+    a = tl.join(tl.join(a0, a2), tl.join(a1, a3))  # [lanes, half of the columns, half of the rows]
+    b = tl.join(b0, b1)
+    a, b = tl.join(a, a >> 16), tl.join(b, b >> 16)
+    a, b = (_of_bfloat(a), _of_bfloat(b)) if BFLOAT else (_of_half(a), _of_half(b))
+    a = tl.reshape(tl.permute(tl.reshape(a, (WARPS, 8, 4, 2, 2, 2)), (0, 4, 1, 3, 2, 5)), (WARPS, 16, 16))
+    b = tl.reshape(tl.permute(tl.reshape(b, (WARPS, 8, 4, 2, 2)), (0, 3, 2, 4, 1)), (WARPS, 16, 8))
+    d = tl.permute(tl.reshape(tl.dot(a, b), (WARPS, 2, 8, 4, 2)), (0, 2, 3, 4, 1))
+    upper, lower = tl.split(tl.reshape(d, (WARPS * 32, 2, 2)))
+    d0, d1 = tl.split(upper)
+    d2, d3 = tl.split(lower)
     return d0, d1, d2, d3
 
 
