@@ -284,6 +284,30 @@ def shared_floats(address):
 
 
 @function
+def shared_fragments(address, TRANSPOSED: tl.constexpr):
+    """Four fragments from shared memory: lanes 8 m to 8 m + 7 say where the rows of matrix m begin, 16 bytes each."""
+    if INTERPRETED:
+        LANES_: tl.constexpr = address.shape[0]
+        rows = tl.load(_at(address, tl.int16)[:, None] + tl.arange(0, 8)[None, :]).to(tl.int32) & 0xFFFF
+        m = tl.reshape(rows, (LANES_ // 32, 2, 2, 8, 8))  # [warps, matrix by twos, row, column]
+        m = tl.permute(m, (0, 4, 3, 2, 1)) if TRANSPOSED else tl.permute(m, (0, 3, 4, 2, 1))
+        low, high = tl.split(tl.permute(tl.reshape(m, (LANES_, 2, 2, 2)), (0, 2, 3, 1)))
+        even, odd = tl.split(tl.permute(low | (high << 16), (0, 2, 1)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+    if TRANSPOSED:
+        return tl.inline_asm_elementwise(
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];",
+            "=r,=r,=r,=r,r", [address], (tl.int32,) * 4, False, 1,
+        )  # fmt: skip
+    return tl.inline_asm_elementwise(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
+        "=r,=r,=r,=r,r", [address], (tl.int32,) * 4, False, 1,
+    )  # fmt: skip
+
+
+@function
 def shared_halfwords(first, second):
     """16 bits of shared memory from each of two places, in one register."""
     if INTERPRETED:

@@ -20,7 +20,7 @@ from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, 
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact
-from spectral_compile.kernels.attend.latent import LatentPlan, LatentTables, attend_latent, takes
+from spectral_compile.kernels.attend.latent import LatentTables, attend_latent, plan_of
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, queries_of
 from spectral_compile.kernels.attend.plan import (
@@ -168,10 +168,10 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     out = chunk.query.new_empty(batch, count, q_heads, dim)
     tiles, tile = triton.cdiv(rows, plan.tile), plan.tile
     most = tiles_at_once(plan, form, pairs)
-    latent = latent_tables = None
-    if tiles <= most and takes(past, chunk, plan):
-        latent = LatentPlan.of(layout, count * geometry.query_heads, plan.warps, plan.stages)
-        plan = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.blocks - 1))
+    latent = plan_of(past, chunk, plan) if tiles <= most else None
+    latent_tables, warps = None, plan.warps
+    if latent is not None:
+        plan, warps = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.blocks - 1)), latent.warps
         latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.bytes)
     for first in range(0, tiles, most):
         held = min(most, tiles - first)
@@ -182,7 +182,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         attend_kernel[(plan.programs, held, pairs)](
             given, store, ledger, positions, masks, angles, writes, code_tiles, plan.coders, left, plan.splits,
             plan.exact_splits, plan.exact_from, count, first, coded_slots, places, segments, positions.shape[1], scoring.scale,
-            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=plan.warps,
+            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=warps,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](

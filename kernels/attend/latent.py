@@ -12,6 +12,7 @@ block of four queries of one KV head, and each of its warps tokens of its own, 3
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ from spectral_compile.kernels.rotary import sincos
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a block
+HELD = 48  # fragments of a basis that leave enough registers for what a step takes
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 _FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
@@ -66,8 +68,9 @@ class LatentPlan(NamedTuple):
     fast: int  # eights of pairs
     medium: int
     slow: int
-    columns: int  # of the basis in shared memory, in words of two channels, a power of two
+    at_once: int  # eights of pairs of the basis that are in shared memory, all or those of the slow pairs in turns
     pitch: int  # bytes of a row of it
+    held: bool  # whether the basis of pairs that are not slow is in registers
     warps: int
     stages: int
     spare: int  # where in shared memory what belongs nowhere goes
@@ -80,18 +83,28 @@ class LatentPlan(NamedTuple):
     all_but: str
 
     @classmethod
+    @functools.cache
     def of(cls, layout: Layout, queries: int, warps: int, stages: int) -> LatentPlan:
         """For ``queries`` (query, head) pairs of a KV head, with fewer ``stages`` where there is no room for so many."""
         expansion = Expansion.of(layout.rotary, layout.head_dim)
         sources, groups = key_sources(layout.key), value_groups(layout.value)
         registers = sum(len(source.masks) for source in sources)
-        pairs = len(expansion.pairs)
-        pitch = 4 * pairs + 16  # rows of eight that begin at other banks
-        spare = 8 * registers * pitch
-        queries_at = -(-(spare + 4) // 128) * 128
-        rings_at = queries_at + warps * QUERIES * 4 * pairs
+        fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
+        queries_bytes = warps * QUERIES * 4 * len(expansion.pairs)
         stage = STEP * (layout.key.row_bytes + layout.value.row_bytes + 1)
-        stages = max(2, min(stages, ((ROOM - rings_at) // warps - 4 * STEP) // stage))
+
+        def places(at_once: int) -> tuple[int, int, int, int, int]:
+            pitch = 32 * at_once + 16  # eight rows begin at eight different banks
+            spare = 8 * registers * pitch
+            queries_at = -(-(spare + 4) // 128) * 128
+            rings_at = queries_at + queries_bytes
+            fitting = max(2, min(stages, ((ROOM - rings_at) // warps - 4 * STEP) // stage))
+            return pitch, spare, queries_at, rings_at, fitting
+
+        at_once = fast + medium + slow
+        if places(at_once)[3] + warps * (2 * stage + 4 * STEP) > ROOM:
+            at_once = max(1, fast + medium)
+        pitch, spare, queries_at, rings_at, stages = places(at_once)
         ring = stages * stage + 4 * STEP
         total = rings_at + warps * ring
         return cls(
@@ -101,11 +114,12 @@ class LatentPlan(NamedTuple):
             constant=constant_at(layout.key),
             groups=groups,
             value_registers=value_registers(layout.value),
-            fast=expansion.fast // EIGHT,
-            medium=expansion.medium // EIGHT,
-            slow=expansion.slow // EIGHT,
-            columns=triton.next_power_of_2(pairs),
+            fast=fast,
+            medium=medium,
+            slow=slow,
+            at_once=at_once,
             pitch=pitch,
+            held=2 * registers * (fast + medium) <= HELD,
             warps=warps,
             stages=stages,
             spare=spare,
@@ -136,17 +150,21 @@ class LatentTables(NamedTuple):
         return cls(pairs, keys, values, scratch if INTERPRETED.value else None)
 
 
-def takes(past: Past, chunk: Chunk, plan: AttendPlan) -> bool:
-    """Whether a step can be attended to in this form.
+def plan_of(past: Past, chunk: Chunk, plan: AttendPlan) -> LatentPlan | None:
+    """How a step is attended to in this form, with as many warps as have room; None where it is not.
 
-    Not in float32, of which products take as many instructions again, and not with bases that leave too little shared memory,
-    which are those of groups from 192 channels on.
+    Not in float32, of which products take as many instructions again.
     """
     buffers, layout = past.buffers, past.layout
     if not plan.latent or layout.lossless or chunk.columns > COLUMNS or chunk.query.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    by_fours = buffers.k_codes.shape[2] % 4 == 0 and (buffers.starts.shape[1] == 1 or layout.block % 4 == 0)
-    return by_fours and LatentPlan.of(layout, 1, plan.warps, plan.stages).bytes <= ROOM
+        return None
+    # codes are copied by four tokens
+    if buffers.k_codes.shape[2] % 4 or (buffers.starts.shape[1] > 1 and layout.block % 4):
+        return None
+    queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
+    warps = [count for count in (4, 2, 1) if count <= plan.warps]
+    tried = (LatentPlan.of(layout, queries, count, plan.stages) for count in warps)
+    return next((latent for latent in tried if latent.bytes <= ROOM), None)
 
 
 @warp.function
@@ -156,39 +174,48 @@ def _power_below(x):
 
 
 @warp.function
-def _basis_to_shared(room, x, basis, affine, head, tables, G: tl.constexpr, L: tl.constexpr):
-    """Write the matrix from digits to the channels of one head, in the order of pairs, to shared memory; what it is times."""
+def _unit(x, affine, G: tl.constexpr, L: tl.constexpr):
+    """What the numbers of a basis are times in shared memory, so that none leaves float16 and none is lost in it."""
     T: tl.constexpr = 32 * L.warps
     RANK: tl.constexpr = G.k.rank
-    J: tl.constexpr = L.columns if L.columns < T else T
-    ROWS: tl.constexpr = T // J
-    SLOTS: tl.constexpr = 8 * L.registers
-    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
     largest = 0.0
     for first in tl.static_range(0, RANK, T):
         held = first + x < RANK
         a = warp.float_of(affine + first + x, held) * warp.float_of(affine + RANK + first + x, held)
         largest = tl.maximum(largest, tl.max(a, 0))
-    gain = _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
-    for part in tl.static_range(L.columns // J):
+    return _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
+
+
+@warp.function
+def _basis_to_shared(
+    room, x, basis, affine, unit, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory."""
+    T: tl.constexpr = 32 * L.warps
+    WORDS: tl.constexpr = 8 * COUNT  # of two channels
+    PADDED: tl.constexpr = 8 if COUNT == 1 else 16 if COUNT == 2 else 32 if COUNT <= 4 else 64 if COUNT <= 8 else 128
+    J: tl.constexpr = PADDED if PADDED < T else T
+    ROWS: tl.constexpr = T // J
+    SLOTS: tl.constexpr = 8 * L.registers
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    for part in tl.static_range((WORDS + J - 1) // J):
         j, row = part * J + x % J, x // J
-        live = j < PAIRS
-        pair = j // 8 * 8 + 2 * (j % 4)
+        live = j < WORDS
+        pair = 8 * FIRST + j // 8 * 8 + 2 * (j % 4)
         which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
         c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
-        at0, at1 = basis + head * G.dim + c0, basis + head * G.dim + c1
         middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
         for i in tl.static_range(SLOTS // ROWS):
             slot = i * ROWS + row
             code, place = warp.word_of(tables.of_keys.codes + slot, live), warp.float_of(tables.of_keys.places + slot, live)
-            real = code >= 0
-            a = warp.float_of(affine + code, real) * warp.float_of(affine + RANK + code, real) * place * gain
-            b0 = warp.signed_byte_of(at0 + code * G.width, real & live & (c0 >= 0)).to(tl.float32) * a
-            b1 = warp.signed_byte_of(at1 + code * G.width, real & live & (c1 >= 0)).to(tl.float32) * a
+            real = live & (code >= 0)
+            a = warp.float_of(affine + code, real) * warp.float_of(affine + G.k.rank + code, real) * place * unit
+            b0 = warp.signed_byte_of(basis + code * G.width + c0, real & (c0 >= 0)).to(tl.float32) * a
+            b1 = warp.signed_byte_of(basis + code * G.width + c1, real & (c1 >= 0)).to(tl.float32) * a
             away = warp.float_of(tables.of_keys.middles + slot, live)
             middle0 += b0.to(tl.float16).to(tl.float32) * away
             middle1 += b1.to(tl.float16).to(tl.float32) * away
-            if L.columns > PAIRS:
+            if PADDED > WORDS:
                 warp.to_shared(room + tl.where(live, slot * L.pitch + 4 * j, L.spare), warp.halves(b0, b1))
             else:
                 warp.to_shared(room + (slot * L.pitch + 4 * j), warp.halves(b0, b1))
@@ -201,7 +228,6 @@ def _basis_to_shared(room, x, basis, affine, head, tables, G: tl.constexpr, L: t
         warp.to_shared(at, warp.halves(middle0, middle1))
         warp.to_shared(at + tl.where(live, 2 * L.pitch, 0), warp.halves(rest0, rest1))
     tl.debug_barrier()
-    return gain
 
 
 @warp.function
@@ -286,57 +312,83 @@ def _absorbed_by(queries, FIRST: tl.constexpr, COUNT: tl.constexpr, step, tables
 
 
 @warp.function
-def _channels_of(room, r, c, S: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
-    """Of the basis two fragments [digits, channels]: first, then second channels of the S-th eight pairs, digits of register J."""
-    at = room + ((8 * J + r) * L.pitch + (32 * S + 4 * c))
-    return warp.shared_word(at), warp.shared_word(at + 16)
-
-
-@warp.function
-def _basis_of(room, r, c, S: tl.constexpr, SECOND: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
-    """The same of first or second channels, transposed: [channels, digits]."""
-    at = room + ((8 * J + 2 * c) * L.pitch + (32 * S + 16 * SECOND + 2 * r))
-    return warp.shared_halfwords(at, at + L.pitch)
-
-
-@warp.function
-def _absorbed(terms, over_run, shift, held, r, L: tl.constexpr):
-    """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
-    MEDIUM: tl.constexpr = L.medium
-    REGISTERS: tl.constexpr = L.registers
-    zero = (r * 0).to(tl.float32)
+def _channels_of(room, lane, S: tl.constexpr, L: tl.constexpr):
+    """Of the S-th eight pairs in shared memory fragments [digits, channels], first and second channels of each register."""
+    N: tl.constexpr = L.registers
     out = ()
-    for j in tl.static_range(REGISTERS):
-        y = (zero, zero, zero, zero)
-        if L.slow > 0:
-            y = warp.product(y, shift[0], shift[1], shift[2], shift[3], over_run[2 * j], over_run[2 * j + 1], False)
-        for s in tl.static_range(MEDIUM):
-            b0, b1 = held[2 * (j * L.medium + s)], held[2 * (j * L.medium + s) + 1]
-            y = warp.product(y, terms[4 * s], terms[4 * s + 1], terms[4 * s + 2], terms[4 * s + 3], b0, b1, False)
-        out = out + (warp.halves(y[0], y[1]), warp.halves(y[2], y[3]))
+    for q in tl.static_range((N + 1) // 2):
+        register = tl.minimum(2 * q + lane // 16, N - 1)
+        at = room + ((8 * register + lane % 8) * L.pitch + (lane // 8 % 2 * 16 + 32 * S))
+        four = warp.shared_fragments(at, False)
+        out = out + (four if 2 * q + 1 < N else (four[0], four[1]))
     return out
 
 
 @warp.function
-def _absorbed_over_run(room, queries_room, h, e, r, c, tables, L: tl.constexpr):
-    """What ``_absorbed`` takes of the slowest pairs: fragments [digits, terms] over the whole run."""
-    SLOW: tl.constexpr = L.slow
+def _basis_of(room, lane, S: tl.constexpr, SECOND: tl.constexpr, L: tl.constexpr):
+    """The same of first or second channels, transposed: [channels, digits] of each register."""
+    N: tl.constexpr = L.registers
+    out = ()
+    for q in tl.static_range((N + 3) // 4):
+        register = tl.minimum(4 * q + lane // 8, N - 1)
+        four = warp.shared_fragments(room + ((8 * register + lane % 8) * L.pitch + (32 * S + 16 * SECOND)), True)
+        for i in tl.static_range(4):
+            if 4 * q + i < N:
+                out = out + (four[i],)
+    return out
+
+
+@warp.function
+def _absorbed(terms, over_run, shift, held, room, lane, L: tl.constexpr):
+    """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
     REGISTERS: tl.constexpr = L.registers
-    FIRST: tl.constexpr = L.fast + L.medium
-    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
-    zero = (r * 0).to(tl.float32)
+    MEDIUM: tl.constexpr = L.medium
+    zero = (lane * 0).to(tl.float32)
     sums = ()
-    for _ in tl.static_range(4 * REGISTERS):
-        sums = sums + (zero,)
-    for s in tl.static_range(SLOW):
-        a, b = _query(queries_room, h, e, c, FIRST + s, PAIRS)
-        t = _absorbed_by((a, b), FIRST + s, 1, _STEPS, tables, e, c, L)
+    for j in tl.static_range(REGISTERS):
+        y = (zero, zero, zero, zero)
+        if L.slow > 0:
+            y = warp.product(y, shift[0], shift[1], shift[2], shift[3], over_run[2 * j], over_run[2 * j + 1], False)
+        sums = sums + y
+    for s in tl.static_range(MEDIUM):
+        if not L.held:
+            held = _channels_of(room, lane, L.fast + s, L)
         grown = ()
         for j in tl.static_range(REGISTERS):
-            b0, b1 = _channels_of(room, r, c, FIRST + s, j, L)
+            b = held[2 * (REGISTERS * s + j) if L.held else 2 * j], held[2 * (REGISTERS * s + j) + 1 if L.held else 2 * j + 1]
             y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
-            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b0, b1, False)
+            t = (terms[4 * s], terms[4 * s + 1], terms[4 * s + 2], terms[4 * s + 3])
+            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[0], b[1], False)
         sums = grown
+    out = ()
+    for j in tl.static_range(REGISTERS):
+        out = out + (warp.halves(sums[4 * j], sums[4 * j + 1]), warp.halves(sums[4 * j + 2], sums[4 * j + 3]))
+    return out
+
+
+@warp.function
+def _absorbed_over_run(
+    sums, room, queries_room, lane, h, e, c, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, AT: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """``sums`` plus what some eights of slow pairs give, which begin at the AT-th eight pairs in shared memory."""
+    REGISTERS: tl.constexpr = L.registers
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    for s in tl.static_range(COUNT):
+        query = _query(queries_room, h, e, c, FIRST + s, PAIRS)
+        t = _absorbed_by(query, FIRST + s, 1, _STEPS, tables, e, c, L)
+        b = _channels_of(room, lane, AT + s, L)
+        grown = ()
+        for j in tl.static_range(REGISTERS):
+            y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
+            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[2 * j], b[2 * j + 1], False)
+        sums = grown
+    return sums
+
+
+@warp.function
+def _as_operand(sums, L: tl.constexpr):
+    """Absorbed queries over a run, [terms, digits], as fragments [digits, terms]."""
+    REGISTERS: tl.constexpr = L.registers
     out = ()
     for j in tl.static_range(REGISTERS):
         out = out + (warp.transposed(warp.halves(sums[4 * j], sums[4 * j + 1])),)
@@ -387,7 +439,8 @@ def _digits(at, pairwise, alone, L: tl.constexpr, G: tl.constexpr):
 
 @warp.function
 def _scores(
-    stage, r, lane, pairwise, alone, absorbed, fast, held, tables, SIXTEEN: tl.constexpr, L: tl.constexpr, G: tl.constexpr
+    stage, room, r, lane, pairwise, alone, absorbed, fast, held, tables,
+    SIXTEEN: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Four terms of the scores of tokens r and r + 8 of sixteen: the first two of both, then the others."""
     FAST: tl.constexpr = L.fast
@@ -408,11 +461,15 @@ def _scores(
         keys = ()
         for second in tl.static_range(2):
             k = (none, none)
+            if not L.held:
+                held = _basis_of(room, lane, s, second, L)
             for q in tl.static_range(N // 2):
-                b0, b1 = held[(2 * s + second) * N + 2 * q], held[(2 * s + second) * N + 2 * q + 1]
+                b0 = held[(2 * s + second) * N + 2 * q if L.held else 2 * q]
+                b1 = held[(2 * s + second) * N + 2 * q + 1 if L.held else 2 * q + 1]
                 k = warp.rounded_product(k, d0[2 * q], d1[2 * q], d0[2 * q + 1], d1[2 * q + 1], b0, b1)
             if N % 2 == 1:
-                k = warp.rounded_half_product(k, d0[N - 1], d1[N - 1], held[(2 * s + second) * N + N - 1])
+                last = held[(2 * s + second) * N + N - 1 if L.held else N - 1]
+                k = warp.rounded_half_product(k, d0[N - 1], d1[N - 1], last)
             keys = keys + k
         cos0, cos1, sin0, sin1 = warp.words_of(tables.of_pairs.distances + ((SIXTEEN * L.fast + s) * 32 + lane) * 4)
         second0, first0 = warp.turned(keys[2], keys[0], cos0, sin0)
@@ -485,6 +542,10 @@ def attend_latent(
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
     NORMALISED: tl.constexpr = G.normalised
+    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
+    TURNED: tl.constexpr = L.fast + L.medium
+    AT_ONCE: tl.constexpr = L.at_once
+    WHOLE: tl.constexpr = L.at_once == L.fast + L.medium + L.slow
     BLOCKS: tl.constexpr = L.blocks
     RESERVE: tl.constexpr = L.reserve
     BYTES: tl.constexpr = L.bytes
@@ -525,7 +586,10 @@ def attend_latent(
         sums = sums + (zero,)
     if not F.in_segments:
         affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
-        gain = _basis_to_shared(room, x, store.k_basis + row_group * (G.width * G.k.rank), affine, head, tables, G, L)
+        basis = store.k_basis + row_group * (G.width * G.k.rank) + head * G.dim
+        unit = _unit(x, affine, G, L)
+        if WHOLE:
+            _basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
     if not F.latent_out:
         out = tl.zeros([4, G.DIM], tl.float32)
     again = low < high
@@ -549,8 +613,11 @@ def attend_latent(
                     end = tl.minimum(end, tl.load(store.starts + b * segments + segment + 1))
                 where = row_group * segments + segment
                 affine = store.k_affine + where * (2 * G.k.rank + G.width)
-                tl.debug_barrier()  # the last segment's basis is still read
-                gain = _basis_to_shared(room, x, store.k_basis + where * (G.width * G.k.rank), affine, head, tables, G, L)
+                basis = store.k_basis + where * (G.width * G.k.rank) + head * G.dim
+                unit = _unit(x, affine, G, L)
+                if WHOLE:
+                    tl.debug_barrier()  # the last segment's basis is still read
+                    _basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
             all_steps = tl.cdiv(end - low, _STEP)
             step0 = all_steps * own_warp // WARPS
             steps = all_steps * (own_warp + 1) // WARPS - step0
@@ -574,24 +641,42 @@ def attend_latent(
             )  # fmt: skip
             warp.lanes_meet(x)
             own_gain = tl.where(c == 0, gains[0], tl.where(c == 1, gains[1], tl.where(c == 2, gains[2], gains[3])))
-            own_gain = own_gain * (16777216.0 / gain)  # digits count 2**-24
-            over_run = _absorbed_over_run(room, queries_room, h, e, r, c, tables, L)
+            own_gain = own_gain * (16777216.0 / unit)  # digits count 2**-24
+            over_run = ()
+            for _ in tl.static_range(4 * REGISTERS):
+                over_run = over_run + (zero,)
+            if WHOLE:
+                over_run = _absorbed_over_run(
+                    over_run, room, queries_room, lane, h, e, c, tables, L.fast + L.medium, L.slow, L.fast + L.medium, L
+                )  # fmt: skip
+            else:
+                for turn in tl.static_range((EIGHTS - TURNED + AT_ONCE - 1) // AT_ONCE):
+                    tl.debug_barrier()  # what was there is still read
+                    _basis_to_shared(
+                        room, x, basis, affine, unit, tables, TURNED + turn * AT_ONCE,
+                        min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), G, L,
+                    )  # fmt: skip
+                    over_run = _absorbed_over_run(
+                        over_run, room, queries_room, lane, h, e, c, tables, TURNED + turn * AT_ONCE,
+                        min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), 0, L,
+                    )  # fmt: skip
+                if TURNED > 0:
+                    tl.debug_barrier()
+                    _basis_to_shared(room, x, basis, affine, unit, tables, 0, TURNED, G, L)
+            over_run = _as_operand(over_run, L)
             medium, quick, of_medium, of_quick = (), (), (), ()
             for s in tl.static_range(MEDIUM):
                 medium = medium + _query(queries_room, h, e, c, L.fast + s, PAIRS)
+                if L.held:
+                    of_medium = of_medium + _channels_of(room, lane, L.fast + s, L)
             for s in tl.static_range(FAST):
                 first, second = _query(queries_room, h, e, c, s, PAIRS)
                 quick = quick + (tl.where(e == 1, 0, first), tl.where(e == 1, 0, second))
-            for j in tl.static_range(REGISTERS):
-                for s in tl.static_range(MEDIUM):
-                    of_medium = of_medium + _channels_of(room, r, c, L.fast + s, j, L)
-            for s in tl.static_range(FAST):
-                for second in tl.static_range(2):
-                    for j in tl.static_range(REGISTERS):
-                        of_quick = of_quick + (_basis_of(room, r, c, s, second, j, L),)
+                if L.held:
+                    of_quick = of_quick + _basis_of(room, lane, s, 0, L) + _basis_of(room, lane, s, 1, L)
             shift_at = tables.of_pairs.shifts + tl.where(c == h, e, 2) * 4
             terms = _absorbed_by(medium, L.fast, L.medium, 0, tables, e, c, L)
-            absorbed = _absorbed(terms, over_run, warp.words_of(shift_at), of_medium, r, L)
+            absorbed = _absorbed(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
             fast = _fast_queries(quick, 0, tables, c, L)
             at_stage, ahead = 0, L.stages - 1
             for k in range(tl.cdiv(all_steps, WARPS)):
@@ -607,11 +692,11 @@ def attend_latent(
                 if NORMALISED:
                     code = warp.shared_byte(stage + (_STEP * (KEY_BYTES + VALUE_BYTES) + lane))
                     warp.float_to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code))
-                scores = _scores(stage, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
-                scores += _scores(stage, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
+                scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
+                scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
                 following = tl.minimum(k + 1, _STEPS - 1)
                 terms = _absorbed_by(medium, L.fast, L.medium, following, tables, e, c, L)
-                absorbed = _absorbed(terms, over_run, warp.words_of(shift_at + following * 12), of_medium, r, L)
+                absorbed = _absorbed(terms, over_run, warp.words_of(shift_at + following * 12), of_medium, room, lane, L)
                 fast = _fast_queries(quick, following, tables, c, L)
                 if NORMALISED:
                     warp.lanes_meet(x)

@@ -13,7 +13,7 @@ from spectral_compile.codec import PRESETS, Rotary
 from spectral_compile.kernels.attend import kernel, latent, plan
 from spectral_compile.kernels.attend.plan import AttendPlan
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
-from tests.budget import combinations
+from tests.budget import FULL, combinations
 from tests.stores import PlainStore, Step, filled, moved
 from tests.tiny import DEVICE
 
@@ -60,7 +60,7 @@ def assert_near(
     asked = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
     assert asked.latent and not given.latent
     chunk = Chunk(step.query.to(dtype), step.key, step.value)
-    assert latent.takes(store.past, chunk, asked), "else both sides are the same form"
+    assert latent.plan_of(store.past, chunk, asked) is not None, "else both sides are the same form"
     rebuilt, scored = errors(store, step, scale, dtype, planned, **how)
     assert scored.square().mean().sqrt() <= max(WORSE * rebuilt.square().mean().sqrt(), ROUNDED[dtype])
     assert scored.max() <= 2 * max(rebuilt.max(), ROUNDED[dtype])  # of one query chance has a part
@@ -74,6 +74,7 @@ STORES = {
     "no RoPE": ("balanced", 64, 1, {"turned": 0}),
     "partial RoPE, wide": ("balanced", 128, 1, {"turned": 40, "head_group": 1}),
     "bytes beside": ("balanced", 80, 2, {"recent_bits": 8}),
+    "a basis that has no room at once": ("balanced", 256, 1, {"turned": 64, "head_group": 1}),
     "rows": ("compact", 64, 1, {"batch": 2, "turned": 24, "head_group": 2}),
     "many queries of a head": ("compact", 96, 4, {"head_group": 1}),
 }
@@ -85,6 +86,17 @@ def test_it_is_as_near_as_rebuilt_keys(name: str, dtype: torch.dtype, planned: d
     preset, dim, new, how = STORES[name]
     store, step = filled(preset, dim, past=152 - new, new=new, **how)
     assert_near(store, step, 0.1, dtype, planned)
+
+
+WIDE = [("seed", 192, 128), ("balanced", 256, 128), ("compact", 512, 64), ("balanced", 512, 64), ("quality", 256, 64)]
+
+
+@pytest.mark.slow
+@in_half
+@pytest.mark.parametrize(("preset", "dim", "turned"), WIDE if FULL else WIDE[:2])
+def test_wide_heads(preset: str, dim: int, turned: int, dtype: torch.dtype, planned: dict[str, int]) -> None:
+    store, step = filled(preset, dim, past=151, new=1, turned=turned, head_group=1)
+    assert_near(store, step, dim**-0.5, dtype, planned)
 
 
 @in_half
@@ -171,5 +183,5 @@ def test_other_steps_are_left_alone(preset: str, columns: int, dtype: torch.dtyp
     store, step = filled(preset, 64, past=152 - columns, new=columns)
     asked = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
     chunk = Chunk(step.query.to(dtype), step.key, step.value)
-    takes = latent.takes(store.past, chunk, asked)
-    assert takes == (preset == "balanced" and columns == 1 and dtype == torch.float16)
+    found = latent.plan_of(store.past, chunk, asked)
+    assert (found is not None) == (preset == "balanced" and columns == 1 and dtype == torch.float16)

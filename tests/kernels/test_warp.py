@@ -160,13 +160,22 @@ def _memory_kernel(
     four = warp.words_of(numbers + 16 * x)
     for i in tl.static_range(4):
         tl.store(out + (11 + i) * LANES + x, four[i])
+    tl.debug_barrier()
+    for i in tl.static_range(4):
+        warp.to_shared(room + 16 * x + 4 * i, four[i])
+    tl.debug_barrier()
+    straight = warp.shared_fragments(room + 16 * x, False)
+    across = warp.shared_fragments(room + 16 * x, True)
+    for i in tl.static_range(4):
+        tl.store(out + (15 + i) * LANES + x, straight[i])
+        tl.store(out + (19 + i) * LANES + x, across[i])
 
 
 def test_memory() -> None:
     generator = torch.Generator().manual_seed(3)
     given = torch.randn(4 * LANES, generator=generator)
     words = given.view(torch.int32)
-    out, floats = blank(15, LANES), blank(8, LANES, dtype=torch.float32)
+    out, floats = blank(23, LANES), blank(8, LANES, dtype=torch.float32)
     scratch = blank(4096, dtype=torch.uint8)
     _memory_kernel[(1,)](
         given.view(torch.uint8).to(DEVICE), out, floats, scratch, COUNT=4096, RESERVE=warp.reserve(4096), ALL=warp.all_but(0),
@@ -188,4 +197,8 @@ def test_memory() -> None:
     assert torch.equal(floats[6], torch.where(x > 3, half[:LANES].view(torch.bfloat16).float(), 0))
     assert torch.equal(floats[7], torch.where(x > 3, given[:LANES], 0))
     assert torch.equal(out[10, : LANES // 2].view(torch.float16).float(), torch.arange(LANES) * 0.25)
-    assert torch.equal(out[11:], words.reshape(LANES, 4).T)
+    assert torch.equal(out[11:15], words.reshape(LANES, 4).T)
+    matrices = half.numpy().reshape(WARPS, 4, 8, 8)
+    for m in range(4):
+        assert torch.equal(out[15 + m], fragment(matrices[:, m]).cpu())
+        assert torch.equal(out[19 + m], fragment(matrices[:, m].transpose(0, 2, 1)).cpu())
