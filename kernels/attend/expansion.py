@@ -33,9 +33,7 @@ CUT_OFF = 7e-4  # of what a pair gives to a score, at most
 
 def bessel(order: int, z: float) -> float:
     """The Bessel function of the first kind, of small ``z``."""
-    return sum(
-        (-1) ** k / (math.factorial(k) * math.factorial(k + order)) * (z / 2) ** (2 * k + order) for k in range(16)
-    )
+    return sum((-1) ** k / (math.factorial(k) * math.factorial(k + order)) * (z / 2) ** (2 * k + order) for k in range(16))
 
 
 def coefficients(z: float) -> tuple[float, float, float, float]:
@@ -126,7 +124,10 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
     for s in range(fast):
         for step in range(steps):
             angles = by_eights[s] * STEP * step
-            turned[step, s // 2, :, s % 2 * 2], turned[step, s // 2, :, s % 2 * 2 + 1] = words(np.cos(angles)), words(np.sin(angles))
+            turned[step, s // 2, :, s % 2 * 2], turned[step, s // 2, :, s % 2 * 2 + 1] = (
+                words(np.cos(angles)),
+                words(np.sin(angles)),
+            )
         for sixteen in range(2):
             for i in range(2):
                 angles = by_eights[s][lane % 4] * (16 * sixteen + 8 * i + lane // 4)[:, None]

@@ -37,7 +37,6 @@ from spectral_compile.kernels.digits import as_loaded
 from spectral_compile.kernels.rotary import TILE, tables
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 
-
 _FEW = 8  # columns of a chunk whose values leave the latent when splits are merged
 
 
@@ -172,7 +171,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     latent_tables, warps = None, plan.warps
     if latent is not None:
         plan, warps = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.blocks - 1)), latent.warps
-        latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.bytes)
+        latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.room.bytes)
     for first in range(0, tiles, most):
         held = min(most, tiles - first)
         now = enters and first + held == tiles

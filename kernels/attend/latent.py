@@ -16,7 +16,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from spectral_compile.codec.layout import Layout
@@ -53,7 +52,29 @@ _STEP: tl.constexpr = tl.constexpr(STEP)
 _RUN: tl.constexpr = tl.constexpr(RUN)
 _COUNTED: tl.constexpr = tl.constexpr(2.0**69)  # digits of values count 2**-133, weights 2**64
 _STEPS: tl.constexpr = tl.constexpr(RUN // STEP)
-_LARGEST: tl.constexpr = tl.constexpr(4096.0)  # number of a basis in float16; absorbed queries are up to that times the root of the channels
+# number of a basis in float16, and absorbed queries are up to that times the root of the channels
+_LARGEST: tl.constexpr = tl.constexpr(4096.0)
+
+
+class Room(NamedTuple):
+    """How the shared memory of a program is shared out, in bytes from its beginning: a basis, then queries, then codes."""
+
+    at_once: int  # eights of pairs of the basis that are there, all or those of the slow pairs in turns
+    pitch: int  # of a row of it: eight rows begin at eight different banks
+    spare: int  # where what belongs nowhere goes
+    queries: int
+    rings: int
+    ring: int  # of a warp: its codes and sizes
+    stages: int  # of a ring
+    bytes: int
+
+    @classmethod
+    def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int) -> Room:
+        pitch, ring = 32 * at_once + 16, stages * stage + 4 * STEP
+        spare = 8 * registers * pitch
+        queries = -(-(spare + 4) // 128) * 128
+        rings = queries + warps * QUERIES * 4 * pairs
+        return cls(at_once, pitch, spare, queries, rings, ring, stages, rings + warps * ring)
 
 
 class LatentPlan(NamedTuple):
@@ -68,17 +89,10 @@ class LatentPlan(NamedTuple):
     fast: int  # eights of pairs
     medium: int
     slow: int
-    at_once: int  # eights of pairs of the basis that are in shared memory, all or those of the slow pairs in turns
-    pitch: int  # bytes of a row of it
     held: bool  # whether the basis of pairs that are not slow is in registers
     warps: int
-    stages: int
-    spare: int  # where in shared memory what belongs nowhere goes
-    queries_at: int  # bytes of shared memory before the queries
-    rings_at: int
     stage: int  # bytes of the codes of 32 tokens
-    ring: int  # bytes of a warp's codes and sizes
-    bytes: int
+    room: Room
     reserve: str
     all_but: str
 
@@ -90,23 +104,11 @@ class LatentPlan(NamedTuple):
         sources, groups = key_sources(layout.key), value_groups(layout.value)
         registers = sum(len(source.masks) for source in sources)
         fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
-        queries_bytes = warps * QUERIES * 4 * len(expansion.pairs)
         stage = STEP * (layout.key.row_bytes + layout.value.row_bytes + 1)
-
-        def places(at_once: int) -> tuple[int, int, int, int, int]:
-            pitch = 32 * at_once + 16  # eight rows begin at eight different banks
-            spare = 8 * registers * pitch
-            queries_at = -(-(spare + 4) // 128) * 128
-            rings_at = queries_at + queries_bytes
-            fitting = max(2, min(stages, ((ROOM - rings_at) // warps - 4 * STEP) // stage))
-            return pitch, spare, queries_at, rings_at, fitting
-
-        at_once = fast + medium + slow
-        if places(at_once)[3] + warps * (2 * stage + 4 * STEP) > ROOM:
-            at_once = max(1, fast + medium)
-        pitch, spare, queries_at, rings_at, stages = places(at_once)
-        ring = stages * stage + 4 * STEP
-        total = rings_at + warps * ring
+        # all of the basis if there is room, else what every step takes, and of the rest as much as there is room for
+        choices = [(n, s) for s in (stages, 2) for n in range(fast + medium + slow, max(1, fast + medium) - 1, -1)]
+        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage) for n, s in choices]
+        room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
         return cls(
             blocks=-(-queries // QUERIES),
             sources=sources,
@@ -117,19 +119,12 @@ class LatentPlan(NamedTuple):
             fast=fast,
             medium=medium,
             slow=slow,
-            at_once=at_once,
-            pitch=pitch,
             held=2 * registers * (fast + medium) <= HELD,
             warps=warps,
-            stages=stages,
-            spare=spare,
-            queries_at=queries_at,
-            rings_at=rings_at,
             stage=stage,
-            ring=ring,
-            bytes=total,
-            reserve=warp.reserve(total),
-            all_but=warp.all_but(stages - 2),
+            room=room,
+            reserve=warp.reserve(room.bytes),
+            all_but=warp.all_but(room.stages - 2),
         )
 
 
@@ -156,7 +151,12 @@ def plan_of(past: Past, chunk: Chunk, plan: AttendPlan) -> LatentPlan | None:
     Not in float32, of which products take as many instructions again.
     """
     buffers, layout = past.buffers, past.layout
-    if not plan.latent or layout.lossless or chunk.columns > COLUMNS or chunk.query.dtype not in (torch.float16, torch.bfloat16):
+    if (
+        not plan.latent
+        or layout.lossless
+        or chunk.columns > COLUMNS
+        or chunk.query.dtype not in (torch.float16, torch.bfloat16)
+    ):
         return None
     # codes are copied by four tokens
     if buffers.k_codes.shape[2] % 4 or (buffers.starts.shape[1] > 1 and layout.block % 4):
@@ -164,7 +164,7 @@ def plan_of(past: Past, chunk: Chunk, plan: AttendPlan) -> LatentPlan | None:
     queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
     warps = [count for count in (4, 2, 1) if count <= plan.warps]
     tried = (LatentPlan.of(layout, queries, count, plan.stages) for count in warps)
-    return next((latent for latent in tried if latent.bytes <= ROOM), None)
+    return next((latent for latent in tried if latent.room.bytes <= ROOM), None)
 
 
 @warp.function
@@ -216,17 +216,17 @@ def _basis_to_shared(
             middle0 += b0.to(tl.float16).to(tl.float32) * away
             middle1 += b1.to(tl.float16).to(tl.float32) * away
             if PADDED > WORDS:
-                warp.to_shared(room + tl.where(live, slot * L.pitch + 4 * j, L.spare), warp.halves(b0, b1))
+                warp.to_shared(room + tl.where(live, slot * L.room.pitch + 4 * j, L.room.spare), warp.halves(b0, b1))
             else:
-                warp.to_shared(room + (slot * L.pitch + 4 * j), warp.halves(b0, b1))
+                warp.to_shared(room + (slot * L.room.pitch + 4 * j), warp.halves(b0, b1))
         middle0, middle1 = _over_rows(middle0, ROWS, J) * (-1.0 / 1024), _over_rows(middle1, ROWS, J) * (-1.0 / 1024)
         # twice: what the first rounding takes away stands in another lane's constant
         rest0 = middle0 - middle0.to(tl.float16).to(tl.float32)
         rest1 = middle1 - middle1.to(tl.float16).to(tl.float32)
-        at = room + tl.where(live, L.constant * L.pitch + 4 * j, L.spare)
+        at = room + tl.where(live, L.constant * L.room.pitch + 4 * j, L.room.spare)
         tl.debug_barrier()
         warp.to_shared(at, warp.halves(middle0, middle1))
-        warp.to_shared(at + tl.where(live, 2 * L.pitch, 0), warp.halves(rest0, rest1))
+        warp.to_shared(at + tl.where(live, 2 * L.room.pitch, 0), warp.halves(rest0, rest1))
     tl.debug_barrier()
 
 
@@ -318,7 +318,7 @@ def _channels_of(room, lane, S: tl.constexpr, L: tl.constexpr):
     out = ()
     for q in tl.static_range((N + 1) // 2):
         register = tl.minimum(2 * q + lane // 16, N - 1)
-        at = room + ((8 * register + lane % 8) * L.pitch + (lane // 8 % 2 * 16 + 32 * S))
+        at = room + ((8 * register + lane % 8) * L.room.pitch + (lane // 8 % 2 * 16 + 32 * S))
         four = warp.shared_fragments(at, False)
         out = out + (four if 2 * q + 1 < N else (four[0], four[1]))
     return out
@@ -331,7 +331,7 @@ def _basis_of(room, lane, S: tl.constexpr, SECOND: tl.constexpr, L: tl.constexpr
     out = ()
     for q in tl.static_range((N + 3) // 4):
         register = tl.minimum(4 * q + lane // 8, N - 1)
-        four = warp.shared_fragments(room + ((8 * register + lane % 8) * L.pitch + (32 * S + 16 * SECOND)), True)
+        four = warp.shared_fragments(room + ((8 * register + lane % 8) * L.room.pitch + (32 * S + 16 * SECOND)), True)
         for i in tl.static_range(4):
             if 4 * q + i < N:
                 out = out + (four[i],)
@@ -534,7 +534,7 @@ def attend_latent(
     MEDIUM: tl.constexpr = L.medium
     FAST: tl.constexpr = L.fast
     REGISTERS: tl.constexpr = L.registers
-    STAGES: tl.constexpr = L.stages
+    STAGES: tl.constexpr = L.room.stages
     WARPS: tl.constexpr = L.warps
     T: tl.constexpr = 32 * WARPS
     TILES: tl.constexpr = (L.value_registers + 1) // 2
@@ -544,11 +544,11 @@ def attend_latent(
     NORMALISED: tl.constexpr = G.normalised
     EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
     TURNED: tl.constexpr = L.fast + L.medium
-    AT_ONCE: tl.constexpr = L.at_once
-    WHOLE: tl.constexpr = L.at_once == L.fast + L.medium + L.slow
+    AT_ONCE: tl.constexpr = L.room.at_once
+    WHOLE: tl.constexpr = L.room.at_once == L.fast + L.medium + L.slow
     BLOCKS: tl.constexpr = L.blocks
     RESERVE: tl.constexpr = L.reserve
-    BYTES: tl.constexpr = L.bytes
+    BYTES: tl.constexpr = L.room.bytes
     ALL_BUT: tl.constexpr = L.all_but
     b, g = row_group // G.groups, row_group % G.groups
     head, block = block // BLOCKS, block % BLOCKS
@@ -557,9 +557,9 @@ def attend_latent(
     r, c = lane // 4, lane % 4
     h, e = r // 2, r % 2
     room = warp.room(tables.scratch, x, RESERVE, BYTES)
-    queries_room = room + (L.queries_at + own_warp * (16 * PAIRS))
-    ring = room + (L.rings_at + own_warp * L.ring)
-    sizes = ring + L.stages * L.stage
+    queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
+    ring = room + (L.room.rings + own_warp * L.room.ring)
+    sizes = ring + L.room.stages * L.stage
     pairwise, alone = c * 0x11 + (4 + c) * 0x1100, c * 0x1111
     first_row = row_group.to(tl.int64) * coded_slots
     key_codes = store.k_codes.to(tl.pointer_type(tl.uint8)) + first_row * KEY_BYTES
@@ -628,6 +628,7 @@ def attend_latent(
             keys = key_codes + (token.to(tl.int64) * KEY_BYTES + 16 * lane)
             values = value_codes + (token.to(tl.int64) * VALUE_BYTES + 16 * lane)
             sizes_of = norms + (token + 4 * lane)
+            warp.lanes_meet(x)  # which may still read what was fetched before
             for i in tl.static_range(STAGES - 1):
                 _fetch(ring + i * L.stage, lane, keys, values, sizes_of, unread, L, G)
                 unread -= _STEP
@@ -636,7 +637,7 @@ def attend_latent(
                 sizes_of += _STEP
             position = tl.load(row_positions + tl.minimum(token, end - 1))
             gains = _queries_to_shared(
-                queries_room, room + L.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
+                queries_room, room + L.room.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
                 tables, G, R, L,
             )  # fmt: skip
             warp.lanes_meet(x)
@@ -678,7 +679,7 @@ def attend_latent(
             terms = _absorbed_by(medium, L.fast, L.medium, 0, tables, e, c, L)
             absorbed = _absorbed(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
             fast = _fast_queries(quick, 0, tables, c, L)
-            at_stage, ahead = 0, L.stages - 1
+            at_stage, ahead = 0, L.room.stages - 1
             for k in range(tl.cdiv(all_steps, WARPS)):
                 warp.wait_for_copies(x, ALL_BUT)
                 stage = ring + at_stage * L.stage
@@ -687,8 +688,8 @@ def attend_latent(
                 keys += _STEP * KEY_BYTES
                 values += _STEP * VALUE_BYTES
                 sizes_of += _STEP
-                at_stage = tl.where(at_stage + 1 == L.stages, 0, at_stage + 1)
-                ahead = tl.where(ahead + 1 == L.stages, 0, ahead + 1)
+                at_stage = tl.where(at_stage + 1 == L.room.stages, 0, at_stage + 1)
+                ahead = tl.where(ahead + 1 == L.room.stages, 0, ahead + 1)
                 if NORMALISED:
                     code = warp.shared_byte(stage + (_STEP * (KEY_BYTES + VALUE_BYTES) + lane))
                     warp.float_to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code))

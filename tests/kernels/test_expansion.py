@@ -91,7 +91,9 @@ def error_of(frequencies: tuple[float, ...], fast: int, step: int, boost: float)
         exact = np.cos(w * distance) * even + np.sin(w * distance) * odd
         c = np.array([coefficients(x * step / 2) for x in w])
         x = distance / (step / 2)
-        near = np.where(np.arange(len(w)) < fast, exact, (c[:, 0] + c[:, 2] * x**2) * even + (c[:, 1] * x + c[:, 3] * x**3) * odd)
+        near = np.where(
+            np.arange(len(w)) < fast, exact, (c[:, 0] + c[:, 2] * x**2) * even + (c[:, 1] * x + c[:, 3] * x**3) * odd
+        )
         scale = boost / math.sqrt(2 * len(w))
         both = [torch.logsumexp(torch.from_numpy(s.sum(1) * scale), 0).item() for s in (near, exact)]
         worst = max(worst, abs(both[0] - both[1]))
@@ -125,7 +127,9 @@ def test_powers_over_a_run_become_powers_over_a_step(base: float) -> None:
 
 
 tiers = st.builds(Tiers, st.integers(0, 9), st.integers(0, 21), st.integers(0, 40)).filter(lambda tiers: tiers.rank > 0)
-of_presets = st.sampled_from([PRESETS[name].layout(2, dim) for name in PRESETS if name != "exact" for dim in (64, 80, 96, 128, 256)])
+of_presets = st.sampled_from(
+    [PRESETS[name].layout(2, dim) for name in PRESETS if name != "exact" for dim in (64, 80, 96, 128, 256)]
+)
 
 
 def codes_of(rows: np.ndarray, tiers: Tiers) -> np.ndarray:

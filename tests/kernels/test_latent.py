@@ -52,9 +52,7 @@ def errors(
     return out[0], out[1]
 
 
-def assert_near(
-    store: PlainStore, step: Step, scale: float, dtype: torch.dtype, planned: dict[str, int], **how: Any
-) -> None:
+def assert_near(store: PlainStore, step: Step, scale: float, dtype: torch.dtype, planned: dict[str, int], **how: Any) -> None:
     given = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
     planned["latent"] = 1
     asked = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
@@ -177,7 +175,9 @@ def random_store(past: int, boost: float, heads: int = 2) -> tuple[PlainStore, S
     return store, step
 
 
-@pytest.mark.parametrize(("preset", "columns", "dtype"), combinations(["exact", "balanced"], [1, 9], [torch.float32, torch.float16]))
+@pytest.mark.parametrize(
+    ("preset", "columns", "dtype"), combinations(["exact", "balanced"], [1, 9], [torch.float32, torch.float16])
+)
 def test_other_steps_are_left_alone(preset: str, columns: int, dtype: torch.dtype, planned: dict[str, int]) -> None:
     planned["latent"] = 1
     store, step = filled(preset, 64, past=152 - columns, new=columns)

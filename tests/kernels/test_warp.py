@@ -99,7 +99,9 @@ def test_products(bfloat: bool, subnormal: bool) -> None:
     if subnormal:
         a = torch.randint(0, 64, (WARPS, 16, 16), generator=generator, dtype=torch.int16).view(dtype)
         b = b * 2.0**60 if bfloat else b
-    d = torch.randn(WARPS, 16, 8, generator=generator) * (smallest * 2.0**60 if subnormal and bfloat else smallest if subnormal else 1)
+    d = torch.randn(WARPS, 16, 8, generator=generator) * (
+        smallest * 2.0**60 if subnormal and bfloat else smallest if subnormal else 1
+    )
 
     def parts(x: torch.Tensor, rows: int) -> torch.Tensor:
         """The quarters of a matrix: rows 0 to 7, then 8 to 15, in the columns 0 to 7, then 8 to 15."""
@@ -153,7 +155,7 @@ def _memory_kernel(
     for i in tl.static_range(4):
         tl.store(floats + i * LANES + x, four[i])
     tl.store(floats + 4 * LANES + x, warp.size(x))
-    tl.store(floats + 5 * LANES + x, warp.power_of_two((x - 40.0)))
+    tl.store(floats + 5 * LANES + x, warp.power_of_two(x - 40.0))
     tl.store(floats + 6 * LANES + x, warp.number_of(numbers + 2 * x, x > 3, tl.bfloat16))
     tl.store(floats + 7 * LANES + x, warp.float_of(numbers + 4 * x, x > 3))
     tl.store(out + 10 * LANES + x, warp.shared_word(room + 8 * LANES + 4 * (x % (LANES // 2))))
