@@ -174,7 +174,8 @@ def test_types_are_checked_everywhere_but_in_what_triton_compiles() -> None:
 
 def compiled_by_triton(module: Module) -> bool:
     functions = [node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef)]
-    return any("triton.jit" in ast.unparse(decorator) for function in functions for decorator in function.decorator_list)
+    decorators = [ast.unparse(decorator) for function in functions for decorator in function.decorator_list]
+    return any("triton.jit" in decorator or decorator in ("function", "warp.function") for decorator in decorators)
 
 
 def test_functions_take_few_parameters() -> None:

@@ -20,7 +20,8 @@ from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, 
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact
-from spectral_compile.kernels.attend.latent import LatentTables, attend_latent, plan_of
+from spectral_compile.kernels.attend.latent.kernel import attend_latent
+from spectral_compile.kernels.attend.latent.plan import LatentTables, plan_of
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, queries_of
 from spectral_compile.kernels.attend.plan import (

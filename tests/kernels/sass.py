@@ -21,7 +21,7 @@ import torch
 from tests.kernels.test_translated import without_a_gpu
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
-MMA = "MOVM"  # only the loop over tokens transposes weights
+ONLY_THERE = "MOVM"  # the loop over tokens transposes weights
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def count(kernel: Any) -> Count:
         target = re.search(r"\bBRA\S*\s+.*?0x([0-9a-f]+)", text)
         if target is not None and int(target[1], 16) < at:
             loops.append([line for place, line in lines if int(target[1], 16) <= place <= at])
-    main = min((loop for loop in loops if any(MMA in line for line in loop)), key=len)
+    main = min((loop for loop in loops if any(ONLY_THERE in line for line in loop)), key=len)
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in main)
     return Count(*map(int, found.groups()), kernel.metadata.shared, len(main), sum("HMMA" in line for line in main), spills)
 
@@ -127,11 +127,8 @@ def main() -> None:
     for architecture in map(int, sys.argv[1:] or ARCHITECTURES):
         for name, form in FORMS.items():
             c = count(compiled(form, architecture, known))
-            shared = f"{c.shared} + {c.dynamic}"
-            print(
-                f"| {name} | {architecture} | {c.registers} | {c.stack} | {shared} | {c.instructions} | {c.products} | {c.spills} |",
-                flush=True,
-            )
+            row = (name, architecture, c.registers, c.stack, f"{c.shared} + {c.dynamic}", c.instructions, c.products, c.spills)
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral_compile.codec import PRESETS, Rotary, Tiers
-from spectral_compile.kernels.attend.expansion import (
+from spectral_compile.kernels.attend.latent.expansion import (
     CUT_OFF,
     EIGHT,
     RUN,
@@ -22,7 +22,7 @@ from spectral_compile.kernels.attend.expansion import (
     cut_off,
     tables,
 )
-from spectral_compile.kernels.attend.registers import (
+from spectral_compile.kernels.attend.latent.registers import (
     constant_at,
     digits_of,
     key_digits,
@@ -163,7 +163,7 @@ def test_digits_of_values_stand_for_their_codes(tiers: Tiers) -> None:
     held: dict[int, int] = {}
     for group in value_groups(tiers):
         bits = min(group.bits, 4)
-        for k, register in enumerate(group.registers):
+        for register in group.registers:
             for r in range(8):
                 first = group.byte + 2 * (r % group.held)
                 halfword = (rows[:, first] | rows[:, first + 1] << 8) >> (bits * (r // group.held) if group.held < 8 else 0)

@@ -1,4 +1,4 @@
-"""Attention to coded tokens in a warp's registers against the reference, and against keys that are rebuilt on the same inputs."""
+"""Attention to coded tokens in a warp's registers against the reference, and beside rebuilt keys on the same inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from spectral_compile.codec import PRESETS, Rotary
-from spectral_compile.kernels.attend import kernel, latent, plan
+from spectral_compile.kernels.attend import kernel, plan
+from spectral_compile.kernels.attend.latent import plan as latent
 from spectral_compile.kernels.attend.plan import AttendPlan
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 from tests.budget import FULL, combinations

@@ -1,4 +1,4 @@
-"""Each instruction of ``kernels.warp``, lane by lane, against what it is for: in the interpreter, or on the GPU that is there."""
+"""Each instruction of ``kernels.attend.latent.warp``, lane by lane: in the interpreter, or on the GPU that is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_compile.kernels import warp
+from spectral_compile.kernels.attend.latent import warp
 from tests.tiny import DEVICE
 
 WARPS = 2

@@ -1,4 +1,4 @@
-"""Attention to coded tokens in a warp's registers: digits of keys meet the query in the latent, and those of values the weights.
+"""Attention to coded tokens in a warp's registers: digits of keys meet the query in the latent, those of values the weights.
 
 Only keys of the fastest RoPE pairs are rebuilt; the others are absorbed into the query (``expansion``). A program takes one
 block of four queries of one KV head, and each of its warps tokens of its own, 32 at a time. A lane 4 r + c of a warp has
@@ -12,401 +12,32 @@ block of four queries of one KV head, and each of its warps tokens of its own, 3
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
-import torch
 import triton.language as tl
 
-from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels import warp
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS
-from spectral_compile.kernels.attend.coded import inverse
-from spectral_compile.kernels.attend.expansion import EIGHT, RUN, STEP, Expansion, ExpansionTables
-from spectral_compile.kernels.attend.expansion import tables as expansion_tables
-from spectral_compile.kernels.attend.parts import capped
-from spectral_compile.kernels.attend.plan import AttendPlan
-from spectral_compile.kernels.attend.registers import (
-    KeySource,
-    KeyTable,
-    ValueGroup,
-    ValueTable,
-    constant_at,
-    key_sources,
-    key_table,
-    value_groups,
-    value_registers,
-    value_table,
+from spectral_compile.kernels.attend.latent import warp
+from spectral_compile.kernels.attend.latent.expansion import RUN, STEP
+from spectral_compile.kernels.attend.latent.operands import (
+    STEPS,
+    absorbed_over_run,
+    absorbed_over_step,
+    as_operand,
+    basis_of,
+    basis_to_shared,
+    channels_of,
+    fast_queries,
+    queries_to_shared,
+    query_of,
+    terms_of,
+    unit_of,
 )
-from spectral_compile.kernels.digits import INTERPRETED
-from spectral_compile.kernels.rotary import sincos
-from spectral_compile.kernels.values import Chunk, Past
+from spectral_compile.kernels.attend.parts import capped
 
-QUERIES = 4  # of a block
-HELD = 48  # fragments of a basis that leave enough registers for what a step takes
-ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
-COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 _FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
 _UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
 _STEP: tl.constexpr = tl.constexpr(STEP)
 _RUN: tl.constexpr = tl.constexpr(RUN)
 _COUNTED: tl.constexpr = tl.constexpr(2.0**69)  # digits of values count 2**-133, weights 2**64
-_STEPS: tl.constexpr = tl.constexpr(RUN // STEP)
-# number of a basis in float16, and absorbed queries are up to that times the root of the channels
-_LARGEST: tl.constexpr = tl.constexpr(4096.0)
-
-
-class Room(NamedTuple):
-    """How the shared memory of a program is shared out, in bytes from its beginning: a basis, then queries, then codes."""
-
-    at_once: int  # eights of pairs of the basis that are there, all or those of the slow pairs in turns
-    pitch: int  # of a row of it: eight rows begin at eight different banks
-    spare: int  # where what belongs nowhere goes
-    queries: int
-    rings: int
-    ring: int  # of a warp: its codes and sizes
-    stages: int  # of a ring
-    bytes: int
-
-    @classmethod
-    def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int) -> Room:
-        pitch, ring = 32 * at_once + 16, stages * stage + 4 * STEP
-        spare = 8 * registers * pitch
-        queries = -(-(spare + 4) // 128) * 128
-        rings = queries + warps * QUERIES * 4 * pairs
-        return cls(at_once, pitch, spare, queries, rings, ring, stages, rings + warps * ring)
-
-
-class LatentPlan(NamedTuple):
-    """What is fixed about attention in a warp's registers, as kernels are compiled for it."""
-
-    blocks: int  # of four queries of a KV head
-    sources: tuple[KeySource, ...]
-    registers: int  # of digits of keys
-    constant: int  # where among the digits the constant stands
-    groups: tuple[ValueGroup, ...]
-    value_registers: int
-    fast: int  # eights of pairs
-    medium: int
-    slow: int
-    held: bool  # whether the basis of pairs that are not slow is in registers
-    warps: int
-    stage: int  # bytes of the codes of 32 tokens
-    room: Room
-    reserve: str
-    all_but: str
-
-    @classmethod
-    @functools.cache
-    def of(cls, layout: Layout, queries: int, warps: int, stages: int) -> LatentPlan:
-        """For ``queries`` (query, head) pairs of a KV head, with fewer ``stages`` where there is no room for so many."""
-        expansion = Expansion.of(layout.rotary, layout.head_dim)
-        sources, groups = key_sources(layout.key), value_groups(layout.value)
-        registers = sum(len(source.masks) for source in sources)
-        fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
-        stage = STEP * (layout.key.row_bytes + layout.value.row_bytes + 1)
-        # all of the basis if there is room, else what every step takes, and of the rest as much as there is room for
-        choices = [(n, s) for s in (stages, 2) for n in range(fast + medium + slow, max(1, fast + medium) - 1, -1)]
-        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage) for n, s in choices]
-        room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
-        return cls(
-            blocks=-(-queries // QUERIES),
-            sources=sources,
-            registers=registers,
-            constant=constant_at(layout.key),
-            groups=groups,
-            value_registers=value_registers(layout.value),
-            fast=fast,
-            medium=medium,
-            slow=slow,
-            held=2 * registers * (fast + medium) <= HELD,
-            warps=warps,
-            stage=stage,
-            room=room,
-            reserve=warp.reserve(room.bytes),
-            all_but=warp.all_but(room.stages - 2),
-        )
-
-
-class LatentTables(NamedTuple):
-    """What the kernel reads that is neither the store's nor the step's."""
-
-    of_pairs: ExpansionTables
-    of_keys: KeyTable
-    of_values: ValueTable
-    scratch: torch.Tensor | None  # the interpreter's shared memory, uint8 [programs, bytes]
-
-    @classmethod
-    def of(cls, layout: Layout, device: torch.device, count: int) -> LatentTables:
-        """``count`` bytes of shared memory in all, where there is none."""
-        scratch = torch.empty(count if INTERPRETED.value else 0, dtype=torch.uint8, device=device)
-        pairs = expansion_tables(layout.rotary, layout.head_dim, device)
-        keys, values = key_table(layout.key, device), value_table(layout.value, device)
-        return cls(pairs, keys, values, scratch if INTERPRETED.value else None)
-
-
-def plan_of(past: Past, chunk: Chunk, plan: AttendPlan) -> LatentPlan | None:
-    """How a step is attended to in this form, with as many warps as have room; None where it is not.
-
-    Not in float32, of which products take as many instructions again.
-    """
-    buffers, layout = past.buffers, past.layout
-    if (
-        not plan.latent
-        or layout.lossless
-        or chunk.columns > COLUMNS
-        or chunk.query.dtype not in (torch.float16, torch.bfloat16)
-    ):
-        return None
-    # codes are copied by four tokens
-    if buffers.k_codes.shape[2] % 4 or (buffers.starts.shape[1] > 1 and layout.block % 4):
-        return None
-    queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
-    warps = [count for count in (4, 2, 1) if count <= plan.warps]
-    tried = (LatentPlan.of(layout, queries, count, plan.stages) for count in warps)
-    return next((latent for latent in tried if latent.room.bytes <= ROOM), None)
-
-
-@warp.function
-def _power_below(x):
-    """The largest power of two that is not above ``x``, a positive float32."""
-    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@warp.function
-def _unit(x, affine, G: tl.constexpr, L: tl.constexpr):
-    """What the numbers of a basis are times in shared memory, so that none leaves float16 and none is lost in it."""
-    T: tl.constexpr = 32 * L.warps
-    RANK: tl.constexpr = G.k.rank
-    largest = 0.0
-    for first in tl.static_range(0, RANK, T):
-        held = first + x < RANK
-        a = warp.float_of(affine + first + x, held) * warp.float_of(affine + RANK + first + x, held)
-        largest = tl.maximum(largest, tl.max(a, 0))
-    return _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
-
-
-@warp.function
-def _basis_to_shared(
-    room, x, basis, affine, unit, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, L: tl.constexpr
-):  # fmt: skip
-    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory."""
-    T: tl.constexpr = 32 * L.warps
-    WORDS: tl.constexpr = 8 * COUNT  # of two channels
-    PADDED: tl.constexpr = 8 if COUNT == 1 else 16 if COUNT == 2 else 32 if COUNT <= 4 else 64 if COUNT <= 8 else 128
-    J: tl.constexpr = PADDED if PADDED < T else T
-    ROWS: tl.constexpr = T // J
-    SLOTS: tl.constexpr = 8 * L.registers
-    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
-    for part in tl.static_range((WORDS + J - 1) // J):
-        j, row = part * J + x % J, x // J
-        live = j < WORDS
-        pair = 8 * FIRST + j // 8 * 8 + 2 * (j % 4)
-        which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
-        c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
-        middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
-        for i in tl.static_range(SLOTS // ROWS):
-            slot = i * ROWS + row
-            code, place = warp.word_of(tables.of_keys.codes + slot, live), warp.float_of(tables.of_keys.places + slot, live)
-            real = live & (code >= 0)
-            a = warp.float_of(affine + code, real) * warp.float_of(affine + G.k.rank + code, real) * place * unit
-            b0 = warp.signed_byte_of(basis + code * G.width + c0, real & (c0 >= 0)).to(tl.float32) * a
-            b1 = warp.signed_byte_of(basis + code * G.width + c1, real & (c1 >= 0)).to(tl.float32) * a
-            away = warp.float_of(tables.of_keys.middles + slot, live)
-            middle0 += b0.to(tl.float16).to(tl.float32) * away
-            middle1 += b1.to(tl.float16).to(tl.float32) * away
-            if PADDED > WORDS:
-                warp.to_shared(room + tl.where(live, slot * L.room.pitch + 4 * j, L.room.spare), warp.halves(b0, b1))
-            else:
-                warp.to_shared(room + (slot * L.room.pitch + 4 * j), warp.halves(b0, b1))
-        middle0, middle1 = _over_rows(middle0, ROWS, J) * (-1.0 / 1024), _over_rows(middle1, ROWS, J) * (-1.0 / 1024)
-        # twice: what the first rounding takes away stands in another lane's constant
-        rest0 = middle0 - middle0.to(tl.float16).to(tl.float32)
-        rest1 = middle1 - middle1.to(tl.float16).to(tl.float32)
-        at = room + tl.where(live, L.constant * L.room.pitch + 4 * j, L.room.spare)
-        tl.debug_barrier()
-        warp.to_shared(at, warp.halves(middle0, middle1))
-        warp.to_shared(at + tl.where(live, 2 * L.room.pitch, 0), warp.halves(rest0, rest1))
-    tl.debug_barrier()
-
-
-@warp.function
-def _over_rows(x, ROWS: tl.constexpr, J: tl.constexpr):
-    """Sums over lanes that have the same column, in each of them."""
-    if ROWS == 1:
-        return x
-    return tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(x, (ROWS, J)), 0)[None, :], (ROWS, J)), (ROWS * J,))
-
-
-@warp.function
-def _queries_to_shared(
-    room, spare, lane, at, live, scale, weights, positions, tables, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr
-):  # fmt: skip
-    """Write the warp's four queries, turned back to where its tokens begin, to its shared memory; what each was divided by.
-
-    ``at`` and ``live`` are tuples, of each query. A query is scaled to a length below one, so that no product leaves float16.
-    """
-    T: tl.constexpr = 32 * L.warps
-    WARPS: tl.constexpr = L.warps
-    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
-    DTYPE: tl.constexpr = at[0].dtype.element_ty
-    first, second, squares = (), (), ()
-    for h in tl.static_range(4):
-        squares = squares + (tl.zeros([T], tl.float32),)
-    for i in tl.static_range((PAIRS + 31) // 32):
-        pair = 32 * i + lane
-        there = pair < PAIRS
-        c0 = warp.word_of(tables.of_pairs.channels + pair, there)
-        c1 = warp.word_of(tables.of_pairs.channels + PAIRS + pair, there)
-        held0, held1 = there & (c0 >= 0), there & (c1 >= 0)
-        sin, cos = sincos(positions, warp.word_of(tables.of_pairs.turns + pair, there))
-        turned = scale * tl.where(c0 < 2 * R.pairs, R.scaling, 1.0)
-        w0 = inverse(tl.where(held0, warp.float_of(weights + c0, held0), 1.0)) * turned
-        w1 = inverse(tl.where(held1, warp.float_of(weights + c1, held1), 1.0)) * turned
-        grown = ()
-        for h in tl.static_range(4):
-            q0 = warp.number_of(at[h] + c0, live[h] & held0, DTYPE)
-            q1 = warp.number_of(at[h] + c1, live[h] & held1, DTYPE)
-            x0, x1 = (q0 * cos + q1 * sin) * w0, (q1 * cos - q0 * sin) * w1
-            first, second = first + (x0,), second + (x1,)
-            grown = grown + (squares[h] + x0 * x0 + x1 * x1,)
-        squares = grown
-    gains = ()
-    for h in tl.static_range(4):
-        length = tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(squares[h], (WARPS, 32)), 1)[:, None], (WARPS, 32)), (T,))
-        gain = 2 * _power_below(tl.sqrt(tl.maximum(length, 1e-30)))
-        gains = gains + (gain,)
-        for i in tl.static_range((PAIRS + 31) // 32):
-            pair = 32 * i + lane
-            there = pair < PAIRS
-            to = room + (h * 2 * PAIRS + pair) * 2
-            if PAIRS % 32 == 0:
-                warp.half_to_shared(to, first[4 * i + h] / gain)
-                warp.half_to_shared(to + 2 * PAIRS, second[4 * i + h] / gain)
-            else:
-                warp.half_to_shared(tl.where(there, to, spare), first[4 * i + h] / gain)
-                warp.half_to_shared(tl.where(there, to + 2 * PAIRS, spare), second[4 * i + h] / gain)
-    return gains
-
-
-@warp.function
-def _query(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
-    """Of the S-th eight pairs of a query fragments of first and second channels: as they are for e = 0, turned a quarter for 1."""
-    at = room + h * (4 * PAIRS) + (16 * S + 4 * c)
-    a, b = warp.shared_word(at), warp.shared_word(at + 2 * PAIRS)
-    return tl.where(e == 1, b, a), tl.where(e == 1, a ^ -2147450880, b)  # 0x80008000 changes both signs
-
-
-@warp.function
-def _absorbed_by(queries, FIRST: tl.constexpr, COUNT: tl.constexpr, step, tables, e, c, L: tl.constexpr):
-    """The terms of some eights of pairs over a step, [16, 16] each: fragments for ``warp.product``."""
-    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
-    out = ()
-    for s in tl.static_range(COUNT):
-        at = tables.of_pairs.absorbed + (step * EIGHTS + FIRST + s) * 32 + e * 16 + c * 4
-        cos0, sin0, cos1, sin1 = warp.words_of(at)
-        a0, a2 = warp.turned(queries[2 * s], queries[2 * s + 1], cos0, sin0)
-        a1, a3 = warp.turned(queries[2 * s], queries[2 * s + 1], cos1, sin1)
-        out = out + (a0, a1, a2, a3)
-    return out
-
-
-@warp.function
-def _channels_of(room, lane, S: tl.constexpr, L: tl.constexpr):
-    """Of the S-th eight pairs in shared memory fragments [digits, channels], first and second channels of each register."""
-    N: tl.constexpr = L.registers
-    out = ()
-    for q in tl.static_range((N + 1) // 2):
-        register = tl.minimum(2 * q + lane // 16, N - 1)
-        at = room + ((8 * register + lane % 8) * L.room.pitch + (lane // 8 % 2 * 16 + 32 * S))
-        four = warp.shared_fragments(at, False)
-        out = out + (four if 2 * q + 1 < N else (four[0], four[1]))
-    return out
-
-
-@warp.function
-def _basis_of(room, lane, S: tl.constexpr, SECOND: tl.constexpr, L: tl.constexpr):
-    """The same of first or second channels, transposed: [channels, digits] of each register."""
-    N: tl.constexpr = L.registers
-    out = ()
-    for q in tl.static_range((N + 3) // 4):
-        register = tl.minimum(4 * q + lane // 8, N - 1)
-        four = warp.shared_fragments(room + ((8 * register + lane % 8) * L.room.pitch + (32 * S + 16 * SECOND)), True)
-        for i in tl.static_range(4):
-            if 4 * q + i < N:
-                out = out + (four[i],)
-    return out
-
-
-@warp.function
-def _absorbed(terms, over_run, shift, held, room, lane, L: tl.constexpr):
-    """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
-    REGISTERS: tl.constexpr = L.registers
-    MEDIUM: tl.constexpr = L.medium
-    zero = (lane * 0).to(tl.float32)
-    sums = ()
-    for j in tl.static_range(REGISTERS):
-        y = (zero, zero, zero, zero)
-        if L.slow > 0:
-            y = warp.product(y, shift[0], shift[1], shift[2], shift[3], over_run[2 * j], over_run[2 * j + 1], False)
-        sums = sums + y
-    for s in tl.static_range(MEDIUM):
-        if not L.held:
-            held = _channels_of(room, lane, L.fast + s, L)
-        grown = ()
-        for j in tl.static_range(REGISTERS):
-            b = held[2 * (REGISTERS * s + j) if L.held else 2 * j], held[2 * (REGISTERS * s + j) + 1 if L.held else 2 * j + 1]
-            y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
-            t = (terms[4 * s], terms[4 * s + 1], terms[4 * s + 2], terms[4 * s + 3])
-            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[0], b[1], False)
-        sums = grown
-    out = ()
-    for j in tl.static_range(REGISTERS):
-        out = out + (warp.halves(sums[4 * j], sums[4 * j + 1]), warp.halves(sums[4 * j + 2], sums[4 * j + 3]))
-    return out
-
-
-@warp.function
-def _absorbed_over_run(
-    sums, room, queries_room, lane, h, e, c, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, AT: tl.constexpr, L: tl.constexpr
-):  # fmt: skip
-    """``sums`` plus what some eights of slow pairs give, which begin at the AT-th eight pairs in shared memory."""
-    REGISTERS: tl.constexpr = L.registers
-    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
-    for s in tl.static_range(COUNT):
-        query = _query(queries_room, h, e, c, FIRST + s, PAIRS)
-        t = _absorbed_by(query, FIRST + s, 1, _STEPS, tables, e, c, L)
-        b = _channels_of(room, lane, AT + s, L)
-        grown = ()
-        for j in tl.static_range(REGISTERS):
-            y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
-            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[2 * j], b[2 * j + 1], False)
-        sums = grown
-    return sums
-
-
-@warp.function
-def _as_operand(sums, L: tl.constexpr):
-    """Absorbed queries over a run, [terms, digits], as fragments [digits, terms]."""
-    REGISTERS: tl.constexpr = L.registers
-    out = ()
-    for j in tl.static_range(REGISTERS):
-        out = out + (warp.transposed(warp.halves(sums[4 * j], sums[4 * j + 1])),)
-        out = out + (warp.transposed(warp.halves(sums[4 * j + 2], sums[4 * j + 3])),)
-    return out
-
-
-@warp.function
-def _fast_queries(queries, step, tables, c, L: tl.constexpr):
-    """Queries of the fastest pairs, turned back to where a step begins."""
-    FAST: tl.constexpr = L.fast
-    out = ()
-    for s in tl.static_range(FAST):
-        at = tables.of_pairs.turned + (step * ((L.fast + 1) // 2) + s // 2) * 16 + c * 4
-        turns = warp.words_of(at)
-        a, b = warp.turned(queries[2 * s], queries[2 * s + 1], turns[s % 2 * 2], turns[s % 2 * 2 + 1])
-        out = out + (a, b)
-    return out
 
 
 @warp.function
@@ -462,7 +93,7 @@ def _scores(
         for second in tl.static_range(2):
             k = (none, none)
             if not L.held:
-                held = _basis_of(room, lane, s, second, L)
+                held = basis_of(room, lane, s, second, L)
             for q in tl.static_range(N // 2):
                 b0 = held[(2 * s + second) * N + 2 * q if L.held else 2 * q]
                 b1 = held[(2 * s + second) * N + 2 * q + 1 if L.held else 2 * q + 1]
@@ -509,7 +140,7 @@ def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G
 
 @warp.function
 def _fetch(ring, lane, keys, values, norms, left, L: tl.constexpr, G: tl.constexpr):
-    """Begin to copy the codes of 32 tokens, or of ``left`` ones if these are fewer, from each lane's pointers to shared memory."""
+    """Begin to copy the codes of 32 tokens, or of ``left`` if these are fewer, from each lane's pointers to shared memory."""
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
     # a multiple of four tokens, so all 16 bytes of a copy are theirs, or none
@@ -587,9 +218,9 @@ def attend_latent(
     if not F.in_segments:
         affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
         basis = store.k_basis + row_group * (G.width * G.k.rank) + head * G.dim
-        unit = _unit(x, affine, G, L)
+        unit = unit_of(x, affine, G, L)
         if WHOLE:
-            _basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
+            basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
     if not F.latent_out:
         out = tl.zeros([4, G.DIM], tl.float32)
     again = low < high
@@ -614,10 +245,10 @@ def attend_latent(
                 where = row_group * segments + segment
                 affine = store.k_affine + where * (2 * G.k.rank + G.width)
                 basis = store.k_basis + where * (G.width * G.k.rank) + head * G.dim
-                unit = _unit(x, affine, G, L)
+                unit = unit_of(x, affine, G, L)
                 if WHOLE:
                     tl.debug_barrier()  # the last segment's basis is still read
-                    _basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
+                    basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
             all_steps = tl.cdiv(end - low, _STEP)
             step0 = all_steps * own_warp // WARPS
             steps = all_steps * (own_warp + 1) // WARPS - step0
@@ -636,7 +267,7 @@ def attend_latent(
                 values += _STEP * VALUE_BYTES
                 sizes_of += _STEP
             position = tl.load(row_positions + tl.minimum(token, end - 1))
-            gains = _queries_to_shared(
+            gains = queries_to_shared(
                 queries_room, room + L.room.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
                 tables, G, R, L,
             )  # fmt: skip
@@ -647,38 +278,38 @@ def attend_latent(
             for _ in tl.static_range(4 * REGISTERS):
                 over_run = over_run + (zero,)
             if WHOLE:
-                over_run = _absorbed_over_run(
+                over_run = absorbed_over_run(
                     over_run, room, queries_room, lane, h, e, c, tables, L.fast + L.medium, L.slow, L.fast + L.medium, L
                 )  # fmt: skip
             else:
                 for turn in tl.static_range((EIGHTS - TURNED + AT_ONCE - 1) // AT_ONCE):
                     tl.debug_barrier()  # what was there is still read
-                    _basis_to_shared(
+                    basis_to_shared(
                         room, x, basis, affine, unit, tables, TURNED + turn * AT_ONCE,
                         min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), G, L,
                     )  # fmt: skip
-                    over_run = _absorbed_over_run(
+                    over_run = absorbed_over_run(
                         over_run, room, queries_room, lane, h, e, c, tables, TURNED + turn * AT_ONCE,
                         min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), 0, L,
                     )  # fmt: skip
                 if TURNED > 0:
                     tl.debug_barrier()
-                    _basis_to_shared(room, x, basis, affine, unit, tables, 0, TURNED, G, L)
-            over_run = _as_operand(over_run, L)
+                    basis_to_shared(room, x, basis, affine, unit, tables, 0, TURNED, G, L)
+            over_run = as_operand(over_run, L)
             medium, quick, of_medium, of_quick = (), (), (), ()
             for s in tl.static_range(MEDIUM):
-                medium = medium + _query(queries_room, h, e, c, L.fast + s, PAIRS)
+                medium = medium + query_of(queries_room, h, e, c, L.fast + s, PAIRS)
                 if L.held:
-                    of_medium = of_medium + _channels_of(room, lane, L.fast + s, L)
+                    of_medium = of_medium + channels_of(room, lane, L.fast + s, L)
             for s in tl.static_range(FAST):
-                first, second = _query(queries_room, h, e, c, s, PAIRS)
+                first, second = query_of(queries_room, h, e, c, s, PAIRS)
                 quick = quick + (tl.where(e == 1, 0, first), tl.where(e == 1, 0, second))
                 if L.held:
-                    of_quick = of_quick + _basis_of(room, lane, s, 0, L) + _basis_of(room, lane, s, 1, L)
+                    of_quick = of_quick + basis_of(room, lane, s, 0, L) + basis_of(room, lane, s, 1, L)
             shift_at = tables.of_pairs.shifts + tl.where(c == h, e, 2) * 4
-            terms = _absorbed_by(medium, L.fast, L.medium, 0, tables, e, c, L)
-            absorbed = _absorbed(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
-            fast = _fast_queries(quick, 0, tables, c, L)
+            terms = terms_of(medium, L.fast, L.medium, 0, tables, e, c, L)
+            absorbed = absorbed_over_step(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
+            fast = fast_queries(quick, 0, tables, c, L)
             at_stage, ahead = 0, L.room.stages - 1
             for k in range(tl.cdiv(all_steps, WARPS)):
                 warp.wait_for_copies(x, ALL_BUT)
@@ -695,10 +326,12 @@ def attend_latent(
                     warp.float_to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code))
                 scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
                 scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
-                following = tl.minimum(k + 1, _STEPS - 1)
-                terms = _absorbed_by(medium, L.fast, L.medium, following, tables, e, c, L)
-                absorbed = _absorbed(terms, over_run, warp.words_of(shift_at + following * 12), of_medium, room, lane, L)
-                fast = _fast_queries(quick, following, tables, c, L)
+                following = tl.minimum(k + 1, STEPS - 1)
+                terms = terms_of(medium, L.fast, L.medium, following, tables, e, c, L)
+                absorbed = absorbed_over_step(
+                    terms, over_run, warp.words_of(shift_at + following * 12), of_medium, room, lane, L
+                )
+                fast = fast_queries(quick, following, tables, c, L)
                 if NORMALISED:
                     warp.lanes_meet(x)
                     size = warp.shared_floats(sizes + r * 16)
@@ -742,9 +375,8 @@ def attend_latent(
                     emptied = emptied + (zero,)
                 sums = emptied
             low = end
-            if F.in_segments:
-                if segment + 1 < segments:
-                    segment += (tl.load(store.starts + b * segments + segment + 1) <= low).to(tl.int32)
+            if F.in_segments and segment + 1 < segments:
+                segment += (tl.load(store.starts + b * segments + segment + 1) <= low).to(tl.int32)
         top = tl.max(tl.reshape(highest, (WARPS * 8, 4)), 0) + (reference - _UP)
         far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
         again = tl.max(far.to(tl.int32), 0) > 0

@@ -109,7 +109,7 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
     absorbed = np.zeros((steps + 1, eights, 2, 4, 4), np.uint32)
     for step in range(steps + 1):
         half = RUN / 2 if step == steps else STEP / 2
-        middle = RUN / 2 if step == steps else STEP * step + STEP / 2
+        middle = RUN / 2 if step == steps else STEP * (step + 0.5)
         terms = np.array([coefficients(min(abs(x) * half, 1.0)) for x in w]).reshape(eights, 4, 2, TERMS)
         terms[..., 1::2] *= np.sign(by_eights)[..., None]  # sines of pairs that turn the other way
         angles = by_eights * middle
@@ -135,9 +135,9 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
 
     shifts = np.zeros((steps, 3, 4), np.uint32)
     for step in range(steps):
-        at, ratio = (STEP * step + STEP / 2 - RUN / 2) / (RUN / 2), STEP / RUN
-        # (at + ratio x)**j in powers of x
-        m = [[math.comb(j, i) * at ** (j - i) * ratio**i if j >= i else 0.0 for j in range(TERMS)] for i in range(TERMS)]
+        middle, ratio = (STEP * step + STEP / 2 - RUN / 2) / (RUN / 2), STEP / RUN
+        # (middle + ratio x)**j in powers of x
+        m = [[math.comb(j, i) * middle ** (j - i) * ratio**i if j >= i else 0.0 for j in range(TERMS)] for i in range(TERMS)]
         for e in range(2):
             rows = ((e, 0), (2 + e, 0), (e, 2), (2 + e, 2))
             shifts[step, e] = [words(np.array([m[row][first], m[row][first + 1]])) for row, first in rows]

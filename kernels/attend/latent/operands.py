@@ -1,0 +1,256 @@
+"""Operands of products in a warp's registers: basis and queries in shared memory, and queries absorbed into the basis."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from spectral_compile.kernels.attend.coded import inverse
+from spectral_compile.kernels.attend.latent import warp
+from spectral_compile.kernels.attend.latent.expansion import RUN, STEP
+from spectral_compile.kernels.rotary import sincos
+
+# number of a basis in float16, and absorbed queries are up to that times the root of the channels
+_LARGEST: tl.constexpr = tl.constexpr(4096.0)
+STEPS: tl.constexpr = tl.constexpr(RUN // STEP)
+
+
+@warp.function
+def _power_below(x):
+    """The largest power of two that is not above ``x``, a positive float32."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@warp.function
+def unit_of(x, affine, G: tl.constexpr, L: tl.constexpr):
+    """What the numbers of a basis are times in shared memory, so that none leaves float16 and none is lost in it."""
+    T: tl.constexpr = 32 * L.warps
+    RANK: tl.constexpr = G.k.rank
+    largest = 0.0
+    for first in tl.static_range(0, RANK, T):
+        held = first + x < RANK
+        a = warp.float_of(affine + first + x, held) * warp.float_of(affine + RANK + first + x, held)
+        largest = tl.maximum(largest, tl.max(a, 0))
+    return _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
+
+
+@warp.function
+def basis_to_shared(
+    room, x, basis, affine, unit, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory."""
+    T: tl.constexpr = 32 * L.warps
+    WORDS: tl.constexpr = 8 * COUNT  # of two channels
+    PADDED: tl.constexpr = 8 if COUNT == 1 else 16 if COUNT == 2 else 32 if COUNT <= 4 else 64 if COUNT <= 8 else 128
+    J: tl.constexpr = PADDED if PADDED < T else T
+    ROWS: tl.constexpr = T // J
+    SLOTS: tl.constexpr = 8 * L.registers
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    for part in tl.static_range((WORDS + J - 1) // J):
+        j, row = part * J + x % J, x // J
+        live = j < WORDS
+        pair = 8 * FIRST + j // 8 * 8 + 2 * (j % 4)
+        which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
+        c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
+        middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
+        for i in tl.static_range(SLOTS // ROWS):
+            slot = i * ROWS + row
+            code, place = warp.word_of(tables.of_keys.codes + slot, live), warp.float_of(tables.of_keys.places + slot, live)
+            real = live & (code >= 0)
+            a = warp.float_of(affine + code, real) * warp.float_of(affine + G.k.rank + code, real) * place * unit
+            b0 = warp.signed_byte_of(basis + code * G.width + c0, real & (c0 >= 0)).to(tl.float32) * a
+            b1 = warp.signed_byte_of(basis + code * G.width + c1, real & (c1 >= 0)).to(tl.float32) * a
+            away = warp.float_of(tables.of_keys.middles + slot, live)
+            middle0 += b0.to(tl.float16).to(tl.float32) * away
+            middle1 += b1.to(tl.float16).to(tl.float32) * away
+            if PADDED > WORDS:
+                warp.to_shared(room + tl.where(live, slot * L.room.pitch + 4 * j, L.room.spare), warp.halves(b0, b1))
+            else:
+                warp.to_shared(room + (slot * L.room.pitch + 4 * j), warp.halves(b0, b1))
+        middle0, middle1 = _over_rows(middle0, ROWS, J) * (-1.0 / 1024), _over_rows(middle1, ROWS, J) * (-1.0 / 1024)
+        # twice: what the first rounding takes away stands in another lane's constant
+        rest0 = middle0 - middle0.to(tl.float16).to(tl.float32)
+        rest1 = middle1 - middle1.to(tl.float16).to(tl.float32)
+        at = room + tl.where(live, L.constant * L.room.pitch + 4 * j, L.room.spare)
+        tl.debug_barrier()
+        warp.to_shared(at, warp.halves(middle0, middle1))
+        warp.to_shared(at + tl.where(live, 2 * L.room.pitch, 0), warp.halves(rest0, rest1))
+    tl.debug_barrier()
+
+
+@warp.function
+def _over_rows(x, ROWS: tl.constexpr, J: tl.constexpr):
+    """Sums over lanes that have the same column, in each of them."""
+    if ROWS == 1:
+        return x
+    return tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(x, (ROWS, J)), 0)[None, :], (ROWS, J)), (ROWS * J,))
+
+
+@warp.function
+def queries_to_shared(
+    room, spare, lane, at, live, scale, weights, positions, tables, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """Write the warp's four queries, turned back to where its tokens begin, to its shared memory; what each was divided by.
+
+    ``at`` and ``live`` are tuples, of each query. A query is scaled to a length below one, so that no product leaves float16.
+    """
+    T: tl.constexpr = 32 * L.warps
+    WARPS: tl.constexpr = L.warps
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    DTYPE: tl.constexpr = at[0].dtype.element_ty
+    first, second, squares = (), (), ()
+    for _ in tl.static_range(4):
+        squares = squares + (tl.zeros([T], tl.float32),)
+    for i in tl.static_range((PAIRS + 31) // 32):
+        pair = 32 * i + lane
+        there = pair < PAIRS
+        c0 = warp.word_of(tables.of_pairs.channels + pair, there)
+        c1 = warp.word_of(tables.of_pairs.channels + PAIRS + pair, there)
+        held0, held1 = there & (c0 >= 0), there & (c1 >= 0)
+        sin, cos = sincos(positions, warp.word_of(tables.of_pairs.turns + pair, there))
+        turned = scale * tl.where(c0 < 2 * R.pairs, R.scaling, 1.0)
+        w0 = inverse(tl.where(held0, warp.float_of(weights + c0, held0), 1.0)) * turned
+        w1 = inverse(tl.where(held1, warp.float_of(weights + c1, held1), 1.0)) * turned
+        grown = ()
+        for h in tl.static_range(4):
+            q0 = warp.number_of(at[h] + c0, live[h] & held0, DTYPE)
+            q1 = warp.number_of(at[h] + c1, live[h] & held1, DTYPE)
+            x0, x1 = (q0 * cos + q1 * sin) * w0, (q1 * cos - q0 * sin) * w1
+            first, second = first + (x0,), second + (x1,)
+            grown = grown + (squares[h] + x0 * x0 + x1 * x1,)
+        squares = grown
+    gains = ()
+    for h in tl.static_range(4):
+        length = tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(squares[h], (WARPS, 32)), 1)[:, None], (WARPS, 32)), (T,))
+        gain = 2 * _power_below(tl.sqrt(tl.maximum(length, 1e-30)))
+        gains = gains + (gain,)
+        for i in tl.static_range((PAIRS + 31) // 32):
+            pair = 32 * i + lane
+            there = pair < PAIRS
+            to = room + (h * 2 * PAIRS + pair) * 2
+            if PAIRS % 32 == 0:
+                warp.half_to_shared(to, first[4 * i + h] / gain)
+                warp.half_to_shared(to + 2 * PAIRS, second[4 * i + h] / gain)
+            else:
+                warp.half_to_shared(tl.where(there, to, spare), first[4 * i + h] / gain)
+                warp.half_to_shared(tl.where(there, to + 2 * PAIRS, spare), second[4 * i + h] / gain)
+    return gains
+
+
+@warp.function
+def query_of(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
+    """Of the S-th eight pairs of a query fragments of first and second channels, turned a quarter where e is 1."""
+    at = room + h * (4 * PAIRS) + (16 * S + 4 * c)
+    a, b = warp.shared_word(at), warp.shared_word(at + 2 * PAIRS)
+    return tl.where(e == 1, b, a), tl.where(e == 1, a ^ -2147450880, b)  # 0x80008000 changes both signs
+
+
+@warp.function
+def terms_of(queries, FIRST: tl.constexpr, COUNT: tl.constexpr, step, tables, e, c, L: tl.constexpr):
+    """The terms of some eights of pairs over a step, [16, 16] each: fragments for ``warp.product``."""
+    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
+    out = ()
+    for s in tl.static_range(COUNT):
+        at = tables.of_pairs.absorbed + (step * EIGHTS + FIRST + s) * 32 + e * 16 + c * 4
+        cos0, sin0, cos1, sin1 = warp.words_of(at)
+        a0, a2 = warp.turned(queries[2 * s], queries[2 * s + 1], cos0, sin0)
+        a1, a3 = warp.turned(queries[2 * s], queries[2 * s + 1], cos1, sin1)
+        out = out + (a0, a1, a2, a3)
+    return out
+
+
+@warp.function
+def channels_of(room, lane, S: tl.constexpr, L: tl.constexpr):
+    """Of the S-th eight pairs in shared memory fragments [digits, channels], first and second channels of each register."""
+    N: tl.constexpr = L.registers
+    out = ()
+    for q in tl.static_range((N + 1) // 2):
+        register = tl.minimum(2 * q + lane // 16, N - 1)
+        at = room + ((8 * register + lane % 8) * L.room.pitch + (lane // 8 % 2 * 16 + 32 * S))
+        four = warp.shared_fragments(at, False)
+        out = out + (four if 2 * q + 1 < N else (four[0], four[1]))
+    return out
+
+
+@warp.function
+def basis_of(room, lane, S: tl.constexpr, SECOND: tl.constexpr, L: tl.constexpr):
+    """The same of first or second channels, transposed: [channels, digits] of each register."""
+    N: tl.constexpr = L.registers
+    out = ()
+    for q in tl.static_range((N + 3) // 4):
+        register = tl.minimum(4 * q + lane // 8, N - 1)
+        four = warp.shared_fragments(room + ((8 * register + lane % 8) * L.room.pitch + (32 * S + 16 * SECOND)), True)
+        for i in tl.static_range(4):
+            if 4 * q + i < N:
+                out = out + (four[i],)
+    return out
+
+
+@warp.function
+def absorbed_over_step(terms, over_run, shift, held, room, lane, L: tl.constexpr):
+    """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
+    REGISTERS: tl.constexpr = L.registers
+    MEDIUM: tl.constexpr = L.medium
+    zero = (lane * 0).to(tl.float32)
+    sums = ()
+    for j in tl.static_range(REGISTERS):
+        y = (zero, zero, zero, zero)
+        if L.slow > 0:
+            y = warp.product(y, shift[0], shift[1], shift[2], shift[3], over_run[2 * j], over_run[2 * j + 1], False)
+        sums = sums + y
+    for s in tl.static_range(MEDIUM):
+        if not L.held:
+            held = channels_of(room, lane, L.fast + s, L)
+        grown = ()
+        for j in tl.static_range(REGISTERS):
+            b = held[2 * (REGISTERS * s + j) if L.held else 2 * j], held[2 * (REGISTERS * s + j) + 1 if L.held else 2 * j + 1]
+            y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
+            t = (terms[4 * s], terms[4 * s + 1], terms[4 * s + 2], terms[4 * s + 3])
+            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[0], b[1], False)
+        sums = grown
+    out = ()
+    for j in tl.static_range(REGISTERS):
+        out = out + (warp.halves(sums[4 * j], sums[4 * j + 1]), warp.halves(sums[4 * j + 2], sums[4 * j + 3]))
+    return out
+
+
+@warp.function
+def absorbed_over_run(
+    sums, room, queries_room, lane, h, e, c, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, AT: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """``sums`` plus what some eights of slow pairs give, which begin at the AT-th eight pairs in shared memory."""
+    REGISTERS: tl.constexpr = L.registers
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    for s in tl.static_range(COUNT):
+        query = query_of(queries_room, h, e, c, FIRST + s, PAIRS)
+        t = terms_of(query, FIRST + s, 1, STEPS, tables, e, c, L)
+        b = channels_of(room, lane, AT + s, L)
+        grown = ()
+        for j in tl.static_range(REGISTERS):
+            y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
+            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[2 * j], b[2 * j + 1], False)
+        sums = grown
+    return sums
+
+
+@warp.function
+def as_operand(sums, L: tl.constexpr):
+    """Absorbed queries over a run, [terms, digits], as fragments [digits, terms]."""
+    REGISTERS: tl.constexpr = L.registers
+    out = ()
+    for j in tl.static_range(REGISTERS):
+        out = out + (warp.transposed(warp.halves(sums[4 * j], sums[4 * j + 1])),)
+        out = out + (warp.transposed(warp.halves(sums[4 * j + 2], sums[4 * j + 3])),)
+    return out
+
+
+@warp.function
+def fast_queries(queries, step, tables, c, L: tl.constexpr):
+    """Queries of the fastest pairs, turned back to where a step begins."""
+    FAST: tl.constexpr = L.fast
+    out = ()
+    for s in tl.static_range(FAST):
+        at = tables.of_pairs.turned + (step * ((L.fast + 1) // 2) + s // 2) * 16 + c * 4
+        turns = warp.words_of(at)
+        a, b = warp.turned(queries[2 * s], queries[2 * s + 1], turns[s % 2 * 2], turns[s % 2 * 2 + 1])
+        out = out + (a, b)
+    return out

@@ -1,0 +1,144 @@
+"""How attention in a warp's registers is laid out: registers, shared memory and the tables that it reads."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels.attend.latent import warp
+from spectral_compile.kernels.attend.latent.expansion import EIGHT, STEP, Expansion, ExpansionTables
+from spectral_compile.kernels.attend.latent.expansion import tables as expansion_tables
+from spectral_compile.kernels.attend.latent.registers import (
+    KeySource,
+    KeyTable,
+    ValueGroup,
+    ValueTable,
+    constant_at,
+    key_sources,
+    key_table,
+    value_groups,
+    value_registers,
+    value_table,
+)
+from spectral_compile.kernels.attend.plan import AttendPlan
+from spectral_compile.kernels.digits import INTERPRETED
+from spectral_compile.kernels.values import Chunk, Past
+
+QUERIES = 4  # of a block
+HELD = 48  # fragments of a basis that leave enough registers for what a step takes
+ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
+COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
+
+
+class Room(NamedTuple):
+    """How the shared memory of a program is shared out, in bytes from its beginning: a basis, then queries, then codes."""
+
+    at_once: int  # eights of pairs of the basis that are there, all or those of the slow pairs in turns
+    pitch: int  # of a row of it: eight rows begin at eight different banks
+    spare: int  # where what belongs nowhere goes
+    queries: int
+    rings: int
+    ring: int  # of a warp: its codes and sizes
+    stages: int  # of a ring
+    bytes: int
+
+    @classmethod
+    def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int) -> Room:
+        pitch, ring = 32 * at_once + 16, stages * stage + 4 * STEP
+        spare = 8 * registers * pitch
+        queries = -(-(spare + 4) // 128) * 128
+        rings = queries + warps * QUERIES * 4 * pairs
+        return cls(at_once, pitch, spare, queries, rings, ring, stages, rings + warps * ring)
+
+
+class LatentPlan(NamedTuple):
+    """What is fixed about attention in a warp's registers, as kernels are compiled for it."""
+
+    blocks: int  # of four queries of a KV head
+    sources: tuple[KeySource, ...]
+    registers: int  # of digits of keys
+    constant: int  # where among the digits the constant stands
+    groups: tuple[ValueGroup, ...]
+    value_registers: int
+    fast: int  # eights of pairs
+    medium: int
+    slow: int
+    held: bool  # whether the basis of pairs that are not slow is in registers
+    warps: int
+    stage: int  # bytes of the codes of 32 tokens
+    room: Room
+    reserve: str
+    all_but: str
+
+    @classmethod
+    @functools.cache
+    def of(cls, layout: Layout, queries: int, warps: int, stages: int) -> LatentPlan:
+        """For ``queries`` (query, head) pairs of a KV head, with fewer ``stages`` where there is no room for so many."""
+        expansion = Expansion.of(layout.rotary, layout.head_dim)
+        sources, groups = key_sources(layout.key), value_groups(layout.value)
+        registers = sum(len(source.masks) for source in sources)
+        fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
+        stage = STEP * (layout.key.row_bytes + layout.value.row_bytes + 1)
+        # all of the basis if there is room, else what every step takes, and of the rest as much as there is room for
+        choices = [(n, s) for s in (stages, 2) for n in range(fast + medium + slow, max(1, fast + medium) - 1, -1)]
+        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage) for n, s in choices]
+        room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
+        return cls(
+            blocks=-(-queries // QUERIES),
+            sources=sources,
+            registers=registers,
+            constant=constant_at(layout.key),
+            groups=groups,
+            value_registers=value_registers(layout.value),
+            fast=fast,
+            medium=medium,
+            slow=slow,
+            held=2 * registers * (fast + medium) <= HELD,
+            warps=warps,
+            stage=stage,
+            room=room,
+            reserve=warp.reserve(room.bytes),
+            all_but=warp.all_but(room.stages - 2),
+        )
+
+
+class LatentTables(NamedTuple):
+    """What the kernel reads that is neither the store's nor the step's."""
+
+    of_pairs: ExpansionTables
+    of_keys: KeyTable
+    of_values: ValueTable
+    scratch: torch.Tensor | None  # the interpreter's shared memory, uint8 [programs, bytes]
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device, count: int) -> LatentTables:
+        """``count`` bytes of shared memory in all, where there is none."""
+        scratch = torch.empty(count, dtype=torch.uint8, device=device) if INTERPRETED.value else None
+        pairs = expansion_tables(layout.rotary, layout.head_dim, device)
+        keys, values = key_table(layout.key, device), value_table(layout.value, device)
+        return cls(pairs, keys, values, scratch)
+
+
+def plan_of(past: Past, chunk: Chunk, plan: AttendPlan) -> LatentPlan | None:
+    """How a step is attended to in this form, with as many warps as have room; None where it is not.
+
+    Not in float32, of which products take as many instructions again.
+    """
+    buffers, layout = past.buffers, past.layout
+    if (
+        not plan.latent
+        or layout.lossless
+        or chunk.columns > COLUMNS
+        or chunk.query.dtype not in (torch.float16, torch.bfloat16)
+    ):
+        return None
+    # codes are copied by four tokens
+    if buffers.k_codes.shape[2] % 4 or (buffers.starts.shape[1] > 1 and layout.block % 4):
+        return None
+    queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
+    warps = [count for count in (4, 2, 1) if count <= plan.warps]
+    tried = (LatentPlan.of(layout, queries, count, plan.stages) for count in warps)
+    return next((latent for latent in tried if latent.room.bytes <= ROOM), None)
