@@ -30,6 +30,7 @@ from spectral_compile.kernels.dense import rotate
 
 DEFAULT = ("llama-3-8b",)
 COPY, GQA, REPEATED = "copy", "SDPA enable_gqa", "SDPA after repeat_kv, bool mask"
+FP8 = "fp8, by bytes"  # dense, at the bandwidth of a copy: no kernel is faster, and most are slower
 COPIED = {"cuda": 2**30, "cpu": 2**24}  # bytes
 
 
@@ -40,7 +41,7 @@ def measurements(settings: Settings) -> list[Measurement]:
         for batch, cached in settings.pairs:
             labels = {"geometry": name, "batch": batch, "cached": cached}
             sizes = (GEOMETRIES[name], settings, batch, cached)
-            ways = [(method, dense) for method in (GQA, REPEATED)] + [(preset, spectral) for preset in settings.presets]
+            ways = [(GQA, dense), (REPEATED, dense), (FP8, in_fp8), *((preset, spectral) for preset in settings.presets)]
             made += [Measurement({**labels, "method": method}, partial(way, *sizes, method)) for method, way in ways]
     return made
 
@@ -53,45 +54,61 @@ def bandwidth(settings: Settings) -> Row:
 
 
 def dense(geometry: Geometry, settings: Settings, batch: int, cached: int, method: str) -> Row:
-    """One query over ``cached`` + 1 dense keys and values."""
-    tokens = draw(geometry, settings, batch, cached + 1)
-    query, key, value = tokens.query[:, :, -1:].clone(), tokens.key.contiguous(), tokens.value.contiguous()
+    """A step over ``cached`` dense keys and values and its own."""
+    count = settings.columns
+    tokens = draw(geometry, settings, batch, cached + count)
+    query, key, value = tokens.query[:, :, -count:].clone(), tokens.key.contiguous(), tokens.value.contiguous()
     del tokens
-    mask = torch.ones(batch, 1, 1, cached + 1, dtype=torch.bool, device=settings.device)
+    mask = causal(count, cached, settings.device).expand(batch, 1, -1, -1)
     repeats = geometry.query_heads // geometry.kv_heads
 
     def repeated() -> torch.Tensor:
         return sdpa(query, repeat_kv(key, repeats), repeat_kv(value, repeats), attn_mask=mask)
 
-    call = repeated if method == REPEATED else lambda: sdpa(query, key, value, enable_gqa=True)
-    return timed(call, settings, key.nbytes + value.nbytes)
+    def grouped() -> torch.Tensor:
+        return sdpa(query, key, value, attn_mask=mask if count > 1 else None, enable_gqa=True)
+
+    return timed(repeated if method == REPEATED else grouped, settings, key.nbytes + value.nbytes)
+
+
+def in_fp8(geometry: Geometry, settings: Settings, batch: int, cached: int, method: str) -> Row:
+    """What a dense cache of a byte a channel would read; the time follows from it."""
+    channels = 2 * batch * geometry.kv_heads * geometry.head_dim
+    return {"bytes_read": channels * (cached + settings.columns), "timed": "bytes / copy"}
+
+
+def causal(count: int, cached: int, device: torch.device) -> torch.Tensor:
+    """Which of ``cached`` + ``count`` tokens the last ``count`` see: bool [count, cached + count]."""
+    return torch.ones(count, cached + count, dtype=torch.bool, device=device).tril(cached)
 
 
 def spectral(geometry: Geometry, settings: Settings, batch: int, cached: int, preset: str) -> Row:
-    """One query over a store of ``cached`` tokens and itself, as a decode step calls it."""
-    tokens = draw(geometry, settings, batch, cached + 1)
+    """A step over a store of ``cached`` tokens and itself, as ``generate`` calls it."""
+    count = settings.columns
+    tokens = draw(geometry, settings, batch, cached + count)
     layer = Layer(geometry, settings, preset, batch, cached)
     layer.prefill(tokens.columns(0, cached))
-    wanted = over_decoded(layer, tokens, cached)
-    step = {name: x.clone() for name, x in tokens.columns(cached, cached + 1).items()}
+    wanted = over_decoded(layer, tokens, cached, count)
+    step = {name: x.clone() for name, x in tokens.columns(cached, cached + count).items()}
     del tokens
     layer.begin_step(step["key"])
     error = float((layer.attend(step).float() - wanted).norm() / wanted.norm())
     return {**timed(lambda: layer.attend(step), settings, layer.bytes_read()), "relative_error": error}
 
 
-def over_decoded(layer: Layer, tokens: Tokens, cached: int) -> torch.Tensor:
-    """Attention [B, Hq, 1, D] in float32 of the last token over the decoded store and itself."""
+def over_decoded(layer: Layer, tokens: Tokens, cached: int, count: int) -> torch.Tensor:
+    """Attention [B, Hq, count, D] in float32 of the last tokens over the decoded store and themselves."""
     single = copy(layer.store)
     single.cast(torch.float32)
     key, value = (single.dense(role, cached) for role in ("key", "value"))
-    at = torch.tensor([cached], device=key.device)
-    query, new_key, new_value = (x[:, :, -1:].float() for x in (tokens.query, tokens.key, tokens.value))
+    at = torch.arange(cached, cached + count, device=key.device)
+    query, new_key, new_value = (x[:, :, -count:].float() for x in (tokens.query, tokens.key, tokens.value))
+    mask = causal(count, cached, key.device)
     key = torch.cat((key, rotate(new_key, at, layer.layout.rotary)), 2)
     value = torch.cat((value, new_value), 2)
     with sdpa_kernel(SDPBackend.MATH):
         rows = zip(query, key, value, strict=True)
-        return torch.cat([sdpa(q[None], k[None], v[None], enable_gqa=True) for q, k, v in rows])
+        return torch.cat([sdpa(q[None], k[None], v[None], attn_mask=mask, enable_gqa=True) for q, k, v in rows])
 
 
 def timed(call: Any, settings: Settings, bytes_read: int) -> Row:
@@ -102,13 +119,17 @@ def timed(call: Any, settings: Settings, bytes_read: int) -> Row:
 def derive(rows: list[Row]) -> None:
     """Ratios to the dense rows of the same sizes, and the time in which the bytes could be copied, in microseconds."""
     bandwidth = next((row.get("bytes_per_s") for row in rows if row["method"] == COPY), None)
+    for row in rows:
+        if row["method"] == FP8 and not row["error"] and bandwidth:
+            row["microseconds"] = 1e6 * row["bytes_read"] / bandwidth
     found = {(row.get("geometry"), row.get("batch"), row.get("cached"), row["method"]): row.get("microseconds") for row in rows}
     for row in rows:
         if row["method"] == COPY or row["error"]:
             continue
         sizes = (row["geometry"], row["batch"], row["cached"])
-        row["speedup_gqa"] = quotient(found.get((*sizes, GQA)), row["microseconds"])
-        row["speedup_repeat_kv"] = quotient(found.get((*sizes, REPEATED)), row["microseconds"])
+        row["speedup_gqa"] = quotient(found.get((*sizes, GQA)), row.get("microseconds"))
+        row["speedup_repeat_kv"] = quotient(found.get((*sizes, REPEATED)), row.get("microseconds"))
+        row["speedup_fp8"] = quotient(found.get((*sizes, FP8)), row.get("microseconds"))
         row["floor_microseconds"] = quotient(1e6 * row["bytes_read"], bandwidth)
 
 
@@ -118,13 +139,14 @@ def show(rows: list[Row]) -> Table:
     labels = [Column(name, name) for name in ("geometry", "batch", "cached", "method")]
     figures = [
         Column("microseconds", "us", fixed(1)),
-        Column("speedup_gqa", "faster than enable_gqa", times),
+        Column("speedup_gqa", "than enable_gqa", times),
         Column("speedup_repeat_kv", "than repeat_kv", times),
+        Column("speedup_fp8", "than fp8", times),
         Column("bytes_read", "MB read", fixed(3, 1e6)),
         Column("floor_microseconds", "floor, us", fixed(1)),
-        Column("relative_error", "relative error", lambda x: f"{x:.1e}"),
-        Column("timed", "timed as"),
+        Column("relative_error", "error", lambda x: f"{x:.1e}"),
+        Column("timed", "timed"),
     ]
-    caption = f"Floor: bytes over the bandwidth of a copy, {bandwidth}. Error: against float32 attention to the decoded store."
+    caption = f"How much faster than each dense way. Floor: bytes over the bandwidth of a copy, {bandwidth}. Error: against float32 attention to the decoded store."
     measured = [row for row in rows if row is not copied]
     return table("Decode attention of one layer", measured, labels, figures, caption)

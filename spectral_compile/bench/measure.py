@@ -69,6 +69,8 @@ class Geometry:
 GEOMETRIES = {
     "llama-3-8b": Geometry(LlamaConfig, 32, 4096, 14336, 32, 8, 128, 128256, 5e5),
     "qwen3-0.6b": Geometry(Qwen3Config, 28, 1024, 3072, 16, 8, 128, 151936, 1e6, tied=True),
+    "llama-3-70b": Geometry(LlamaConfig, 80, 8192, 28672, 64, 8, 128, 128256, 5e5),
+    "256-channels": Geometry(LlamaConfig, 34, 2560, 10240, 8, 4, 256, 128256, 1e6),  # heads as in Gemma 3 4B
     "smollm2": Geometry(LlamaConfig, 30, 576, 1536, 9, 3, 64, 49152, 1e5, tied=True),
     "tiny": Geometry(LlamaConfig, 2, 64, 64, 4, 2, 16, 256, 1e4),
 }
@@ -93,6 +95,7 @@ class Settings:
     device: torch.device
     inner: str
     seed: int
+    columns: int = 1  # of a step of attention
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)

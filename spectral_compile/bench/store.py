@@ -83,7 +83,8 @@ class Layer:
     def attend(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """Attention [B, Hq, n, D] over the store and the tokens themselves, which are stored; their columns have been entered.
 
-        Of one token it is what a decode step calls, and may be repeated.
+        It is what a step of ``generate`` calls. Of one token it may be repeated; of more a second call finds the recent tokens
+        that they have replaced, which takes as long.
         """
         absent = {"mask": None, "columns": None, "sliding_window": 0, "softcap": 0.0, "sink_score": None}
         positions, scale = self.timeline.positions, self.layout.head_dim**-0.5
@@ -101,8 +102,8 @@ class Layer:
             self.store.resize()
 
     def begin_step(self, key: torch.Tensor) -> None:
-        """Make room for the column of ``key`` [B, H, 1, D], and enter it in the ledger."""
-        if self.timeline.reserve(1):
+        """Make room for the columns of ``key`` [B, H, n, D], and enter them in the ledger."""
+        if self.timeline.reserve(key.shape[2]):
             self.store.resize()
         self.advance(key)
 

@@ -82,6 +82,7 @@ def bench(
     presets: Annotated[
         str, Option(help="Codecs, by comma, named as for eval; the parts with a whole model take the first")
     ] = "balanced,seed",
+    columns: Annotated[int, Option(min=1, help="attention: of a step, such as 4 in speculative decoding")] = 1,
     cached: Annotated[
         str | None,
         Option(help="Lengths of prompts, by comma; steady and host take the first", show_default=by_device("cached")),
@@ -134,6 +135,7 @@ def bench(
         device=where,
         inner=sizes.inner,
         seed=seed,
+        columns=columns,
     )
     with mistakes(ValueError):
         for preset in settings.presets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,26 @@ def test_a_plot_is_drawn(run: tuple[Result, dict[str, Any], Path]) -> None:
 def test_attention_is_compared_and_right(run: tuple[Result, dict[str, Any], Path]) -> None:
     copied, *measured = rows(run, "attention")
     assert copied["bytes_per_s"] > 0
-    assert [row["method"] for row in measured] == [attention.GQA, attention.REPEATED, "balanced", "seed"] * 2
+    assert [row["method"] for row in measured] == [attention.GQA, attention.REPEATED, attention.FP8, "balanced", "seed"] * 2
     for row in measured:
-        assert row["error"] is None and row["timed"] == "call"
+        assert row["error"] is None and row["timed"] == ("bytes / copy" if row["method"] == attention.FP8 else "call")
         assert min(row[name] for name in ("microseconds", "speedup_gqa", "speedup_repeat_kv", "floor_microseconds")) > 0
-    for dense, _, *spectral in (measured[:4], measured[4:]):
+    for dense, _, fp8, *spectral in (measured[:5], measured[5:]):
+        assert fp8["bytes_read"] * 4 == dense["bytes_read"]
+        assert fp8["microseconds"] == pytest.approx(fp8["floor_microseconds"]) and fp8["speedup_fp8"] == 1
         assert dense["bytes_read"] == 2 * 2 * 16 * 4 * dense["batch"] * (dense["cached"] + 1)
         for row in spectral:
             assert 0 < row["relative_error"] < 1e-5 and row["bytes_read"] < dense["bytes_read"]
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_a_step_of_several_columns_is_right(columns: int) -> None:
+    settings = replace(SETTINGS, columns=columns)
+    rows = [measurement.row() for measurement in attention.measurements(settings)]
+    attention.derive(rows)
+    assert [row["error"] for row in rows] == [None] * 5
+    assert rows[-1]["relative_error"] < 1e-5
+    assert rows[1]["bytes_read"] == 2 * 2 * 16 * 4 * (1300 + columns)
 
 
 def test_encoding_is_a_share_of_the_layer(run: tuple[Result, dict[str, Any], Path]) -> None:
@@ -153,7 +166,7 @@ def test_a_measurement_that_fails_is_a_cell_and_the_others_go_on(monkeypatch: py
     result = invoke(*TINY, "--parts", "attention", "--pairs", "1x64", "--json", out)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("error: OutOfMemoryError") == 2
-    dense, _, *spectral = json.loads(out.read_text())["parts"]["attention"][1:]
+    dense, _, _, *spectral = json.loads(out.read_text())["parts"]["attention"][1:]
     assert dense["error"] is None and dense["microseconds"] > 0
     assert [row["error"] for row in spectral] == ["OutOfMemoryError: tried to allocate [too] much"] * 2
     assert all("microseconds" not in row for row in spectral)
@@ -189,7 +202,7 @@ def test_on_a_cpu_the_defaults_are_small_and_said_to_be() -> None:
 def test_no_measurement_begins_when_the_time_is_up() -> None:
     result = invoke(*TINY, "--parts", "attention", "--pairs", "1x64", "--minutes", "1e-9")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("not begun: the time was up") == 5
+    assert result.stdout.count("not begun: the time was up") == 6
 
 
 @pytest.mark.parametrize(
