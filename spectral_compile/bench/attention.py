@@ -147,6 +147,9 @@ def show(rows: list[Row]) -> Table:
         Column("relative_error", "error", lambda x: f"{x:.1e}"),
         Column("timed", "timed"),
     ]
-    caption = f"How much faster than each dense way. Floor: bytes over the bandwidth of a copy, {bandwidth}. Error: against float32 attention to the decoded store."
+    caption = (
+        f"How much faster than each dense way. Floor: bytes over the bandwidth of a copy, {bandwidth}."
+        " Error: against float32 attention to the decoded store."
+    )
     measured = [row for row in rows if row is not copied]
     return table("Decode attention of one layer", measured, labels, figures, caption)

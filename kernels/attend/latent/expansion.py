@@ -87,14 +87,15 @@ def _eights(count: int) -> int:
 class ExpansionTables(NamedTuple):
     """An ``Expansion`` as a kernel reads it. Words are int32 of two float16, of pairs 2 c and 2 c + 1 of eight.
 
-    Fragments of the query's terms t = e and t = 2 + e come together, for e of 0 and 1, as cosines and sines times coefficients.
+    Tables hold a step more than a run has, since a kernel reads one ahead. Fragments of the query's terms t = e and t = 2 + e
+    come together, for e of 0 and 1, as cosines and sines times coefficients.
     """
 
     channels: torch.Tensor  # int32 [2, pairs], first and second channel of each, or -1
     turns: torch.Tensor  # int32 [pairs], turns per position as fractions of 2**32
     absorbed: torch.Tensor  # [steps of a run + 1, eights, e, c, 4], the last step for a whole run
-    turned: torch.Tensor  # [steps, pairs of fast eights, c, 4]: cosine and sine of one, then of the other
-    shifts: torch.Tensor  # [steps, e or none, 4]: from the powers of x over a run to those over a step
+    turned: torch.Tensor  # [steps + 1, pairs of fast eights, c, 4]: cosine and sine of one, then of the other
+    shifts: torch.Tensor  # [steps + 1, e or none, 4]: from the powers of x over a run to those over a step
     distances: torch.Tensor  # [2, eights, lanes, 4]: cosines, then sines, of tokens r and r + 8 of sixteen
 
 
@@ -118,7 +119,7 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
                 absorbed[step, :, e, :, 2 * at] = words(terms[..., t] * np.cos(angles))
                 absorbed[step, :, e, :, 2 * at + 1] = words(terms[..., t] * np.sin(angles))
 
-    turned = np.zeros((steps, -(-fast // 2), 4, 4), np.uint32)
+    turned = np.zeros((steps + 1, -(-fast // 2), 4, 4), np.uint32)
     distances = np.zeros((2, fast, 32, 4), np.uint32)
     lane = np.arange(32)
     for s in range(fast):
@@ -133,7 +134,7 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
                 angles = by_eights[s][lane % 4] * (16 * sixteen + 8 * i + lane // 4)[:, None]
                 distances[sixteen, s, :, i], distances[sixteen, s, :, 2 + i] = words(np.cos(angles)), words(np.sin(angles))
 
-    shifts = np.zeros((steps, 3, 4), np.uint32)
+    shifts = np.zeros((steps + 1, 3, 4), np.uint32)
     for step in range(steps):
         middle, ratio = (STEP * step + STEP / 2 - RUN / 2) / (RUN / 2), STEP / RUN
         # (middle + ratio x)**j in powers of x

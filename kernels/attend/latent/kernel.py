@@ -18,7 +18,6 @@ from spectral_compile.kernels.arguments import LEDGER_COLUMNS
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.expansion import RUN, STEP
 from spectral_compile.kernels.attend.latent.operands import (
-    STEPS,
     absorbed_over_run,
     absorbed_over_step,
     as_operand,
@@ -307,11 +306,14 @@ def attend_latent(
                 if L.held:
                     of_quick = of_quick + basis_of(room, lane, s, 0, L) + basis_of(room, lane, s, 1, L)
             shift_at = tables.of_pairs.shifts + tl.where(c == h, e, 2) * 4
-            terms = terms_of(medium, L.fast, L.medium, 0, tables, e, c, L)
+            medium_at = tables.of_pairs.absorbed + (32 * L.fast + e * 16 + c * 4)
+            fast_at = tables.of_pairs.turned + c * 4
+            terms = terms_of(medium, medium_at, L.medium)
             absorbed = absorbed_over_step(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
-            fast = fast_queries(quick, 0, tables, c, L)
+            fast = fast_queries(quick, fast_at, L)
+            unseen_from = last - token - r
             at_stage, ahead = 0, L.room.stages - 1
-            for k in range(tl.cdiv(all_steps, WARPS)):
+            for _step in range(tl.cdiv(all_steps, WARPS)):
                 warp.wait_for_copies(x, ALL_BUT)
                 stage = ring + at_stage * L.stage
                 _fetch(ring + ahead * L.stage, lane, keys, values, sizes_of, unread, L, G)
@@ -326,12 +328,13 @@ def attend_latent(
                     warp.float_to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code))
                 scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
                 scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
-                following = tl.minimum(k + 1, STEPS - 1)
-                terms = terms_of(medium, L.fast, L.medium, following, tables, e, c, L)
-                absorbed = absorbed_over_step(
-                    terms, over_run, warp.words_of(shift_at + following * 12), of_medium, room, lane, L
-                )
-                fast = fast_queries(quick, following, tables, c, L)
+                # for the next step; after a run's last one tables hold one more, of no meaning
+                shift_at += 12
+                medium_at += 32 * EIGHTS
+                fast_at += 16 * ((L.fast + 1) // 2)
+                terms = terms_of(medium, medium_at, L.medium)
+                absorbed = absorbed_over_step(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
+                fast = fast_queries(quick, fast_at, L)
                 if NORMALISED:
                     warp.lanes_meet(x)
                     size = warp.shared_floats(sizes + r * 16)
@@ -347,7 +350,7 @@ def attend_latent(
                             score = capped(score * own_gain, F.softcap) + up
                         else:
                             score = score * own_gain + up
-                        seen = slot < last
+                        seen = unseen_from > 16 * sixteen + 8 * octet
                         if F.slides:
                             seen = seen & (G.first_exact + slot > own - masks.sliding_window)
                         if masks.visible is not None:
@@ -367,6 +370,7 @@ def attend_latent(
                         weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
                     sums = _mixed(stage, r, c, sixteen, weights, sums, L, G)
                 token += _STEP
+                unseen_from -= _STEP
             if not F.latent_out:
                 out += _values(sums, mass, store, where, head, tables, G, L)
                 mass = zero

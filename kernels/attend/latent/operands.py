@@ -145,13 +145,11 @@ def query_of(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @warp.function
-def terms_of(queries, FIRST: tl.constexpr, COUNT: tl.constexpr, step, tables, e, c, L: tl.constexpr):
-    """The terms of some eights of pairs over a step, [16, 16] each: fragments for ``warp.product``."""
-    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
+def terms_of(queries, at, COUNT: tl.constexpr):
+    """The terms of some eights of pairs over a step, by tables from ``at`` on: [16, 16] each, as ``warp.product`` takes it."""
     out = ()
     for s in tl.static_range(COUNT):
-        at = tables.of_pairs.absorbed + (step * EIGHTS + FIRST + s) * 32 + e * 16 + c * 4
-        cos0, sin0, cos1, sin1 = warp.words_of(at)
+        cos0, sin0, cos1, sin1 = warp.words_of(at + 32 * s)
         a0, a2 = warp.turned(queries[2 * s], queries[2 * s + 1], cos0, sin0)
         a1, a3 = warp.turned(queries[2 * s], queries[2 * s + 1], cos1, sin1)
         out = out + (a0, a1, a2, a3)
@@ -219,10 +217,11 @@ def absorbed_over_run(
 ):  # fmt: skip
     """``sums`` plus what some eights of slow pairs give, which begin at the AT-th eight pairs in shared memory."""
     REGISTERS: tl.constexpr = L.registers
-    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
+    table = tables.of_pairs.absorbed + (STEPS * EIGHTS + FIRST) * 32 + (e * 16 + c * 4)
     for s in tl.static_range(COUNT):
-        query = query_of(queries_room, h, e, c, FIRST + s, PAIRS)
-        t = terms_of(query, FIRST + s, 1, STEPS, tables, e, c, L)
+        query = query_of(queries_room, h, e, c, FIRST + s, 8 * EIGHTS)
+        t = terms_of(query, table + 32 * s, 1)
         b = channels_of(room, lane, AT + s, L)
         grown = ()
         for j in tl.static_range(REGISTERS):
@@ -244,13 +243,12 @@ def as_operand(sums, L: tl.constexpr):
 
 
 @warp.function
-def fast_queries(queries, step, tables, c, L: tl.constexpr):
-    """Queries of the fastest pairs, turned back to where a step begins."""
+def fast_queries(queries, at, L: tl.constexpr):
+    """Queries of the fastest pairs, turned back to where a step begins, by tables from ``at`` on."""
     FAST: tl.constexpr = L.fast
     out = ()
     for s in tl.static_range(FAST):
-        at = tables.of_pairs.turned + (step * ((L.fast + 1) // 2) + s // 2) * 16 + c * 4
-        turns = warp.words_of(at)
+        turns = warp.words_of(at + s // 2 * 16)
         a, b = warp.turned(queries[2 * s], queries[2 * s + 1], turns[s % 2 * 2], turns[s % 2 * 2 + 1])
         out = out + (a, b)
     return out
