@@ -49,15 +49,15 @@ def attend_kernel(
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs.
 
-    The first ``splits`` programs, or as many for each block of queries, take coded tokens, those from ``exact_from`` on what is
-    exact; some may take both.
+    The first ``splits`` programs, or as many for each quartet of queries, take coded tokens, those from ``exact_from`` on what
+    is exact; some may take both.
     """
     split, tile, row_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = row_group // G.groups, row_group % G.groups
     ROWS: tl.constexpr = G.heads * G.query_heads
     M: tl.constexpr = F.queries
     PRECISION: tl.constexpr = A.precision
-    BLOCKS: tl.constexpr = 1 if L is None else G.heads * L.blocks
+    QUARTETS: tl.constexpr = 1 if L is None else G.heads * L.quartets
     m = (first_tile + tile) * M + tl.arange(0, M)
     live = m < n * ROWS
     qi, qh = m // ROWS, m % ROWS
@@ -82,24 +82,24 @@ def attend_kernel(
     scale = scale * LOG2E
     row_positions = positions + b * slots
     at = ((row_group.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits)
-    if not G.lossless and split < splits * BLOCKS:
+    if not G.lossless and split < splits * QUARTETS:
         gaps = tl.load(ledger + b * LEDGER_COLUMNS + 5)
         low = 0
         if F.slides:
             low = tl.maximum(tl.min(tl.where(live, own, 2147483647)) - masks.sliding_window + 1 - G.first_exact, 0)
             low = low // F.tokens * F.tokens
         share = tl.cdiv(tl.cdiv(tl.maximum(coded - low, 0), F.tokens), splits) * F.tokens
-        low += split // BLOCKS * share
+        low += split // QUARTETS * share
         high = tl.minimum(low + share, coded)
         row_slots = row_positions + G.first_exact
         if L is not None:
             if gaps == 0:
                 if tile == 0:
                     attend_latent(
-                        chunk, store, ledger, masks, tables, left, row_group, split % BLOCKS, low, high, n, row_slots,
-                        coded_slots, slots, segments, splits + exact_splits, split // BLOCKS, scale, G, R, F, L,
+                        chunk, store, ledger, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots,
+                        coded_slots, slots, segments, splits + exact_splits, split // QUARTETS, scale, G, R, F, L,
                     )  # fmt: skip
-            elif split % BLOCKS == 0:
+            elif split % QUARTETS == 0:
                 queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
                 basis = ()
                 if not F.in_segments:
@@ -108,7 +108,7 @@ def attend_kernel(
                     queries, (), basis, head, live, own, low, high, b, g, store, row_slots, mask_row, visible_codes,
                     coded_slots, segments, masks.sliding_window, G, R, A, F, True,
                 )  # fmt: skip
-                leave(sums, highest, total, left, at + split // BLOCKS, F)
+                leave(sums, highest, total, left, at + split // QUARTETS, F)
         else:
             # all that depends on nothing is on its way before anything is waited for
             queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
@@ -171,7 +171,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     latent = plan_of(past, chunk, plan) if tiles <= most else None
     latent_tables, warps = None, plan.warps
     if latent is not None:
-        plan, warps = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.blocks - 1)), latent.warps
+        plan, warps = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.quartets - 1)), latent.warps
         latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.room.bytes)
     for first in range(0, tiles, most):
         held = min(most, tiles - first)

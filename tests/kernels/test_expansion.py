@@ -15,7 +15,7 @@ from spectral_compile.kernels.attend.latent.expansion import (
     CUT_OFF,
     EIGHT,
     RUN,
-    STEP,
+    STRETCH,
     TERMS,
     Expansion,
     coefficients,
@@ -64,7 +64,7 @@ def test_every_channel_has_its_place_and_no_pair_is_cut_off_too_early(given_: tu
         if frequency:
             assert (first, second, frequency) in pairs_of(rotary)
         if i >= expansion.fast:
-            assert cut_off(abs(frequency) * STEP / 2) <= CUT_OFF
+            assert cut_off(abs(frequency) * STRETCH / 2) <= CUT_OFF
         if i >= turned:
             assert cut_off(abs(frequency) * RUN / 2) <= CUT_OFF
 
@@ -104,24 +104,24 @@ def test_the_truncation_is_chosen_and_not_hoped_for() -> None:
     """Of 16 fast pairs and tiles of 64 tokens, which Llama-3's frequencies once were given, what is left out shows."""
     expansion = Expansion.of(Rotary(LLAMA3), 128)
     for boost in (1.0, 3.0, 5.0):
-        assert error_of(LLAMA3, expansion.fast, STEP, boost) < 1e-3 * boost**2 / 5
+        assert error_of(LLAMA3, expansion.fast, STRETCH, boost) < 1e-3 * boost**2 / 5
     assert cut_off(LLAMA3[16] * 64 / 2) > CUT_OFF
     assert error_of(LLAMA3, 16, 64, 5.0) > 4e-3
 
 
 @pytest.mark.parametrize("base", [1e4, 5e5, 1e6])
-def test_powers_over_a_run_become_powers_over_a_step(base: float) -> None:
+def test_powers_over_a_run_become_powers_over_a_stretch(base: float) -> None:
     table = tables(Rotary(tuple(base ** (-i / 64) for i in range(64))), 128, CPU).shifts.numpy()
     generator = np.random.default_rng(0)
     by_run = generator.normal(size=TERMS)
-    for step in range(RUN // STEP):
-        pairs = table[step].copy().view(np.float16).reshape(3, 4, 2).astype(np.float64)
+    for stretch in range(RUN // STRETCH):
+        pairs = table[stretch].copy().view(np.float16).reshape(3, 4, 2).astype(np.float64)
         m = np.zeros((TERMS, TERMS))
         for e in range(2):
             m[e, :2], m[2 + e, :2], m[e, 2:], m[2 + e, 2:] = pairs[e]
-        assert not table[step, 2].any()
+        assert not table[stretch, 2].any()
         x = np.linspace(-1, 1, 9)
-        at = (STEP * step + STEP / 2 + x * STEP / 2 - RUN / 2) / (RUN / 2)
+        at = (STRETCH * stretch + STRETCH / 2 + x * STRETCH / 2 - RUN / 2) / (RUN / 2)
         near = sum((m @ by_run)[t] * x**t for t in range(TERMS))
         np.testing.assert_allclose(near, sum(by_run[t] * at**t for t in range(TERMS)), atol=4e-3)
 

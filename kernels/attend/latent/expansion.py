@@ -24,7 +24,7 @@ import torch
 
 from spectral_compile.codec.layout import Rotary
 
-STEP = 32  # tokens that share one expansion, and a warp's at a time
+STRETCH = 32  # tokens that share one expansion, and a warp's at a time
 RUN = 512  # tokens over which the slowest pairs share one
 TERMS = 4  # powers of x
 EIGHT = 8  # pairs are taken by eights, as fragments have them
@@ -51,7 +51,7 @@ def cut_off(z: float) -> float:
 class Expansion:
     """Pairs of channels by how fast RoPE turns them, fastest first.
 
-    The first ``fast`` ones are rebuilt for every token, the next ``medium`` ones absorbed for every ``STEP`` tokens and the
+    The first ``fast`` ones are rebuilt for every token, the next ``medium`` ones absorbed for every ``STRETCH`` tokens and the
     ``slow`` ones for every ``RUN``: multiples of eight, so that pairs may stand among faster ones than they need. ``pairs`` has
     for each its two channels, or -1 where a place is empty, and its radians per position. Channels that are not turned are
     pairs of no frequency.
@@ -73,7 +73,7 @@ class Expansion:
             pairs.append((*channels, frequency))
         pairs += [(i, i + 1 if i + 1 < dim else -1, 0.0) for i in range(2 * count, dim, 2)]
         pairs.sort(key=lambda pair: -abs(pair[2]))
-        fast = _eights(sum(cut_off(abs(w) * STEP / 2) > CUT_OFF for *_, w in pairs))
+        fast = _eights(sum(cut_off(abs(w) * STRETCH / 2) > CUT_OFF for *_, w in pairs))
         turned = max(fast, _eights(sum(cut_off(abs(w) * RUN / 2) > CUT_OFF for *_, w in pairs)))
         total = max(turned, _eights(len(pairs)))
         pairs += [(-1, -1, 0.0)] * (total - len(pairs))
@@ -87,15 +87,15 @@ def _eights(count: int) -> int:
 class ExpansionTables(NamedTuple):
     """An ``Expansion`` as a kernel reads it. Words are int32 of two float16, of pairs 2 c and 2 c + 1 of eight.
 
-    Tables hold a step more than a run has, since a kernel reads one ahead. Fragments of the query's terms t = e and t = 2 + e
-    come together, for e of 0 and 1, as cosines and sines times coefficients.
+    Tables hold a stretch more than a run has, since a kernel reads one ahead. Fragments of the query's terms t = e and
+    t = 2 + e come together, for e of 0 and 1, as cosines and sines times coefficients.
     """
 
     channels: torch.Tensor  # int32 [2, pairs], first and second channel of each, or -1
     turns: torch.Tensor  # int32 [pairs], turns per position as fractions of 2**32
-    absorbed: torch.Tensor  # [steps of a run + 1, eights, e, c, 4], the last step for a whole run
-    turned: torch.Tensor  # [steps + 1, pairs of fast eights, c, 4]: cosine and sine of one, then of the other
-    shifts: torch.Tensor  # [steps + 1, e or none, 4]: from the powers of x over a run to those over a step
+    absorbed: torch.Tensor  # [stretches of a run + 1, eights, e, c, 4], the last stretch for a whole run
+    turned: torch.Tensor  # [stretches + 1, pairs of fast eights, c, 4]: cosine and sine of one, then of the other
+    shifts: torch.Tensor  # [stretches + 1, e or none, 4]: from the powers of x over a run to those over a stretch
     distances: torch.Tensor  # [2, eights, lanes, 4]: cosines, then sines, of tokens r and r + 8 of sixteen
 
 
@@ -104,28 +104,28 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
     """They live as long as the process, so they must be made before a CUDA graph is captured."""
     expansion = Expansion.of(rotary, dim)
     w = np.array([pair[2] for pair in expansion.pairs])
-    eights, fast, steps = len(w) // EIGHT, expansion.fast // EIGHT, RUN // STEP
+    eights, fast, stretches = len(w) // EIGHT, expansion.fast // EIGHT, RUN // STRETCH
     by_eights = w.reshape(eights, 4, 2)  # [eight, c, pair of two]
 
-    absorbed = np.zeros((steps + 1, eights, 2, 4, 4), np.uint32)
-    for step in range(steps + 1):
-        half = RUN / 2 if step == steps else STEP / 2
-        middle = RUN / 2 if step == steps else STEP * (step + 0.5)
+    absorbed = np.zeros((stretches + 1, eights, 2, 4, 4), np.uint32)
+    for stretch in range(stretches + 1):
+        half = RUN / 2 if stretch == stretches else STRETCH / 2
+        middle = RUN / 2 if stretch == stretches else STRETCH * (stretch + 0.5)
         terms = np.array([coefficients(min(abs(x) * half, 1.0)) for x in w]).reshape(eights, 4, 2, TERMS)
         terms[..., 1::2] *= np.sign(by_eights)[..., None]  # sines of pairs that turn the other way
         angles = by_eights * middle
         for e in range(2):
             for at, t in enumerate((e, 2 + e)):
-                absorbed[step, :, e, :, 2 * at] = words(terms[..., t] * np.cos(angles))
-                absorbed[step, :, e, :, 2 * at + 1] = words(terms[..., t] * np.sin(angles))
+                absorbed[stretch, :, e, :, 2 * at] = words(terms[..., t] * np.cos(angles))
+                absorbed[stretch, :, e, :, 2 * at + 1] = words(terms[..., t] * np.sin(angles))
 
-    turned = np.zeros((steps + 1, -(-fast // 2), 4, 4), np.uint32)
+    turned = np.zeros((stretches + 1, -(-fast // 2), 4, 4), np.uint32)
     distances = np.zeros((2, fast, 32, 4), np.uint32)
     lane = np.arange(32)
     for s in range(fast):
-        for step in range(steps):
-            angles = by_eights[s] * STEP * step
-            turned[step, s // 2, :, s % 2 * 2], turned[step, s // 2, :, s % 2 * 2 + 1] = (
+        for stretch in range(stretches):
+            angles = by_eights[s] * STRETCH * stretch
+            turned[stretch, s // 2, :, s % 2 * 2], turned[stretch, s // 2, :, s % 2 * 2 + 1] = (
                 words(np.cos(angles)),
                 words(np.sin(angles)),
             )
@@ -134,14 +134,14 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
                 angles = by_eights[s][lane % 4] * (16 * sixteen + 8 * i + lane // 4)[:, None]
                 distances[sixteen, s, :, i], distances[sixteen, s, :, 2 + i] = words(np.cos(angles)), words(np.sin(angles))
 
-    shifts = np.zeros((steps + 1, 3, 4), np.uint32)
-    for step in range(steps):
-        middle, ratio = (STEP * step + STEP / 2 - RUN / 2) / (RUN / 2), STEP / RUN
+    shifts = np.zeros((stretches + 1, 3, 4), np.uint32)
+    for stretch in range(stretches):
+        middle, ratio = (STRETCH * stretch + STRETCH / 2 - RUN / 2) / (RUN / 2), STRETCH / RUN
         # (middle + ratio x)**j in powers of x
         m = [[math.comb(j, i) * middle ** (j - i) * ratio**i if j >= i else 0.0 for j in range(TERMS)] for i in range(TERMS)]
         for e in range(2):
             rows = ((e, 0), (2 + e, 0), (e, 2), (2 + e, 2))
-            shifts[step, e] = [words(np.array([m[row][first], m[row][first + 1]])) for row, first in rows]
+            shifts[stretch, e] = [words(np.array([m[row][first], m[row][first + 1]])) for row, first in rows]
 
     channels = torch.tensor([pair[:2] for pair in expansion.pairs], dtype=torch.int32).T.contiguous()
     turns = (torch.tensor(w, dtype=torch.float64) / (2 * math.pi) * 2**32).round().to(torch.int64).to(torch.int32)

@@ -1,7 +1,7 @@
 """Attention to coded tokens in a warp's registers: digits of keys meet the query in the latent, those of values the weights.
 
 Only keys of the fastest RoPE pairs are rebuilt; the others are absorbed into the query (``expansion``). A program takes one
-block of four queries of one KV head, and each of its warps tokens of its own, 32 at a time. A lane 4 r + c of a warp has
+quartet of queries of one KV head, and each of its warps tokens of its own, 32 at a time. A lane 4 r + c of a warp has
 
 - of digits of keys those of tokens r and r + 8 of sixteen, from byte c of each word of the row;
 - of absorbed queries, a row for each query and term, row r = 2 query + e of the terms e, then 2 + e;
@@ -16,10 +16,10 @@ import triton.language as tl
 
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS
 from spectral_compile.kernels.attend.latent import warp
-from spectral_compile.kernels.attend.latent.expansion import RUN, STEP
+from spectral_compile.kernels.attend.latent.expansion import RUN, STRETCH
 from spectral_compile.kernels.attend.latent.operands import (
     absorbed_over_run,
-    absorbed_over_step,
+    absorbed_over_stretch,
     as_operand,
     basis_of,
     basis_to_shared,
@@ -34,7 +34,7 @@ from spectral_compile.kernels.attend.parts import capped
 
 _FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
 _UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
-_STEP: tl.constexpr = tl.constexpr(STEP)
+_STRETCH: tl.constexpr = tl.constexpr(STRETCH)
 _RUN: tl.constexpr = tl.constexpr(RUN)
 _COUNTED: tl.constexpr = tl.constexpr(2.0**69)  # digits of values count 2**-133, weights 2**64
 
@@ -114,7 +114,7 @@ def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     N: tl.constexpr = L.value_registers
-    first = stage + (_STEP * KEY_BYTES + 16 * SIXTEEN * VALUE_BYTES) + 2 * c * VALUE_BYTES
+    first = stage + (_STRETCH * KEY_BYTES + 16 * SIXTEEN * VALUE_BYTES) + 2 * c * VALUE_BYTES
     lower, upper = (), ()
     for i in tl.static_range(len(L.groups)):
         at = first + (L.groups[i].byte + 2 * (r % L.groups[i].held))
@@ -138,29 +138,29 @@ def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G
 
 
 @warp.function
-def _fetch(ring, lane, keys, values, norms, left, L: tl.constexpr, G: tl.constexpr):
+def _fetch(queue, lane, keys, values, norms, left, L: tl.constexpr, G: tl.constexpr):
     """Begin to copy the codes of 32 tokens, or of ``left`` if these are fewer, from each lane's pointers to shared memory."""
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
     # a multiple of four tokens, so all 16 bytes of a copy are theirs, or none
-    count = tl.minimum(left, _STEP)
+    count = tl.minimum(left, _STRETCH)
     for i in tl.static_range((2 * KEY_BYTES + 31) // 32):
-        warp.copy_ahead(ring + (16 * lane + 512 * i), keys + 512 * i, 16 * lane + 512 * i < count * KEY_BYTES)
+        warp.copy_ahead(queue + (16 * lane + 512 * i), keys + 512 * i, 16 * lane + 512 * i < count * KEY_BYTES)
     for i in tl.static_range((2 * VALUE_BYTES + 31) // 32):
-        to = ring + (16 * lane + (_STEP * KEY_BYTES + 512 * i))
+        to = queue + (16 * lane + (_STRETCH * KEY_BYTES + 512 * i))
         warp.copy_ahead(to, values + 512 * i, 16 * lane + 512 * i < count * VALUE_BYTES)
     if G.normalised:
-        warp.copy_word_ahead(ring + (4 * lane + _STEP * (KEY_BYTES + VALUE_BYTES)), norms, 4 * lane < count)
+        warp.copy_word_ahead(queue + (4 * lane + _STRETCH * (KEY_BYTES + VALUE_BYTES)), norms, 4 * lane < count)
     warp.end_of_copies(lane)
 
 
 @warp.function
 def attend_latent(
-    chunk, store, ledger, masks, tables, left, row_group, block, low, high, n, row_positions, coded_slots, slots, segments,
+    chunk, store, ledger, masks, tables, left, row_group, quartet, low, high, n, row_positions, coded_slots, slots, segments,
     splits, split, scale,
     G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one block of four queries to coded tokens from ``low`` to ``high``, left for the merge."""
+    """Attention of a quartet of queries to coded tokens from ``low`` to ``high``, left for the merge."""
     MEDIUM: tl.constexpr = L.medium
     FAST: tl.constexpr = L.fast
     REGISTERS: tl.constexpr = L.registers
@@ -171,25 +171,26 @@ def attend_latent(
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
+    DIM: tl.constexpr = G.DIM
     NORMALISED: tl.constexpr = G.normalised
     EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
     TURNED: tl.constexpr = L.fast + L.medium
     AT_ONCE: tl.constexpr = L.room.at_once
     WHOLE: tl.constexpr = L.room.at_once == L.fast + L.medium + L.slow
-    BLOCKS: tl.constexpr = L.blocks
+    QUARTETS: tl.constexpr = L.quartets
     RESERVE: tl.constexpr = L.reserve
     BYTES: tl.constexpr = L.room.bytes
     ALL_BUT: tl.constexpr = L.all_but
     b, g = row_group // G.groups, row_group % G.groups
-    head, block = block // BLOCKS, block % BLOCKS
+    head, quartet = quartet // QUARTETS, quartet % QUARTETS
     x = tl.arange(0, T)
     lane, own_warp = x % 32, x // 32
     r, c = lane // 4, lane % 4
     h, e = r // 2, r % 2
     room = warp.room(tables.scratch, x, RESERVE, BYTES)
     queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
-    ring = room + (L.room.rings + own_warp * L.room.ring)
-    sizes = ring + L.room.stages * L.stage
+    queue = room + (L.room.queues + own_warp * L.room.queue)
+    sizes = queue + L.room.stages * L.stage
     pairwise, alone = c * 0x11 + (4 + c) * 0x1100, c * 0x1111
     first_row = row_group.to(tl.int64) * coded_slots
     key_codes = store.k_codes.to(tl.pointer_type(tl.uint8)) + first_row * KEY_BYTES
@@ -198,12 +199,12 @@ def attend_latent(
     zero = (x * 0).to(tl.float32)
     pointers, lives = (), ()
     for i in tl.static_range(4):
-        u = block * 4 + i
+        u = quartet * 4 + i
         of_head = (g * G.heads + head) * G.query_heads + u % G.query_heads
         q = chunk.query + b * chunk.query_strides.row + of_head * chunk.query_strides.head
         pointers = pointers + (q + u // G.query_heads * chunk.query_strides.column,)
         lives = lives + (u + x * 0 < n * G.query_heads,)
-    column = tl.minimum((block * 4 + c) // G.query_heads, n - 1)
+    column = tl.minimum((quartet * 4 + c) // G.query_heads, n - 1)
     if F.slides:
         own = tl.load(ledger + b * LEDGER_COLUMNS).to(tl.int32) + column
         if chunk.index is not None:
@@ -221,7 +222,7 @@ def attend_latent(
         if WHOLE:
             basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
     if not F.latent_out:
-        out = tl.zeros([4, G.DIM], tl.float32)
+        out = tl.zeros([4, DIM], tl.float32)
     again = low < high
     while again:
         low, segment = begin, 0
@@ -229,7 +230,7 @@ def attend_latent(
             for one in range(1, segments):
                 segment += (tl.load(store.starts + b * segments + one) <= low).to(tl.int32)
         if not F.latent_out:
-            out = tl.zeros([4, G.DIM], tl.float32)
+            out = tl.zeros([4, DIM], tl.float32)
         highest, total, mass = zero + float("-inf"), zero, zero
         cleared = ()
         for _ in tl.static_range(4 * TILES):
@@ -248,23 +249,23 @@ def attend_latent(
                 if WHOLE:
                     tl.debug_barrier()  # the last segment's basis is still read
                     basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
-            all_steps = tl.cdiv(end - low, _STEP)
-            step0 = all_steps * own_warp // WARPS
-            steps = all_steps * (own_warp + 1) // WARPS - step0
-            token = low + _STEP * step0
-            last = tl.minimum(end, token + steps * _STEP)
+            all_stretches = tl.cdiv(end - low, _STRETCH)
+            first_stretch = all_stretches * own_warp // WARPS
+            stretches = all_stretches * (own_warp + 1) // WARPS - first_stretch
+            token = low + _STRETCH * first_stretch
+            last = tl.minimum(end, token + stretches * _STRETCH)
             # of the row's slots, of which those past the coded tokens hold nothing of use
-            unread = tl.minimum(coded_slots - token, steps * _STEP)
+            unread = tl.minimum(coded_slots - token, stretches * _STRETCH)
             keys = key_codes + (token.to(tl.int64) * KEY_BYTES + 16 * lane)
             values = value_codes + (token.to(tl.int64) * VALUE_BYTES + 16 * lane)
             sizes_of = norms + (token + 4 * lane)
             warp.lanes_meet(x)  # which may still read what was fetched before
             for i in tl.static_range(STAGES - 1):
-                _fetch(ring + i * L.stage, lane, keys, values, sizes_of, unread, L, G)
-                unread -= _STEP
-                keys += _STEP * KEY_BYTES
-                values += _STEP * VALUE_BYTES
-                sizes_of += _STEP
+                _fetch(queue + i * L.stage, lane, keys, values, sizes_of, unread, L, G)
+                unread -= _STRETCH
+                keys += _STRETCH * KEY_BYTES
+                values += _STRETCH * VALUE_BYTES
+                sizes_of += _STRETCH
             position = tl.load(row_positions + tl.minimum(token, end - 1))
             gains = queries_to_shared(
                 queries_room, room + L.room.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
@@ -309,31 +310,31 @@ def attend_latent(
             medium_at = tables.of_pairs.absorbed + (32 * L.fast + e * 16 + c * 4)
             fast_at = tables.of_pairs.turned + c * 4
             terms = terms_of(medium, medium_at, L.medium)
-            absorbed = absorbed_over_step(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
+            absorbed = absorbed_over_stretch(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
             fast = fast_queries(quick, fast_at, L)
             unseen_from = last - token - r
             at_stage, ahead = 0, L.room.stages - 1
-            for _step in range(tl.cdiv(all_steps, WARPS)):
+            for _stretch in range(tl.cdiv(all_stretches, WARPS)):
                 warp.wait_for_copies(x, ALL_BUT)
-                stage = ring + at_stage * L.stage
-                _fetch(ring + ahead * L.stage, lane, keys, values, sizes_of, unread, L, G)
-                unread -= _STEP
-                keys += _STEP * KEY_BYTES
-                values += _STEP * VALUE_BYTES
-                sizes_of += _STEP
+                stage = queue + at_stage * L.stage
+                _fetch(queue + ahead * L.stage, lane, keys, values, sizes_of, unread, L, G)
+                unread -= _STRETCH
+                keys += _STRETCH * KEY_BYTES
+                values += _STRETCH * VALUE_BYTES
+                sizes_of += _STRETCH
                 at_stage = tl.where(at_stage + 1 == L.room.stages, 0, at_stage + 1)
                 ahead = tl.where(ahead + 1 == L.room.stages, 0, ahead + 1)
                 if NORMALISED:
-                    code = warp.shared_byte(stage + (_STEP * (KEY_BYTES + VALUE_BYTES) + lane))
+                    code = warp.shared_byte(stage + (_STRETCH * (KEY_BYTES + VALUE_BYTES) + lane))
                     warp.float_to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code))
                 scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
                 scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
-                # for the next step; after a run's last one tables hold one more, of no meaning
+                # for the next stretch; after a run's last one tables hold one more, of no meaning
                 shift_at += 12
                 medium_at += 32 * EIGHTS
                 fast_at += 16 * ((L.fast + 1) // 2)
                 terms = terms_of(medium, medium_at, L.medium)
-                absorbed = absorbed_over_step(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
+                absorbed = absorbed_over_stretch(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
                 fast = fast_queries(quick, fast_at, L)
                 if NORMALISED:
                     warp.lanes_meet(x)
@@ -369,8 +370,8 @@ def attend_latent(
                         upper = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
                         weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
                     sums = _mixed(stage, r, c, sixteen, weights, sums, L, G)
-                token += _STEP
-                unseen_from -= _STEP
+                token += _STRETCH
+                unseen_from -= _STRETCH
             if not F.latent_out:
                 out += _values(sums, mass, store, where, head, tables, G, L)
                 mass = zero
@@ -385,7 +386,7 @@ def attend_latent(
         far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
         again = tl.max(far.to(tl.int32), 0) > 0
         reference = tl.where(far, top, reference)
-    u = block * 4 + tl.arange(0, 4)
+    u = quartet * 4 + tl.arange(0, 4)
     row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
     at = (row_group.to(tl.int64) * tl.num_programs(1) * F.queries + row) * splits + split
     live = u < n * G.query_heads
@@ -394,7 +395,7 @@ def attend_latent(
     if F.latent_out:
         _leave_digits(sums, _over_lanes(mass, WARPS), left.sums + at[None, :] * F.left, live[None, :], L)
     else:
-        d = tl.arange(0, G.DIM)
+        d = tl.arange(0, DIM)
         tl.store(left.sums + at[:, None] * F.left + d[None, :], out, mask=live[:, None])
 
 
@@ -423,11 +424,12 @@ def _leave_digits(sums, mass, to, live, L: tl.constexpr):
 @warp.function
 def _values(sums, mass, store, where, head, tables, G: tl.constexpr, L: tl.constexpr):
     """What the values of one segment came to, [4, DIM], by its basis."""
+    DIM: tl.constexpr = G.DIM
     WARPS: tl.constexpr = L.warps
-    rest, d = _over_lanes(mass, WARPS)[None, :], tl.arange(0, G.DIM)
+    rest, d = _over_lanes(mass, WARPS)[None, :], tl.arange(0, DIM)
     basis = store.v_basis + where * (G.width * G.v.rank) + head * G.dim
     affine = store.v_affine + where * (2 * G.v.rank + G.width)
-    out = tl.zeros([4, G.DIM], tl.float32)
+    out = tl.zeros([4, DIM], tl.float32)
     for i in tl.static_range(len(L.groups)):
         for k in tl.static_range(len(L.groups[i].registers)):
             y = _digit_sums(sums, L.groups[i].first + k, WARPS) * (_COUNTED / (1 << L.groups[i].registers[k].at))

@@ -6,12 +6,12 @@ import triton.language as tl
 
 from spectral_compile.kernels.attend.coded import inverse
 from spectral_compile.kernels.attend.latent import warp
-from spectral_compile.kernels.attend.latent.expansion import RUN, STEP
+from spectral_compile.kernels.attend.latent.expansion import RUN, STRETCH
 from spectral_compile.kernels.rotary import sincos
 
 # number of a basis in float16, and absorbed queries are up to that times the root of the channels
 _LARGEST: tl.constexpr = tl.constexpr(4096.0)
-STEPS: tl.constexpr = tl.constexpr(RUN // STEP)
+STRETCHES: tl.constexpr = tl.constexpr(RUN // STRETCH)
 
 
 @warp.function
@@ -146,7 +146,7 @@ def query_of(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
 
 @warp.function
 def terms_of(queries, at, COUNT: tl.constexpr):
-    """The terms of some eights of pairs over a step, by tables from ``at`` on: [16, 16] each, as ``warp.product`` takes it."""
+    """The terms of some eights of pairs over a stretch, by tables from ``at`` on: [16, 16] each, as products take it."""
     out = ()
     for s in tl.static_range(COUNT):
         cos0, sin0, cos1, sin1 = warp.words_of(at + 32 * s)
@@ -184,8 +184,8 @@ def basis_of(room, lane, S: tl.constexpr, SECOND: tl.constexpr, L: tl.constexpr)
 
 
 @warp.function
-def absorbed_over_step(terms, over_run, shift, held, room, lane, L: tl.constexpr):
-    """Absorbed queries over a step: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
+def absorbed_over_stretch(terms, over_run, shift, held, room, lane, L: tl.constexpr):
+    """Absorbed queries over a stretch: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
     REGISTERS: tl.constexpr = L.registers
     MEDIUM: tl.constexpr = L.medium
     zero = (lane * 0).to(tl.float32)
@@ -218,7 +218,7 @@ def absorbed_over_run(
     """``sums`` plus what some eights of slow pairs give, which begin at the AT-th eight pairs in shared memory."""
     REGISTERS: tl.constexpr = L.registers
     EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
-    table = tables.of_pairs.absorbed + (STEPS * EIGHTS + FIRST) * 32 + (e * 16 + c * 4)
+    table = tables.of_pairs.absorbed + (STRETCHES * EIGHTS + FIRST) * 32 + (e * 16 + c * 4)
     for s in tl.static_range(COUNT):
         query = query_of(queries_room, h, e, c, FIRST + s, 8 * EIGHTS)
         t = terms_of(query, table + 32 * s, 1)
@@ -244,7 +244,7 @@ def as_operand(sums, L: tl.constexpr):
 
 @warp.function
 def fast_queries(queries, at, L: tl.constexpr):
-    """Queries of the fastest pairs, turned back to where a step begins, by tables from ``at`` on."""
+    """Queries of the fastest pairs, turned back to where a stretch begins, by tables from ``at`` on."""
     FAST: tl.constexpr = L.fast
     out = ()
     for s in tl.static_range(FAST):

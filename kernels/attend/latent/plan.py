@@ -9,7 +9,7 @@ import torch
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.attend.latent import warp
-from spectral_compile.kernels.attend.latent.expansion import EIGHT, STEP, Expansion, ExpansionTables
+from spectral_compile.kernels.attend.latent.expansion import EIGHT, STRETCH, Expansion, ExpansionTables
 from spectral_compile.kernels.attend.latent.expansion import tables as expansion_tables
 from spectral_compile.kernels.attend.latent.registers import (
     KeySource,
@@ -27,8 +27,8 @@ from spectral_compile.kernels.attend.plan import AttendPlan
 from spectral_compile.kernels.digits import INTERPRETED
 from spectral_compile.kernels.values import Chunk, Past
 
-QUERIES = 4  # of a block
-HELD = 48  # fragments of a basis that leave enough registers for what a step takes
+QUERIES = 4  # of a quartet
+HELD = 48  # fragments of a basis that leave enough registers for what a stretch takes
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 
@@ -40,24 +40,24 @@ class Room(NamedTuple):
     pitch: int  # of a row of it: eight rows begin at eight different banks
     spare: int  # where what belongs nowhere goes
     queries: int
-    rings: int
-    ring: int  # of a warp: its codes and sizes
-    stages: int  # of a ring
+    queues: int
+    queue: int  # of a warp: its codes and sizes
+    stages: int  # of a queue
     bytes: int
 
     @classmethod
     def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int) -> Room:
-        pitch, ring = 32 * at_once + 16, stages * stage + 4 * STEP
+        pitch, queue = 32 * at_once + 16, stages * stage + 4 * STRETCH
         spare = 8 * registers * pitch
         queries = -(-(spare + 4) // 128) * 128
-        rings = queries + warps * QUERIES * 4 * pairs
-        return cls(at_once, pitch, spare, queries, rings, ring, stages, rings + warps * ring)
+        queues = queries + warps * QUERIES * 4 * pairs
+        return cls(at_once, pitch, spare, queries, queues, queue, stages, queues + warps * queue)
 
 
 class LatentPlan(NamedTuple):
     """What is fixed about attention in a warp's registers, as kernels are compiled for it."""
 
-    blocks: int  # of four queries of a KV head
+    quartets: int  # of queries of a KV head
     sources: tuple[KeySource, ...]
     registers: int  # of digits of keys
     constant: int  # where among the digits the constant stands
@@ -81,13 +81,13 @@ class LatentPlan(NamedTuple):
         sources, groups = key_sources(layout.key), value_groups(layout.value)
         registers = sum(len(source.masks) for source in sources)
         fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
-        stage = STEP * (layout.key.row_bytes + layout.value.row_bytes + 1)
-        # all of the basis if there is room, else what every step takes, and of the rest as much as there is room for
+        stage = STRETCH * (layout.key.row_bytes + layout.value.row_bytes + 1)
+        # all of the basis if there is room, else what every stretch takes, and of the rest as much as there is room for
         choices = [(n, s) for s in (stages, 2) for n in range(fast + medium + slow, max(1, fast + medium) - 1, -1)]
         sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage) for n, s in choices]
         room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
         return cls(
-            blocks=-(-queries // QUERIES),
+            quartets=-(-queries // QUERIES),
             sources=sources,
             registers=registers,
             constant=constant_at(layout.key),
