@@ -21,7 +21,7 @@ from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, G
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact
 from spectral_compile.kernels.attend.latent.kernel import attend_latent
-from spectral_compile.kernels.attend.latent.plan import LatentTables, plan_of
+from spectral_compile.kernels.attend.latent.plan import COLUMNS, LatentTables, plan_of
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, queries_of
 from spectral_compile.kernels.attend.plan import (
@@ -37,8 +37,6 @@ from spectral_compile.kernels.attend.plan import (
 from spectral_compile.kernels.digits import as_loaded
 from spectral_compile.kernels.rotary import TILE, tables
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
-
-_FEW = 8  # columns of a chunk whose values leave the latent when splits are merged
 
 
 @triton.jit(do_not_specialize=["splits", "exact_splits", "exact_from", "places", "slots", "coders"])
@@ -197,7 +195,8 @@ def form_of(past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: 
     """What kind of step this is."""
     layout, segments = past.layout, past.buffers.starts.shape[1]
     # where one basis serves all tokens, its product with what values came to is left for the end
-    latent_out = count <= _FEW and segments == 1 and not layout.lossless
+    few = COLUMNS if plan.latent else 1
+    latent_out = count <= few and segments == 1 and not layout.lossless
     left, places = places_left(layout, geometry.DIM, latent_out)
     return Form(
         one=count == 1,

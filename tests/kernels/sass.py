@@ -1,6 +1,6 @@
 """What a GPU would run of attention in the latent, counted without one: registers, spills, shared memory and the main loop.
 
-    python -m tests.kernels.sass [SM ...]        of many forms, for these architectures, or for all that are supported
+    python -m tests.kernels.sass [SM or form ...]    of these forms and architectures, or of all that there are
 
 The main loop takes 32 tokens of one KV head and four queries. Instructions are those of the machine, by NVIDIA's own tools,
 which come with Triton.
@@ -122,11 +122,14 @@ def compiled(form: Form, architecture: int, known: Any) -> Any:
 
 def main() -> None:
     known = without_a_gpu()
+    asked = sys.argv[1:]
+    architectures = [int(x) for x in asked if x.isdigit()] or ARCHITECTURES
+    forms = [x for x in asked if not x.isdigit()] or FORMS
     print("| form | sm | registers | stack | shared + dynamic | instructions | products | spills |")
     print("|---|---|---|---|---|---|---|---|")
-    for architecture in map(int, sys.argv[1:] or ARCHITECTURES):
-        for name, form in FORMS.items():
-            c = count(compiled(form, architecture, known))
+    for architecture in architectures:
+        for name in forms:
+            c = count(compiled(FORMS[name], architecture, known))
             row = (name, architecture, c.registers, c.stack, f"{c.shared} + {c.dynamic}", c.instructions, c.products, c.spills)
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from tests.budget import combinations
+from tests.budget import FULL, combinations
 
 SHARED = 232448  # bytes of shared memory that a program may have on an H100
 FORMS = combinations(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
@@ -42,6 +44,24 @@ def test_every_form_of_a_step_is_translated(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     wanted = {name: "compiled" if case == DECODE else "translated" for name, case in CASES.items()}
     assert json.loads(done.stdout) == wanted
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 120] if FULL else [80, 120])
+def test_scores_in_the_latent_compile_for(architecture: int, tmp_path: Path) -> None:
+    """From A100s on, with no spill in the loop over tokens, and with shared memory that any of these GPUs has."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    form = "Llama-3-8B, compact"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.sass", str(architecture), form],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.splitlines()[-1]
+    found = re.fullmatch(rf"\| {form} \| {architecture} \| \d+ \| \d+ \| (\d+) \+ (\d+) \| \d+ \| (\d+) \| (\d+) \|", row)
+    assert found is not None, row
+    named, dynamic, products, spills = map(int, found.groups())
+    assert named + dynamic <= 99 << 10 and products == 44 and spills == 0
 
 
 def without_a_gpu() -> Compiled:

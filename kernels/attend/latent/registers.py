@@ -1,9 +1,9 @@
 """How a token's row of codes becomes digits in a warp's registers, for keys and for values.
 
 A digit of so few bits is, as the lowest bits of a number of 16, a subnormal number: a mask makes the operand of a product, and
-nothing is converted. What a code stands for is the sum of its digits times what the basis is times, less the middle of its
-range; the middle of all codes together is one digit more, a constant. Digits of wide codes are centred by themselves: their
-products with a rounded basis would else cancel and leave an error.
+nothing is converted. Half of a digit's range is taken away by one addition: products of large digits with a rounded basis would
+else cancel and leave an error. What a code stands for is the sum of its digits times what the basis is times, less the rest of
+the middle of its range; the rests of all codes together are one digit more, a constant.
 
 Keys: lane 4 r + c takes byte c of each word of token r, two words to a register. Values: lane 4 r + c takes halfword r of the
 tokens 2 c and 2 c + 1.

@@ -254,14 +254,6 @@ def shared_word(address):
 
 
 @function
-def shared_float(address):
-    """One float32 of shared memory."""
-    if INTERPRETED:
-        return tl.load(_at(address, tl.float32))
-    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, False, 1)
-
-
-@function
 def shared_words(address):
     """Four times 32 bits of shared memory."""
     if INTERPRETED:
