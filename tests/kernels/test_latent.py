@@ -15,6 +15,7 @@ from spectral_compile.kernels.attend.latent import plan as latent
 from spectral_compile.kernels.attend.plan import AttendPlan
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 from tests.budget import FULL, combinations
+from tests.kernels.test_attend import Real, real_store
 from tests.stores import PlainStore, Step, filled, moved
 from tests.tiny import DEVICE
 
@@ -126,6 +127,16 @@ def test_a_store_of_several_bases_and_joint_heads(dtype: torch.dtype, planned: d
 def test_large_queries_are_no_worse(boost: float, dtype: torch.dtype, planned: dict[str, int]) -> None:
     store, step = random_store(300, boost)
     assert_near(store, step, 128**-0.5, dtype, planned)
+
+
+@pytest.mark.slow
+@in_half
+@pytest.mark.parametrize("boost", [1.0, 3.0, 5.0] if FULL else [5.0])
+def test_real_keys_and_large_queries(smollm2: Real, boost: float, dtype: torch.dtype, planned: dict[str, int]) -> None:
+    store, step = real_store(smollm2, "balanced", 12, past=703, count=1)
+    step.query *= boost
+    planned |= {"splits": 1} if DEVICE == "cpu" else {}
+    assert_near(store, step, 0.125, dtype, planned)
 
 
 @in_half
