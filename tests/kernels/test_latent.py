@@ -61,6 +61,7 @@ def assert_near(store: PlainStore, step: Step, scale: float, dtype: torch.dtype,
     assert asked.latent and not given.latent
     chunk = Chunk(step.query.to(dtype), step.key, step.value)
     assert latent.plan_of(store.past, chunk, asked) is not None, "else both sides are the same form"
+    assert store.ledger[:, 1].min() > 0, "of tokens that are not coded there is nothing to compare"
     rebuilt, scored = errors(store, step, scale, dtype, planned, **how)
     assert scored.square().mean().sqrt() <= max(WORSE * rebuilt.square().mean().sqrt(), ROUNDED[dtype])
     assert scored.max() <= 2 * max(rebuilt.max(), ROUNDED[dtype])  # of one query chance has a part
@@ -93,7 +94,7 @@ WIDE = [("seed", 192, 128), ("balanced", 256, 128), ("compact", 512, 64), ("bala
 
 @pytest.mark.slow
 @in_half
-@pytest.mark.parametrize(("preset", "dim", "turned"), WIDE if FULL else WIDE[:2])
+@pytest.mark.parametrize(("preset", "dim", "turned"), WIDE if FULL else WIDE[:1])
 def test_wide_heads(preset: str, dim: int, turned: int, dtype: torch.dtype, planned: dict[str, int]) -> None:
     store, step = filled(preset, dim, past=151, new=1, turned=turned, head_group=1)
     assert_near(store, step, dim**-0.5, dtype, planned)
