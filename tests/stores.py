@@ -207,6 +207,7 @@ def filled(
     recent_bits: int = 16,
     turned: int | None = None,
     key_size: float = 1.0,
+    block: int = 32,
 ) -> tuple[PlainStore, Step]:
     """A store with ``past`` tokens, and a step of ``new`` ones that has been entered in its ledger.
 
@@ -217,7 +218,8 @@ def filled(
     rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs))) if pairs else None
     chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
     layout = chosen.layout(2, dim, rotary)
-    layout = replace(layout, recent=20, block=32, warmup=64, segment=64 * (layout.segment > 0), recent_bits=recent_bits)
+    segment = 2 * block * (layout.segment > 0)
+    layout = replace(layout, recent=20, block=block, warmup=64, segment=segment, recent_bits=recent_bits)
 
     def some(count: int) -> Step:
         def randn(heads: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Attention over a compressed past, in Triton.
 
-The tokens of a row are split among programs. Most take coded tokens (``coded``): a tile of codes times the basis gives keys in
-registers, which are rotated and scored; values stay in the latent until a split ends or, where one basis serves all tokens,
-until splits are merged. The others take what is exact (``exact``): first tokens, recent ones and the chunk. A second kernel
-merges all of them by log-sum-exp (``merge``). In a step of one column these two launches also store it: the first codes what is
-no longer recent, the second writes to the recent tokens.
+The tokens of a row are split among programs. Most take coded tokens (``coded``, or ``latent`` where a plan asks): a tile of
+codes times the basis gives keys in registers, which are rotated and scored; values stay in the latent until a split ends or,
+where one basis serves all tokens, until splits are merged. The others take what is exact (``exact``): first tokens, recent
+ones and the chunk. A second kernel merges all of them by log-sum-exp (``merge``). In a step of one column these two launches
+also store it: the first codes what is no longer recent, the second writes to the recent tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral_compile.errors import Mistake
 from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, tiles_of
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact
 from spectral_compile.kernels.attend.latent.kernel import attend_latent
-from spectral_compile.kernels.attend.latent.plan import COLUMNS, LatentTables, plan_of
+from spectral_compile.kernels.attend.latent.plan import COLUMNS, ROOM, LatentTables, plan_of
 from spectral_compile.kernels.attend.merge import merge_kernel
-from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, queries_of
+from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, own_tokens, queries_of
 from spectral_compile.kernels.attend.plan import (
     Arithmetic,
     AttendPlan,
@@ -61,13 +62,7 @@ def attend_kernel(
     qi, qh = m // ROWS, m % ROWS
     head = qh // G.query_heads
     before, coded, after, _coded_after = ledger_row(ledger, b)
-    if F.one:
-        own = tl.zeros([M], tl.int32) + (after - 1)
-    elif chunk.index is not None:
-        own = before + tl.load(chunk.index + b * n + qi, mask=live, other=0)
-    else:
-        own = before + qi
-    own = tl.where(live, own, -1)
+    own = tl.where(live, own_tokens(chunk, b, n, before, after, qi, live, F), -1)
     mask_row, visible_row, visible_codes = None, None, None
     if masks.mask is not None:
         mask_row = masks.mask + (b * n + qi) * masks.mask_slots
@@ -94,7 +89,7 @@ def attend_kernel(
             if gaps == 0:
                 if tile == 0:
                     attend_latent(
-                        chunk, store, ledger, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots,
+                        chunk, store, before, after, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots,
                         coded_slots, slots, segments, splits + exact_splits, split // QUARTETS, scale, G, R, F, L,
                     )  # fmt: skip
             elif split % QUARTETS == 0:
@@ -168,6 +163,11 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     most = tiles_at_once(plan, form, pairs)
     latent = plan_of(past, chunk, plan) if tiles <= most else None
     latent_tables, warps = None, plan.warps
+    if plan.latent and latent is None and count <= COLUMNS and not layout.lossless:
+        raise Mistake(
+            "--plan latent=1 has no form for this step: it takes float16 or bfloat16, room for coded tokens by fours, and a"
+            f" basis that leaves room in {ROOM >> 10} KB of shared memory"
+        )
     if latent is not None:
         plan, warps = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.quartets - 1)), latent.warps
         latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.room.bytes)

@@ -43,6 +43,16 @@ def capped(s, CAP: tl.constexpr):
 
 
 @triton.jit
+def own_tokens(chunk, b, n, before, after, columns, live, F: tl.constexpr):
+    """Which token of its row each of these columns of the chunk is."""
+    if F.one:
+        return columns * 0 + (after - 1)
+    if chunk.index is not None:
+        return before + tl.load(chunk.index + b * n + columns, mask=live, other=0)
+    return before + columns
+
+
+@triton.jit
 def of_head(x, head, h: tl.constexpr, G: tl.constexpr):
     """Rows of ``x`` that belong to head ``h`` of the group, and zeros for the others."""
     return x if G.heads == 1 else tl.where((head == h)[:, None], x, tl.zeros_like(x))

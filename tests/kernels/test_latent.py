@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_compile.codec import PRESETS, Rotary
+from spectral_compile.errors import Mistake
 from spectral_compile.kernels.attend import kernel, plan
 from spectral_compile.kernels.attend.latent import plan as latent
 from spectral_compile.kernels.attend.plan import AttendPlan
@@ -130,6 +131,14 @@ def test_large_queries_are_no_worse(boost: float, dtype: torch.dtype, planned: d
     assert_near(store, step, 128**-0.5, dtype, planned)
 
 
+@in_half
+def test_a_segment_begins_at_any_token(dtype: torch.dtype, planned: dict[str, int]) -> None:
+    """After a crop one may; codes are copied by 16 bytes, which begin at each fourth token alone."""
+    store, step = filled("seed", 80, past=191, new=1, block=33)
+    assert store.buffers.starts[0, 1] * store.layout.key.row_bytes % 16
+    assert_near(store, step, 0.1, dtype, planned)
+
+
 @pytest.mark.slow
 @in_half
 @pytest.mark.parametrize("boost", [1.0, 3.0, 5.0] if FULL else [5.0])
@@ -186,6 +195,14 @@ def random_store(past: int, boost: float, heads: int = 2) -> tuple[PlainStore, S
         if step.key.shape[2] > 1:
             store.append(step)
     return store, step
+
+
+def test_a_step_that_is_asked_for_it_and_cannot_says_so(planned: dict[str, int]) -> None:
+    """Figures of the other form, under this one's name, would be believed."""
+    store, step = filled("balanced", 64, past=151, new=1)
+    planned["latent"] = 1
+    with pytest.raises(Mistake, match="has no form for this step: it takes float16 or bfloat16"):
+        kernel.attend(*(moved(x, DEVICE) for x in (step.chunk, store.past)), Scoring(0.1))
 
 
 @pytest.mark.parametrize(

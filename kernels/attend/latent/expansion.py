@@ -108,11 +108,9 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
     by_eights = w.reshape(eights, 4, 2)  # [eight, c, pair of two]
 
     absorbed = np.zeros((stretches + 1, eights, 2, 4, 4), np.uint32)
+    over_stretch, over_run = _terms(w, STRETCH / 2), _terms(w, RUN / 2)
     for stretch in range(stretches + 1):
-        half = RUN / 2 if stretch == stretches else STRETCH / 2
-        middle = RUN / 2 if stretch == stretches else STRETCH * (stretch + 0.5)
-        terms = np.array([coefficients(min(abs(x) * half, 1.0)) for x in w]).reshape(eights, 4, 2, TERMS)
-        terms[..., 1::2] *= np.sign(by_eights)[..., None]  # sines of pairs that turn the other way
+        terms, middle = (over_run, RUN / 2) if stretch == stretches else (over_stretch, STRETCH * (stretch + 0.5))
         angles = by_eights * middle
         for e in range(2):
             for at, t in enumerate((e, 2 + e)):
@@ -147,6 +145,16 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
     turns = (torch.tensor(w, dtype=torch.float64) / (2 * math.pi) * 2**32).round().to(torch.int64).to(torch.int32)
     held = (torch.from_numpy(x.view(np.int32)).contiguous() for x in (absorbed, turned, shifts, distances))
     return ExpansionTables(*(x.to(device) for x in (channels, turns, *held)))
+
+
+def _terms(w: np.ndarray, half: float) -> np.ndarray:
+    """Coefficients [eights, c, 2, t] of pairs of these frequencies over ``half`` a stretch, or run, to each side.
+
+    Of those that turn too fast for it, which do not ask, some number that float16 has.
+    """
+    terms = np.array([coefficients(min(abs(x) * half, 1.0)) for x in w]).reshape(-1, 4, 2, TERMS)
+    terms[..., 1::2] *= np.sign(w).reshape(-1, 4, 2, 1)  # sines of pairs that turn the other way
+    return terms
 
 
 def words(x: np.ndarray) -> np.ndarray:

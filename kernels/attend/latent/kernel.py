@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from spectral_compile.kernels.arguments import LEDGER_COLUMNS
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.expansion import RUN, STRETCH
 from spectral_compile.kernels.attend.latent.operands import (
@@ -30,7 +29,7 @@ from spectral_compile.kernels.attend.latent.operands import (
     terms_of,
     unit_of,
 )
-from spectral_compile.kernels.attend.parts import capped
+from spectral_compile.kernels.attend.parts import capped, own_tokens
 
 _FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
 _UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
@@ -138,6 +137,15 @@ def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G
 
 
 @warp.function
+def _times(x, COUNT: tl.constexpr):
+    """The same number so many times."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (x,)
+    return out
+
+
+@warp.function
 def _fetch(queue, lane, keys, values, norms, left, L: tl.constexpr, G: tl.constexpr):
     """Begin to copy the codes of 32 tokens, or of ``left`` if these are fewer, from each lane's pointers to shared memory."""
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
@@ -145,19 +153,19 @@ def _fetch(queue, lane, keys, values, norms, left, L: tl.constexpr, G: tl.conste
     # a multiple of four tokens, so all 16 bytes of a copy are theirs, or none
     count = tl.minimum(left, _STRETCH)
     for i in tl.static_range((2 * KEY_BYTES + 31) // 32):
-        warp.copy_ahead(queue + (16 * lane + 512 * i), keys + 512 * i, 16 * lane + 512 * i < count * KEY_BYTES)
+        warp.copy_ahead(queue + (16 * lane + 512 * i), keys + 512 * i, 16 * lane + 512 * i < count * KEY_BYTES, 16)
     for i in tl.static_range((2 * VALUE_BYTES + 31) // 32):
         to = queue + (16 * lane + (_STRETCH * KEY_BYTES + 512 * i))
-        warp.copy_ahead(to, values + 512 * i, 16 * lane + 512 * i < count * VALUE_BYTES)
+        warp.copy_ahead(to, values + 512 * i, 16 * lane + 512 * i < count * VALUE_BYTES, 16)
     if G.normalised:
-        warp.copy_word_ahead(queue + (4 * lane + _STRETCH * (KEY_BYTES + VALUE_BYTES)), norms, 4 * lane < count)
+        warp.copy_ahead(queue + (4 * lane + _STRETCH * (KEY_BYTES + VALUE_BYTES)), norms, 4 * lane < count, 4)
     warp.end_of_copies(lane)
 
 
 @warp.function
 def attend_latent(
-    chunk, store, ledger, masks, tables, left, row_group, quartet, low, high, n, row_positions, coded_slots, slots, segments,
-    splits, split, scale,
+    chunk, store, before, after, masks, tables, left, row_group, quartet, low, high, n, row_positions, coded_slots, slots,
+    segments, splits, split, scale,
     G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Attention of a quartet of queries to coded tokens from ``low`` to ``high``, left for the merge."""
@@ -206,15 +214,11 @@ def attend_latent(
         lives = lives + (u + x * 0 < n * G.query_heads,)
     column = tl.minimum((quartet * 4 + c) // G.query_heads, n - 1)
     if F.slides:
-        own = tl.load(ledger + b * LEDGER_COLUMNS).to(tl.int32) + column
-        if chunk.index is not None:
-            own = tl.load(ledger + b * LEDGER_COLUMNS).to(tl.int32) + tl.load(chunk.index + b * n + column)
+        own = own_tokens(chunk, b, n, before, after, column, column >= 0, F)
     reference, top = tl.zeros([4], tl.float32), tl.full([4], float("-inf"), tl.float32)
     begin = low
     total, mass = zero, zero
-    sums = ()
-    for _ in tl.static_range(4 * TILES):
-        sums = sums + (zero,)
+    sums = _times(zero, 4 * TILES)
     if not F.in_segments:
         affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
         basis = store.k_basis + row_group * (G.width * G.k.rank) + head * G.dim
@@ -232,13 +236,10 @@ def attend_latent(
         if not F.latent_out:
             out = tl.zeros([4, DIM], tl.float32)
         highest, total, mass = zero + float("-inf"), zero, zero
-        cleared = ()
-        for _ in tl.static_range(4 * TILES):
-            cleared = cleared + (zero,)
-        sums = cleared
+        sums = _times(zero, 4 * TILES)
         up = tl.reshape(tl.broadcast_to((0 - reference + _UP)[None, :], (WARPS * 8, 4)), (T,))
         while low < high:
-            end = tl.minimum(high, low + WARPS * _RUN)
+            end = tl.minimum(high, low // 4 * 4 + WARPS * _RUN)
             if F.in_segments:
                 if segment + 1 < segments:
                     end = tl.minimum(end, tl.load(store.starts + b * segments + segment + 1))
@@ -249,10 +250,12 @@ def attend_latent(
                 if WHOLE:
                     tl.debug_barrier()  # the last segment's basis is still read
                     basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
-            all_stretches = tl.cdiv(end - low, _STRETCH)
+            # a segment may begin at any token, a copy at each fourth one
+            start = low // 4 * 4
+            all_stretches = tl.cdiv(end - start, _STRETCH)
             first_stretch = all_stretches * own_warp // WARPS
             stretches = all_stretches * (own_warp + 1) // WARPS - first_stretch
-            token = low + _STRETCH * first_stretch
+            token = start + _STRETCH * first_stretch
             last = tl.minimum(end, token + stretches * _STRETCH)
             # of the row's slots, of which those past the coded tokens hold nothing of use
             unread = tl.minimum(coded_slots - token, stretches * _STRETCH)
@@ -274,9 +277,7 @@ def attend_latent(
             warp.lanes_meet(x)
             own_gain = tl.where(c == 0, gains[0], tl.where(c == 1, gains[1], tl.where(c == 2, gains[2], gains[3])))
             own_gain = own_gain * (16777216.0 / unit)  # digits count 2**-24
-            over_run = ()
-            for _ in tl.static_range(4 * REGISTERS):
-                over_run = over_run + (zero,)
+            over_run = _times(zero, 4 * REGISTERS)
             if WHOLE:
                 over_run = absorbed_over_run(
                     over_run, room, queries_room, lane, h, e, c, tables, L.fast + L.medium, L.slow, L.fast + L.medium, L
@@ -326,7 +327,7 @@ def attend_latent(
                 ahead = tl.where(ahead + 1 == L.room.stages, 0, ahead + 1)
                 if NORMALISED:
                     code = warp.shared_byte(stage + (_STRETCH * (KEY_BYTES + VALUE_BYTES) + lane))
-                    warp.float_to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code))
+                    warp.to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code).to(tl.int32, bitcast=True))
                 scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
                 scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
                 # for the next stretch; after a run's last one tables hold one more, of no meaning
@@ -338,7 +339,7 @@ def attend_latent(
                 fast = fast_queries(quick, fast_at, L)
                 if NORMALISED:
                     warp.lanes_meet(x)
-                    size = warp.shared_floats(sizes + r * 16)
+                    size = warp.shared_words(sizes + r * 16)
                 for sixteen in tl.static_range(2):
                     weights = ()
                     for octet in tl.static_range(2):
@@ -352,6 +353,8 @@ def attend_latent(
                         else:
                             score = score * own_gain + up
                         seen = unseen_from > 16 * sixteen + 8 * octet
+                        if F.in_segments:
+                            seen = seen & (slot >= low)
                         if F.slides:
                             seen = seen & (G.first_exact + slot > own - masks.sliding_window)
                         if masks.visible is not None:
@@ -365,7 +368,7 @@ def attend_latent(
                         weight = warp.power_of_two(score)
                         total += weight
                         if NORMALISED:
-                            weight = weight * size[2 * sixteen + octet]
+                            weight = weight * size[2 * sixteen + octet].to(tl.float32, bitcast=True)
                         mass += weight
                         upper = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
                         weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
@@ -375,10 +378,7 @@ def attend_latent(
             if not F.latent_out:
                 out += _values(sums, mass, store, where, head, tables, G, L)
                 mass = zero
-                emptied = ()
-                for _ in tl.static_range(4 * TILES):
-                    emptied = emptied + (zero,)
-                sums = emptied
+                sums = _times(zero, 4 * TILES)
             low = end
             if F.in_segments and segment + 1 < segments:
                 segment += (tl.load(store.starts + b * segments + segment + 1) <= low).to(tl.int32)

@@ -135,8 +135,7 @@ def plan_of(past: Past, chunk: Chunk, plan: AttendPlan) -> LatentPlan | None:
         or chunk.query.dtype not in (torch.float16, torch.bfloat16)
     ):
         return None
-    # codes are copied by four tokens
-    if buffers.k_codes.shape[2] % 4 or (buffers.starts.shape[1] > 1 and layout.block % 4):
+    if buffers.k_codes.shape[2] % 4:  # codes are copied by four tokens
         return None
     queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
     warps = [count for count in (4, 2, 1) if count <= plan.warps]

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from spectral_compile.codec.layout import Tiers
@@ -217,15 +216,3 @@ def value_table(tiers: Tiers, device: torch.device) -> ValueTable:
 
 def value_registers(tiers: Tiers) -> int:
     return sum(len(group.registers) for group in value_groups(tiers))
-
-
-def digits_of(row: np.ndarray, tiers: Tiers) -> np.ndarray:
-    """The operand's digits of keys' rows of codes [n, bytes], without the constant: what a kernel's registers come to."""
-    out = []
-    for source in key_sources(tiers):
-        for mask, centre in zip(source.masks, source.centres, strict=True):
-            for c in range(4):
-                for i, word in enumerate((source.low, source.high)):
-                    digit = row[:, 4 * word + c].astype(np.int64) & (mask >> 16 * i & 0xFFFF)
-                    out.append(digit - (centre >> 16 * i & 0x7FFF))
-    return np.stack(out, 1)
