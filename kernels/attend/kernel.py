@@ -22,7 +22,8 @@ from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, G
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact
 from spectral_compile.kernels.attend.latent.kernel import attend_latent
-from spectral_compile.kernels.attend.latent.plan import COLUMNS, ROOM, LatentTables, plan_of
+from spectral_compile.kernels.attend.latent.opt_in import opt_in
+from spectral_compile.kernels.attend.latent.plan import COLUMNS, ROOM, LatentPlan, LatentTables, plan_of
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, own_tokens, queries_of
 from spectral_compile.kernels.attend.plan import (
@@ -86,22 +87,11 @@ def attend_kernel(
         high = tl.minimum(low + share, coded)
         row_slots = row_positions + G.first_exact
         if L is not None:
-            if gaps == 0:
-                if tile == 0:
-                    attend_latent(
-                        chunk, store, before, after, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots,
-                        coded_slots, slots, segments, splits + exact_splits, split // QUARTETS, scale, G, R, F, L,
-                    )  # fmt: skip
-            elif split % QUARTETS == 0:
-                queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
-                basis = ()
-                if not F.in_segments:
-                    basis = key_basis(store, b * G.groups + g, G, R, A)
-                sums, highest, total = attend_coded(
-                    queries, (), basis, head, live, own, low, high, b, g, store, row_slots, mask_row, visible_codes,
-                    coded_slots, segments, masks.sliding_window, G, R, A, F, True,
+            if tile == 0:
+                attend_latent(
+                    chunk, store, before, after, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots, gaps,
+                    coded_slots, slots, segments, splits + exact_splits, split // QUARTETS, scale, G, R, F, L,
                 )  # fmt: skip
-                leave(sums, highest, total, left, at + split // QUARTETS, F)
         else:
             # all that depends on nothing is on its way before anything is waited for
             queries = queries_of(q_row, live, angles.turns, scale, R.AT_ONCE, R.parts, G, R)
@@ -147,9 +137,12 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     given, geometry = ChunkArguments.of(chunk, index), Geometry.of(layout, q_heads)
     rows, pairs = count * geometry.heads * geometry.query_heads, batch * layout.groups
     coded_slots, places = buffers.k_codes.shape[2], layout.first_exact + buffers.recent_slots(layout)
-    plan = AttendPlan.of(layout, batch, rows, coded_slots, places + count, chunk.query.device)
-    form = form_of(past, scoring, count, geometry, plan)
-    merge, merge_warps = MergePlan.of(plan, form, geometry.DIM)
+    device = chunk.query.device
+    latent = latent_of(past, chunk)
+    shared_out = (latent.resident, geometry.heads * latent.quartets) if latent else ()
+    plan = AttendPlan.of(layout, batch, rows, coded_slots, places + count, device, *shared_out)
+    form = form_of(past, scoring, count, geometry, plan, latent)
+    merge, merge_warps = MergePlan.of(plan, form, geometry.DIM, pairs * rows, device)
     rope, arithmetic = Rope.of(layout.rotary, dim), Arithmetic.of(dtype)
 
     mask = None if hidden.mask is None else over_tokens(hidden, chunk, positions.shape[1])
@@ -160,17 +153,14 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     entering = Entering(given, buffers, ledger, coded_slots, places, count, code_tiles, segments) if enters else None
     out = chunk.query.new_empty(batch, count, q_heads, dim)
     tiles, tile = triton.cdiv(rows, plan.tile), plan.tile
-    most = tiles_at_once(plan, form, pairs)
-    latent = plan_of(past, chunk, plan) if tiles <= most else None
-    latent_tables, warps = None, plan.warps
-    if plan.latent and latent is None and count <= COLUMNS and not layout.lossless:
-        raise Mistake(
-            "--plan latent=1 has no form for this step: it takes float16 or bfloat16, room for coded tokens by fours, and a"
-            f" basis that leaves room in {ROOM >> 10} KB of shared memory"
-        )
+    most = tiles if latent else tiles_at_once(plan, form, pairs)
+    latent_tables, options = None, {"num_warps": plan.warps, "maxnreg": None}
     if latent is not None:
-        plan, warps = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.quartets - 1)), latent.warps
-        latent_tables = LatentTables.of(layout, chunk.query.device, plan.programs * tiles * pairs * latent.room.bytes)
+        plan = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.quartets - 1))
+        latent_tables = LatentTables.of(layout, device, plan.programs * tiles * pairs * latent.room.bytes)
+        options = {"num_warps": latent.warps, "maxnreg": latent.most_registers if latent.most_registers < 255 else None}
+        if device.type == "cuda":
+            opt_in(attend_kernel.__name__)
     for first in range(0, tiles, most):
         held = min(most, tiles - first)
         now = enters and first + held == tiles
@@ -180,7 +170,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         attend_kernel[(plan.programs, held, pairs)](
             given, store, ledger, positions, masks, angles, writes, code_tiles, plan.coders, left, plan.splits,
             plan.exact_splits, plan.exact_from, count, first, coded_slots, places, segments, positions.shape[1], scoring.scale,
-            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=warps,
+            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, **options,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](
@@ -191,11 +181,25 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     return out.transpose(1, 2)
 
 
-def form_of(past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: AttendPlan) -> Form:
+def latent_of(past: Past, chunk: Chunk) -> LatentPlan | None:
+    """How the step scores keys in the latent, or None where it rebuilds them. ``Mistake`` where a plan asks and it cannot."""
+    asked = AttendPlan.asked()
+    latent = plan_of(past, chunk, asked.warps, asked.stages) if asked.latent else None
+    if asked.latent and latent is None and chunk.columns <= COLUMNS and not past.layout.lossless:
+        raise Mistake(
+            "--plan latent=1 has no form for this step: it takes float16 or bfloat16, room for coded tokens by fours, and a"
+            f" basis that leaves room in {ROOM >> 10} KB of shared memory"
+        )
+    return latent
+
+
+def form_of(
+    past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: AttendPlan, latent: LatentPlan | None
+) -> Form:
     """What kind of step this is."""
     layout, segments = past.layout, past.buffers.starts.shape[1]
     # where one basis serves all tokens, its product with what values came to is left for the end
-    few = COLUMNS if plan.latent else 1
+    few = COLUMNS if latent else 1
     latent_out = count <= few and segments == 1 and not layout.lossless
     left, places = places_left(layout, geometry.DIM, latent_out)
     return Form(

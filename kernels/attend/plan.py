@@ -114,13 +114,18 @@ class AttendPlan:
     latent: int = 0  # 1 scores keys in the latent, where that form is there for the step
 
     @classmethod
-    def of(cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device) -> AttendPlan:
-        """For ``rows`` (query, head) pairs of a group, and room for ``coded`` and ``exact`` tokens."""
+    def of(
+        cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device, resident: int = 2, each: int = 1
+    ) -> AttendPlan:
+        """For ``rows`` (query, head) pairs of a group, and room for ``coded`` and ``exact`` tokens.
+
+        A multiprocessor runs ``resident`` programs at once, and a split of coded tokens takes ``each`` of them.
+        """
         wide = layout.width > 192  # whose bases leave too little shared memory for more queries
         tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
         others = batch * layout.groups * triton.cdiv(rows, tile)
-        # two on each multiprocessor run at once; of more the last ones would wait for the first to end
-        most = max(2, 2 * multiprocessors(device) // others)
+        # of more than run at once the last ones would wait for the first to end
+        most = max(2, resident * multiprocessors(device) // others)
         # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
         exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 4
         tiles, exact_tiles = triton.cdiv(coded, TILE), triton.cdiv(exact, exact_tile)
@@ -131,14 +136,20 @@ class AttendPlan:
             # a program that takes what is exact has the time of several tiles of codes if others have many
             share = max(exact_tile, min(2 * TILE, coded // (8 * most)) // exact_tile * exact_tile)
             exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
-            splits = min(tiles, most - exact_splits)
+            splits = min(tiles, max(1, (most - exact_splits) // each))
             programs = splits + exact_splits
-            if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, most) > _PASS * triton.cdiv(exact_tiles, most):
-                splits = programs = most
-                exact_splits = min(exact_tiles, most)
+            shared = max(1, most // each)
+            if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, shared) > _PASS * triton.cdiv(exact_tiles, most):
+                splits = programs = shared
+                exact_splits = min(exact_tiles, shared)
         # alone, a program takes longer to code a tile than to attend
         coders = 1 if layout.lossless else max(1, min(_CODERS, exact_splits // (2 * tiles_of(layout.block))))
         return cls(tile, splits, exact_splits, programs, exact_tile, coders)._overridden(layout.lossless)
+
+    @classmethod
+    def asked(cls) -> AttendPlan:
+        """What is the same for every step."""
+        return replace(cls(0, 0, 0, 0, 0, 0), **{name: x for name, x in _overrides.items() if name in ("stages", "warps", "latent")})
 
     def _overridden(self, lossless: bool) -> AttendPlan:
         if not _overrides:
@@ -185,9 +196,12 @@ class MergePlan(NamedTuple):
     AT_ONCE: int  # splits of codes that are in registers
 
     @classmethod
-    def of(cls, plan: AttendPlan, form: Form, padded_dim: int) -> tuple[MergePlan, int]:
-        """The plan, and the warps of a program; one warp has no barriers to wait at."""
-        channels, warps = (min(8, padded_dim), 1) if form.latent_out else (padded_dim, 4)
+    def of(cls, plan: AttendPlan, form: Form, padded_dim: int, queries: int, device: torch.device) -> tuple[MergePlan, int]:
+        """The plan for ``queries`` of all rows and heads, and the warps of a program; one warp has no barriers to wait at."""
+        channels, warps = (padded_dim, 4) if not form.latent_out else (min(8, padded_dim), 1)
+        # each program reads all that splits have left, so no more share a query than the device runs at once
+        while form.latent_out and channels < min(32, padded_dim) and queries * padded_dim // channels > 16 * multiprocessors(device):
+            channels *= 2
         splits = triton.next_power_of_2(max(1, plan.splits))
         widths = (end - begin for begin, end in pairwise(form.places))  # of row fields, of which there are none otherwise
         widest = triton.next_power_of_2(max(widths, default=channels))

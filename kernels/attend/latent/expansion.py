@@ -87,16 +87,38 @@ def _eights(count: int) -> int:
 class ExpansionTables(NamedTuple):
     """An ``Expansion`` as a kernel reads it. Words are int32 of two float16, of pairs 2 c and 2 c + 1 of eight.
 
-    Tables hold a stretch more than a run has, since a kernel reads one ahead. Fragments of the query's terms t = e and
-    t = 2 + e come together, for e of 0 and 1, as cosines and sines times coefficients.
+    Fragments of the query's terms t = e and t = 2 + e come together, for e of 0 and 1, as cosines and sines times coefficients.
     """
 
     channels: torch.Tensor  # int32 [2, pairs], first and second channel of each, or -1
     turns: torch.Tensor  # int32 [pairs], turns per position as fractions of 2**32
-    absorbed: torch.Tensor  # [stretches of a run + 1, eights, e, c, 4], the last stretch for a whole run
-    turned: torch.Tensor  # [stretches + 1, pairs of fast eights, c, 4]: cosine and sine of one, then of the other
-    shifts: torch.Tensor  # [stretches + 1, e or none, 4]: from the powers of x over a run to those over a stretch
-    distances: torch.Tensor  # [2, eights, lanes, 4]: cosines, then sines, of tokens r and r + 8 of sixteen
+    over_run: torch.Tensor  # [eights, e, c, 4]: terms over a whole run
+    steps: torch.Tensor  # what every stretch takes, laid out by ``Steps``
+
+
+class Steps(NamedTuple):
+    """Where among the words of ``ExpansionTables.steps`` a stretch finds its own, which fragments take four at a time.
+
+    First come, for all stretches, cosines and then sines of the distances of tokens r and r + 8 of sixteen, for each sixteen,
+    fast eight and lane. Then each stretch has ``words``: from the powers of x over a run to those over the stretch [e or none,
+    4]; for two fast eights each [c, 4] cosine and sine of one, then of the other, to its beginning; and for each medium eight
+    the terms [e, c, 4]. Since a kernel reads one ahead, there is one stretch more than a run has, of no meaning.
+    """
+
+    first: int  # word of the first stretch
+    turned: int  # from the beginning of a stretch
+    medium: int
+    words: int
+
+    @classmethod
+    def of(cls, fast: int, medium: int) -> Steps:
+        """For so many eights."""
+        turned, of_medium = 12, 12 + 16 * -(-fast // 2)
+        return cls(2 * fast * 32 * 4, turned, of_medium, of_medium + 32 * medium)
+
+    @property
+    def all_words(self) -> int:
+        return self.first + (RUN // STRETCH + 1) * self.words
 
 
 @functools.cache
@@ -104,47 +126,51 @@ def tables(rotary: Rotary | None, dim: int, device: torch.device) -> ExpansionTa
     """They live as long as the process, so they must be made before a CUDA graph is captured."""
     expansion = Expansion.of(rotary, dim)
     w = np.array([pair[2] for pair in expansion.pairs])
-    eights, fast, stretches = len(w) // EIGHT, expansion.fast // EIGHT, RUN // STRETCH
+    eights, fast, medium = (count // EIGHT for count in (len(w), expansion.fast, expansion.medium))
     by_eights = w.reshape(eights, 4, 2)  # [eight, c, pair of two]
-
-    absorbed = np.zeros((stretches + 1, eights, 2, 4, 4), np.uint32)
-    over_stretch, over_run = _terms(w, STRETCH / 2), _terms(w, RUN / 2)
-    for stretch in range(stretches + 1):
-        terms, middle = (over_run, RUN / 2) if stretch == stretches else (over_stretch, STRETCH * (stretch + 0.5))
-        angles = by_eights * middle
-        for e in range(2):
-            for at, t in enumerate((e, 2 + e)):
-                absorbed[stretch, :, e, :, 2 * at] = words(terms[..., t] * np.cos(angles))
-                absorbed[stretch, :, e, :, 2 * at + 1] = words(terms[..., t] * np.sin(angles))
-
-    turned = np.zeros((stretches + 1, -(-fast // 2), 4, 4), np.uint32)
-    distances = np.zeros((2, fast, 32, 4), np.uint32)
+    at = Steps.of(fast, medium)
+    steps = np.zeros(at.all_words, np.uint32)
     lane = np.arange(32)
-    for s in range(fast):
-        for stretch in range(stretches):
+    distances = steps[: at.first].reshape(2, fast, 32, 4)
+    for sixteen, s, i in np.ndindex(2, fast, 2):
+        angles = by_eights[s][lane % 4] * (16 * sixteen + 8 * i + lane // 4)[:, None]
+        distances[sixteen, s, :, i], distances[sixteen, s, :, 2 + i] = words(np.cos(angles)), words(np.sin(angles))
+    over_stretch, turned_by = _terms(w, STRETCH / 2), slice(fast, fast + medium)
+    for stretch, step in enumerate(steps[at.first : -at.words].reshape(-1, at.words)):
+        middle = STRETCH * stretch + STRETCH / 2
+        step[: at.turned] = _shift((middle - RUN / 2) / (RUN / 2)).ravel()
+        turned = step[at.turned : at.medium].reshape(-1, 4, 2, 2)
+        for s in range(fast):
             angles = by_eights[s] * STRETCH * stretch
-            turned[stretch, s // 2, :, s % 2 * 2], turned[stretch, s // 2, :, s % 2 * 2 + 1] = (
-                words(np.cos(angles)),
-                words(np.sin(angles)),
-            )
-        for sixteen in range(2):
-            for i in range(2):
-                angles = by_eights[s][lane % 4] * (16 * sixteen + 8 * i + lane // 4)[:, None]
-                distances[sixteen, s, :, i], distances[sixteen, s, :, 2 + i] = words(np.cos(angles)), words(np.sin(angles))
-
-    shifts = np.zeros((stretches + 1, 3, 4), np.uint32)
-    for stretch in range(stretches):
-        middle, ratio = (STRETCH * stretch + STRETCH / 2 - RUN / 2) / (RUN / 2), STRETCH / RUN
-        # (middle + ratio x)**j in powers of x
-        m = [[math.comb(j, i) * middle ** (j - i) * ratio**i if j >= i else 0.0 for j in range(TERMS)] for i in range(TERMS)]
-        for e in range(2):
-            rows = ((e, 0), (2 + e, 0), (e, 2), (2 + e, 2))
-            shifts[stretch, e] = [words(np.array([m[row][first], m[row][first + 1]])) for row, first in rows]
+            turned[s // 2, :, s % 2, 0], turned[s // 2, :, s % 2, 1] = words(np.cos(angles)), words(np.sin(angles))
+        step[at.medium :] = _turned_terms(over_stretch[turned_by], by_eights[turned_by] * middle).ravel()
+    over_run = _turned_terms(_terms(w, RUN / 2), by_eights * (RUN / 2))
 
     channels = torch.tensor([pair[:2] for pair in expansion.pairs], dtype=torch.int32).T.contiguous()
     turns = (torch.tensor(w, dtype=torch.float64) / (2 * math.pi) * 2**32).round().to(torch.int64).to(torch.int32)
-    held = (torch.from_numpy(x.view(np.int32)).contiguous() for x in (absorbed, turned, shifts, distances))
+    held = (torch.from_numpy(x.view(np.int32)).contiguous() for x in (over_run, steps))
     return ExpansionTables(*(x.to(device) for x in (channels, turns, *held)))
+
+
+def _shift(middle: float) -> np.ndarray:
+    """Words [3, 4] from powers of x over a run to those over the stretch whose middle lies there, for e of 0, 1 and none."""
+    ratio = STRETCH / RUN
+    # (middle + ratio x)**j in powers of x
+    m = [[math.comb(j, i) * middle ** (j - i) * ratio**i if j >= i else 0.0 for j in range(TERMS)] for i in range(TERMS)]
+    shift = np.zeros((3, 4), np.uint32)
+    for e in range(2):
+        rows = ((e, 0), (2 + e, 0), (e, 2), (2 + e, 2))
+        shift[e] = [words(np.array([m[row][first], m[row][first + 1]])) for row, first in rows]
+    return shift
+
+
+def _turned_terms(terms: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """Words [eights, e, c, 4] of coefficients [eights, c, 2, t] at these angles [eights, c, 2]."""
+    out = np.zeros((len(terms), 2, 4, 4), np.uint32)
+    for e, at in np.ndindex(2, 2):
+        term = terms[..., e + 2 * at]
+        out[:, e, :, 2 * at], out[:, e, :, 2 * at + 1] = words(term * np.cos(angles)), words(term * np.sin(angles))
+    return out
 
 
 def _terms(w: np.ndarray, half: float) -> np.ndarray:

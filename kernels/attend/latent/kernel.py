@@ -26,6 +26,8 @@ from spectral_compile.kernels.attend.latent.operands import (
     fast_queries,
     queries_to_shared,
     query_of,
+    step,
+    steps_of,
     terms_of,
     unit_of,
 )
@@ -68,7 +70,7 @@ def _digits(at, pairwise, alone, L: tl.constexpr, G: tl.constexpr):
 
 @warp.function
 def _scores(
-    stage, room, r, lane, pairwise, alone, absorbed, fast, held, tables,
+    stage, room, r, lane, pairwise, alone, absorbed, fast, held, steps,
     SIXTEEN: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Four terms of the scores of tokens r and r + 8 of sixteen: the first two of both, then the others."""
@@ -100,11 +102,21 @@ def _scores(
                 last = held[(2 * s + second) * N + N - 1 if L.held else N - 1]
                 k = warp.rounded_half_product(k, d0[N - 1], d1[N - 1], last)
             keys = keys + k
-        cos0, cos1, sin0, sin1 = warp.words_of(tables.of_pairs.distances + ((SIXTEEN * L.fast + s) * 32 + lane) * 4)
+        cos0, cos1, sin0, sin1 = step(steps, 4 * lane + (SIXTEEN * L.fast + s) * 128, L)
         second0, first0 = warp.turned(keys[2], keys[0], cos0, sin0)
         second1, first1 = warp.turned(keys[3], keys[1], cos1, sin1)
         y0 = warp.product(y0, first0, first1, second0, second1, fast[2 * s], fast[2 * s + 1], False)
     return y0 + y1
+
+
+@warp.function
+def _absorbed(medium, over_run, held, room, lane, steps, shift_at, medium_at, L: tl.constexpr):
+    """Absorbed queries over a stretch, by its tables from these words on."""
+    MEDIUM: tl.constexpr = L.medium
+    terms = ()
+    for s in tl.static_range(MEDIUM):
+        terms = terms + (step(steps, medium_at + 32 * s, L),)
+    return absorbed_over_stretch(terms_of(medium, terms), over_run, step(steps, shift_at, L), held, room, lane, L)
 
 
 @warp.function
@@ -164,8 +176,8 @@ def _fetch(queue, lane, keys, values, norms, left, L: tl.constexpr, G: tl.conste
 
 @warp.function
 def attend_latent(
-    chunk, store, before, after, masks, tables, left, row_group, quartet, low, high, n, row_positions, coded_slots, slots,
-    segments, splits, split, scale,
+    chunk, store, before, after, masks, tables, left, row_group, quartet, low, high, n, row_positions, gaps, coded_slots,
+    slots, segments, splits, split, scale,
     G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Attention of a quartet of queries to coded tokens from ``low`` to ``high``, left for the merge."""
@@ -196,6 +208,7 @@ def attend_latent(
     r, c = lane // 4, lane % 4
     h, e = r // 2, r % 2
     room = warp.room(tables.scratch, x, RESERVE, BYTES)
+    steps = steps_of(tables, room, x, L)
     queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
     queue = room + (L.room.queues + own_warp * L.room.queue)
     sizes = queue + L.room.stages * L.stage
@@ -227,6 +240,9 @@ def attend_latent(
             basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
     if not F.latent_out:
         out = tl.zeros([4, DIM], tl.float32)
+    if L.steps_held:
+        warp.wait_for_copies(x, warp.ALL)
+        tl.debug_barrier()
     again = low < high
     while again:
         low, segment = begin, 0
@@ -237,7 +253,7 @@ def attend_latent(
             out = tl.zeros([4, DIM], tl.float32)
         highest, total, mass = zero + float("-inf"), zero, zero
         sums = _times(zero, 4 * TILES)
-        up = tl.reshape(tl.broadcast_to((0 - reference + _UP)[None, :], (WARPS * 8, 4)), (T,))
+        up = _for_lanes(0 - reference + _UP, WARPS)
         while low < high:
             end = tl.minimum(high, low // 4 * 4 + WARPS * _RUN)
             if F.in_segments:
@@ -250,7 +266,11 @@ def attend_latent(
                 if WHOLE:
                     tl.debug_barrier()  # the last segment's basis is still read
                     basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
-            # a segment may begin at any token, a copy at each fourth one
+            position = tl.load(row_positions + low)
+            if R.pairs > 0:
+                if gaps > 0:
+                    end = _while_they_run_on(row_positions, position, low, end, x, L)
+            # what follows a gap, or a segment, may begin at any token, a copy at each fourth one
             start = low // 4 * 4
             all_stretches = tl.cdiv(end - start, _STRETCH)
             first_stretch = all_stretches * own_warp // WARPS
@@ -269,7 +289,7 @@ def attend_latent(
                 keys += _STRETCH * KEY_BYTES
                 values += _STRETCH * VALUE_BYTES
                 sizes_of += _STRETCH
-            position = tl.load(row_positions + tl.minimum(token, end - 1))
+            position += token - low  # where positions run on, also before ``low``
             gains = queries_to_shared(
                 queries_room, room + L.room.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
                 tables, G, R, L,
@@ -307,13 +327,12 @@ def attend_latent(
                 quick = quick + (tl.where(e == 1, 0, first), tl.where(e == 1, 0, second))
                 if L.held:
                     of_quick = of_quick + basis_of(room, lane, s, 0, L) + basis_of(room, lane, s, 1, L)
-            shift_at = tables.of_pairs.shifts + tl.where(c == h, e, 2) * 4
-            medium_at = tables.of_pairs.absorbed + (32 * L.fast + e * 16 + c * 4)
-            fast_at = tables.of_pairs.turned + c * 4
-            terms = terms_of(medium, medium_at, L.medium)
-            absorbed = absorbed_over_stretch(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
-            fast = fast_queries(quick, fast_at, L)
-            unseen_from = last - token - r
+            shift_at = tl.where(c == h, e, 2) * 4 + L.steps.first
+            medium_at = e * 16 + c * 4 + (L.steps.first + L.steps.medium)
+            fast_at = c * 4 + (L.steps.first + L.steps.turned)
+            absorbed = _absorbed(medium, over_run, of_medium, room, lane, steps, shift_at, medium_at, L)
+            fast = fast_queries(quick, steps, fast_at, L)
+            unseen_from, seen_from = last - token - r, low - token - r
             at_stage, ahead = 0, L.room.stages - 1
             for _stretch in range(tl.cdiv(all_stretches, WARPS)):
                 warp.wait_for_copies(x, ALL_BUT)
@@ -328,15 +347,14 @@ def attend_latent(
                 if NORMALISED:
                     code = warp.shared_byte(stage + (_STRETCH * (KEY_BYTES + VALUE_BYTES) + lane))
                     warp.to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code).to(tl.int32, bitcast=True))
-                scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 0, L, G)
-                scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, tables, 1, L, G)
+                scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, steps, 0, L, G)
+                scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, steps, 1, L, G)
                 # for the next stretch; after a run's last one tables hold one more, of no meaning
-                shift_at += 12
-                medium_at += 32 * EIGHTS
-                fast_at += 16 * ((L.fast + 1) // 2)
-                terms = terms_of(medium, medium_at, L.medium)
-                absorbed = absorbed_over_stretch(terms, over_run, warp.words_of(shift_at), of_medium, room, lane, L)
-                fast = fast_queries(quick, fast_at, L)
+                shift_at += L.steps.words
+                medium_at += L.steps.words
+                fast_at += L.steps.words
+                absorbed = _absorbed(medium, over_run, of_medium, room, lane, steps, shift_at, medium_at, L)
+                fast = fast_queries(quick, steps, fast_at, L)
                 if NORMALISED:
                     warp.lanes_meet(x)
                     size = warp.shared_words(sizes + r * 16)
@@ -352,9 +370,7 @@ def attend_latent(
                             score = capped(score * own_gain, F.softcap) + up
                         else:
                             score = score * own_gain + up
-                        seen = unseen_from > 16 * sixteen + 8 * octet
-                        if F.in_segments:
-                            seen = seen & (slot >= low)
+                        seen = (unseen_from > 16 * sixteen + 8 * octet) & (seen_from <= 16 * sixteen + 8 * octet)
                         if F.slides:
                             seen = seen & (G.first_exact + slot > own - masks.sliding_window)
                         if masks.visible is not None:
@@ -375,6 +391,7 @@ def attend_latent(
                     sums = _mixed(stage, r, c, sixteen, weights, sums, L, G)
                 token += _STRETCH
                 unseen_from -= _STRETCH
+                seen_from -= _STRETCH
             if not F.latent_out:
                 out += _values(sums, mass, store, where, head, tables, G, L)
                 mass = zero
@@ -388,37 +405,67 @@ def attend_latent(
         reference = tl.where(far, top, reference)
     u = quartet * 4 + tl.arange(0, 4)
     row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
-    at = (row_group.to(tl.int64) * tl.num_programs(1) * F.queries + row) * splits + split
+    first_at = row_group.to(tl.int64) * tl.num_programs(1) * F.queries
+    at = (first_at + row) * splits + split
     live = u < n * G.query_heads
     tl.store(left.maxima + at, tl.where(top == float("-inf"), float("-inf"), reference), mask=live)
     tl.store(left.totals + at, _over_lanes(total, WARPS), mask=live)
     if F.latent_out:
-        _leave_digits(sums, _over_lanes(mass, WARPS), left.sums + at[None, :] * F.left, live[None, :], L)
+        u = quartet * 4 + c
+        row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+        to = left.sums + ((first_at + row) * splits + split) * F.left
+        _leave_digits(sums, _for_lanes(_over_lanes(mass, WARPS), WARPS), to, u < n * G.query_heads, queue, room, lane, own_warp, L)
     else:
         d = tl.arange(0, DIM)
         tl.store(left.sums + at[:, None] * F.left + d[None, :], out, mask=live[:, None])
 
 
 @warp.function
-def _leave_digits(sums, mass, to, live, L: tl.constexpr):
-    """Store what the digits of values came to, less the middle of their range, where the merge looks for it."""
+def _while_they_run_on(positions, position, low, end, x, L: tl.constexpr):
+    """The first token from ``low`` to ``end`` that is not at ``position`` plus its distance from ``low``, or ``end``."""
+    found = end + x * 0
+    for first in range(low, end, 32 * L.warps):
+        token = first + x
+        away = tl.load(positions + token, mask=token < end, other=0) - position != token - low
+        found = tl.minimum(found, tl.where(away & (token < end), token, end))
+    return tl.min(found, 0)
+
+
+@warp.function
+def _leave_digits(sums, mass, to, live, queue, room, lane, own_warp, L: tl.constexpr):
+    """Store what the digits of values came to, less the middle of their range, where the merge looks for it.
+
+    ``to`` is where each lane's query leaves its own. Warps leave theirs in their queues, which are empty, and then sum up one
+    register of each lane at a time, each warp others.
+    """
     WARPS: tl.constexpr = L.warps
-    rest, rows = mass[None, :], tl.arange(0, 8)[:, None]
+    LEFT: tl.constexpr = len(L.left)
+    r = lane // 4
+    tl.debug_barrier()  # a warp that is behind may still read what others have fetched
+    for i in tl.static_range(LEFT):
+        y = _of_both(sums, L.left[i].register) * (_COUNTED / (1 << L.left[i].at))
+        if L.left[i].upper_too:
+            y += _of_both(sums, L.left[i].register + 1) * (_COUNTED * 16)
+        warp.to_shared(queue + (128 * i + 4 * lane), y.to(tl.int32, bitcast=True))
+    tl.debug_barrier()
+    for first in tl.static_range(0, LEFT, WARPS):
+        place, middle = lane * 0 - 1, mass * 0
+        for w in tl.static_range(WARPS):
+            if first + w < LEFT:
+                own = own_warp == w
+                where = r // L.left[first + w].held * L.left[first + w].stride + r % L.left[first + w].held
+                where += L.left[first + w].place
+                place, middle = tl.where(own, where, place), tl.where(own, L.left[first + w].middle, middle)
+        y = mass * 0
+        for w in tl.static_range(WARPS):
+            from_warp = room + (L.room.queues + w * L.room.queue + 128 * first) + (128 * own_warp + 4 * lane)
+            y += warp.shared_word(from_warp).to(tl.float32, bitcast=True)
+        tl.store(to + place, y - mass * middle, mask=live & (place >= 0))
     for i in tl.static_range(len(L.groups)):
         for f in tl.static_range(8):
             if L.groups[i].held < 8 and f < L.groups[i].fields:  # places that no register has
-                none = live & (rows >= L.groups[i].held)
-                tl.store(to + (L.groups[i].place + f * L.groups[i].stride + rows), 0.0, mask=none)
-        for k in tl.static_range(len(L.groups[i].registers)):
-            y = _digit_sums(sums, L.groups[i].first + k, WARPS) * (_COUNTED / (1 << L.groups[i].registers[k].at))
-            field = k * (8 // L.groups[i].held) + rows // L.groups[i].held
-            place = to + (L.groups[i].place + field * L.groups[i].stride + rows % L.groups[i].held)
-            if L.groups[i].bits < 8:
-                tl.store(place, y - rest * (1.5 if L.groups[i].bits == 2 else 7.5), mask=live)
-            elif k % 2 == 1:
-                low_half = _digit_sums(sums, L.groups[i].first + k - 1, WARPS) * _COUNTED
-                place = to + (L.groups[i].place + k // 2 * L.groups[i].stride + rows)
-                tl.store(place, y * 16 + low_half - rest * 127.5, mask=live)
+                none = live & (r >= L.groups[i].held) & (own_warp == 0)
+                tl.store(to + (L.groups[i].place + f * L.groups[i].stride + r), 0.0, mask=none)
 
 
 @warp.function
@@ -445,13 +492,24 @@ def _values(sums, mass, store, where, head, tables, G: tl.constexpr, L: tl.const
 
 
 @warp.function
+def _for_lanes(x, WARPS: tl.constexpr):
+    """Numbers of the four queries, [4], for each lane that of its own query."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (WARPS * 8, 4)), (WARPS * 32,))
+
+
+@warp.function
 def _over_lanes(x, WARPS: tl.constexpr):
     """Sums of weights of each of the four queries, [4]."""
     return tl.sum(tl.reshape(x, (WARPS * 8, 4)), 0) * 5.421010862427522e-20  # 2**-64
 
 
 @warp.function
+def _of_both(sums, i: tl.constexpr):
+    """Of the i-th register of values: upper and next bits of the weights together."""
+    return sums[4 * (i // 2) + 2 * (i % 2)] + sums[4 * (i // 2) + 2 * (i % 2) + 1]
+
+
+@warp.function
 def _digit_sums(sums, i: tl.constexpr, WARPS: tl.constexpr):
-    """Of the i-th register of values, [8, 4]: upper and next bits of the weights together, over warps."""
-    y = sums[4 * (i // 2) + 2 * (i % 2)] + sums[4 * (i // 2) + 2 * (i % 2) + 1]
-    return tl.sum(tl.reshape(y, (WARPS, 8, 4)), 0)
+    """The same over warps, [8, 4]."""
+    return tl.sum(tl.reshape(_of_both(sums, i), (WARPS, 8, 4)), 0)

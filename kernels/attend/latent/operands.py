@@ -6,12 +6,10 @@ import triton.language as tl
 
 from spectral_compile.kernels.attend.coded import inverse
 from spectral_compile.kernels.attend.latent import warp
-from spectral_compile.kernels.attend.latent.expansion import RUN, STRETCH
 from spectral_compile.kernels.rotary import sincos
 
 # number of a basis in float16, and absorbed queries are up to that times the root of the channels
 _LARGEST: tl.constexpr = tl.constexpr(4096.0)
-STRETCHES: tl.constexpr = tl.constexpr(RUN // STRETCH)
 
 
 @warp.function
@@ -145,11 +143,31 @@ def query_of(room, h, e, c, S: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @warp.function
-def terms_of(queries, at, COUNT: tl.constexpr):
-    """The terms of some eights of pairs over a stretch, by tables from ``at`` on: [16, 16] each, as products take it."""
+def steps_of(tables, room, x, L: tl.constexpr):
+    """Where the tables of stretches begin; they are copied to shared memory, and to be waited for, if they have room there."""
+    COUNT: tl.constexpr = L.steps.all_words
+    T: tl.constexpr = 32 * L.warps
+    if not L.steps_held:
+        return tables.of_pairs.steps
+    for i in tl.static_range((COUNT + 4 * T - 1) // (4 * T)):
+        at = 4 * T * i + 4 * x
+        warp.copy_ahead(room + (L.room.steps + 4 * at), tables.of_pairs.steps + at, at < COUNT, 16)
+    warp.end_of_copies(x)
+    return room + L.room.steps
+
+
+@warp.function
+def step(steps, word, L: tl.constexpr):
+    """Four words of these tables."""
+    return warp.shared_words(steps + 4 * word) if L.steps_held else warp.words_of(steps + word)
+
+
+@warp.function
+def terms_of(queries, tables):
+    """The terms of some eights of pairs over a stretch, by four words of tables each: [16, 16], as products take it."""
     out = ()
-    for s in tl.static_range(COUNT):
-        cos0, sin0, cos1, sin1 = warp.words_of(at + 32 * s)
+    for s in tl.static_range(len(tables)):
+        cos0, sin0, cos1, sin1 = tables[s]
         a0, a2 = warp.turned(queries[2 * s], queries[2 * s + 1], cos0, sin0)
         a1, a3 = warp.turned(queries[2 * s], queries[2 * s + 1], cos1, sin1)
         out = out + (a0, a1, a2, a3)
@@ -218,10 +236,10 @@ def absorbed_over_run(
     """``sums`` plus what some eights of slow pairs give, which begin at the AT-th eight pairs in shared memory."""
     REGISTERS: tl.constexpr = L.registers
     EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
-    table = tables.of_pairs.absorbed + (STRETCHES * EIGHTS + FIRST) * 32 + (e * 16 + c * 4)
+    table = tables.of_pairs.over_run + FIRST * 32 + (e * 16 + c * 4)
     for s in tl.static_range(COUNT):
         query = query_of(queries_room, h, e, c, FIRST + s, 8 * EIGHTS)
-        t = terms_of(query, table + 32 * s, 1)
+        t = terms_of(query, (warp.words_of(table + 32 * s),))
         b = channels_of(room, lane, AT + s, L)
         grown = ()
         for j in tl.static_range(REGISTERS):
@@ -243,12 +261,12 @@ def as_operand(sums, L: tl.constexpr):
 
 
 @warp.function
-def fast_queries(queries, at, L: tl.constexpr):
-    """Queries of the fastest pairs, turned back to where a stretch begins, by tables from ``at`` on."""
+def fast_queries(queries, steps, at, L: tl.constexpr):
+    """Queries of the fastest pairs, turned back to where a stretch begins, by its tables from the word ``at`` on."""
     FAST: tl.constexpr = L.fast
     out = ()
     for s in tl.static_range(FAST):
-        turns = warp.words_of(at + s // 2 * 16)
+        turns = step(steps, at + s // 2 * 16, L)
         a, b = warp.turned(queries[2 * s], queries[2 * s + 1], turns[s % 2 * 2], turns[s % 2 * 2 + 1])
         out = out + (a, b)
     return out

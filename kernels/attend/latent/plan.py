@@ -3,55 +3,62 @@
 from __future__ import annotations
 
 import functools
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.attend.latent import warp
-from spectral_compile.kernels.attend.latent.expansion import EIGHT, STRETCH, Expansion, ExpansionTables
+from spectral_compile.kernels.attend.latent.expansion import EIGHT, STRETCH, Expansion, ExpansionTables, Steps
 from spectral_compile.kernels.attend.latent.expansion import tables as expansion_tables
 from spectral_compile.kernels.attend.latent.registers import (
     KeySource,
     KeyTable,
+    LeftRegister,
     ValueGroup,
     ValueTable,
     constant_at,
     key_sources,
     key_table,
+    left_registers,
     value_groups,
     value_registers,
     value_table,
 )
-from spectral_compile.kernels.attend.plan import AttendPlan
 from spectral_compile.kernels.digits import INTERPRETED
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
 HELD = 48  # fragments of a basis that leave enough registers for what a stretch takes
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
+LEAN = 6  # registers of digits of keys, up to which hardly anything is spilled where a thread has no more than
+_FEW, _ALL = 168, 255  # registers, of the
+_REGISTERS = 1 << 16  # of a multiprocessor
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 
 
 class Room(NamedTuple):
-    """How the shared memory of a program is shared out, in bytes from its beginning: a basis, then queries, then codes."""
+    """How the shared memory of a program is shared out, in bytes from its beginning: a basis, queries, tables, codes."""
 
     at_once: int  # eights of pairs of the basis that are there, all or those of the slow pairs in turns
     pitch: int  # of a row of it: eight rows begin at eight different banks
     spare: int  # where what belongs nowhere goes
     queries: int
+    steps: int  # where the tables of a run's stretches are, if they are there
     queues: int
     queue: int  # of a warp: its codes and sizes
     stages: int  # of a queue
     bytes: int
 
     @classmethod
-    def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int) -> Room:
+    def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int, step_bytes: int) -> Room:
         pitch, queue = 32 * at_once + 16, stages * stage + 4 * STRETCH
         spare = 8 * registers * pitch
         queries = -(-(spare + 4) // 128) * 128
-        queues = queries + warps * QUERIES * 4 * pairs
-        return cls(at_once, pitch, spare, queries, queues, queue, stages, queues + warps * queue)
+        steps = queries + warps * QUERIES * 4 * pairs
+        queues = steps + step_bytes
+        return cls(at_once, pitch, spare, queries, steps, queues, queue, stages, queues + warps * queue)
 
 
 class LatentPlan(NamedTuple):
@@ -63,15 +70,24 @@ class LatentPlan(NamedTuple):
     constant: int  # where among the digits the constant stands
     groups: tuple[ValueGroup, ...]
     value_registers: int
+    left: tuple[LeftRegister, ...]
     fast: int  # eights of pairs
     medium: int
     slow: int
     held: bool  # whether the basis of pairs that are not slow is in registers
+    steps: Steps
+    steps_held: bool  # whether they are in shared memory
     warps: int
     stage: int  # bytes of the codes of 32 tokens
     room: Room
     reserve: str
     all_but: str
+    most_registers: int  # of a thread
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor has registers for."""
+        return _REGISTERS // (self.most_registers * 32 * self.warps)
 
     @classmethod
     @functools.cache
@@ -83,8 +99,9 @@ class LatentPlan(NamedTuple):
         fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
         stage = STRETCH * (layout.key.row_bytes + layout.value.row_bytes + 1)
         # all of the basis if there is room, else what every stretch takes, and of the rest as much as there is room for
-        choices = [(n, s) for s in (stages, 2) for n in range(fast + medium + slow, max(1, fast + medium) - 1, -1)]
-        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage) for n, s in choices]
+        steps, least = Steps.of(fast, medium), max(1, fast + medium)
+        choices = product((4 * steps.all_words, 0), (stages, 2), range(fast + medium + slow, least - 1, -1))
+        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage, held) for held, s, n in choices]
         room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
         return cls(
             quartets=-(-queries // QUERIES),
@@ -93,11 +110,15 @@ class LatentPlan(NamedTuple):
             constant=constant_at(layout.key),
             groups=groups,
             value_registers=value_registers(layout.value),
+            left=left_registers(layout.value),
             fast=fast,
             medium=medium,
             slow=slow,
             held=2 * registers * (fast + medium) <= HELD,
+            steps=steps,
+            steps_held=room.queues > room.steps,
             warps=warps,
+            most_registers=_FEW if registers <= LEAN else _ALL,
             stage=stage,
             room=room,
             reserve=warp.reserve(room.bytes),
@@ -122,22 +143,16 @@ class LatentTables(NamedTuple):
         return cls(pairs, keys, values, scratch)
 
 
-def plan_of(past: Past, chunk: Chunk, plan: AttendPlan) -> LatentPlan | None:
-    """How a step is attended to in this form, with as many warps as have room; None where it is not.
+def plan_of(past: Past, chunk: Chunk, warps: int, stages: int) -> LatentPlan | None:
+    """How a step is attended to in this form, with as many of ``warps`` as have room; None where it is not.
 
     Not in float32, of which products take as many instructions again.
     """
     buffers, layout = past.buffers, past.layout
-    if (
-        not plan.latent
-        or layout.lossless
-        or chunk.columns > COLUMNS
-        or chunk.query.dtype not in (torch.float16, torch.bfloat16)
-    ):
+    if layout.lossless or chunk.columns > COLUMNS or chunk.query.dtype not in (torch.float16, torch.bfloat16):
         return None
     if buffers.k_codes.shape[2] % 4:  # codes are copied by four tokens
         return None
     queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
-    warps = [count for count in (4, 2, 1) if count <= plan.warps]
-    tried = (LatentPlan.of(layout, queries, count, plan.stages) for count in warps)
+    tried = (LatentPlan.of(layout, queries, count, stages) for count in (4, 2, 1) if count <= warps)
     return next((latent for latent in tried if latent.room.bytes <= ROOM), None)

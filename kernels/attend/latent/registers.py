@@ -193,6 +193,31 @@ def value_groups(tiers: Tiers) -> tuple[ValueGroup, ...]:
     return tuple(out)
 
 
+class LeftRegister(NamedTuple):
+    """Digits that a split leaves for the merge: of lane 4 r + c those of query c."""
+
+    register: int
+    at: int  # the bit at which they stand in it
+    upper_too: bool  # bytes are two registers, of which this is the lower one's
+    place: int  # of halfword 0's among what is left
+    stride: int  # from one field of a halfword to the next
+    held: int  # halfwords
+    middle: float  # of the digits' range
+
+
+@functools.cache
+def left_registers(tiers: Tiers) -> tuple[LeftRegister, ...]:
+    out = []
+    for group in value_groups(tiers):
+        in_bytes = group.bits == 8
+        for k in range(0, len(group.registers), 2 if in_bytes else 1):
+            field = k // 2 if in_bytes else k * (HALFWORDS // group.held)
+            place, middle = group.place + field * group.stride, ((1 << group.bits) - 1) / 2
+            at = group.registers[k].at
+            out.append(LeftRegister(group.first + k, at, in_bytes, place, group.stride, group.held, middle))
+    return tuple(out)
+
+
 class ValueTable(NamedTuple):
     """The digits of values in the order of registers, eight each."""
 

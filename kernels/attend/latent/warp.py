@@ -374,6 +374,9 @@ def all_but(batches: int) -> str:
     return f"cp.async.wait_group {batches}; bar.warp.sync 0xffffffff; mov.b32 $0, $1;"
 
 
+ALL: tl.constexpr = tl.constexpr(all_but(0))
+
+
 @function
 def lanes_meet(x):
     """What the lanes of a warp have written to shared memory is there for its other lanes."""
