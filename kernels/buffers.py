@@ -11,6 +11,9 @@ from spectral_compile.codec.layout import Layout
 UNUSED = torch.iinfo(torch.int32).max  # start of a segment that does not exist
 
 
+SLOTS = 32  # coded slots are as many, or a multiple: attention copies so many at a time
+
+
 class Capacity(NamedTuple):
     """Sizes that may grow: coded tokens, places of recent tokens, segments."""
 

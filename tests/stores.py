@@ -15,7 +15,7 @@ from spectral_compile.kernels.advance import reference as advancing
 from spectral_compile.kernels.append import reference as appending
 from spectral_compile.kernels.attend import kernel
 from spectral_compile.kernels.attend import reference as attending
-from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
+from spectral_compile.kernels.buffers import SLOTS, Buffers, Capacity, allocate
 from spectral_compile.kernels.ledger import columns_of
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 from tests.tiny import DEVICE
@@ -143,7 +143,7 @@ class PlainStore:
     @classmethod
     def blank(cls, layout: Layout, batch: int, columns: int) -> PlainStore:
         segments = columns // layout.segment + 1 if layout.segment else 3
-        capacity = Capacity(columns, layout.recent + max(layout.warmup, layout.block), segments)
+        capacity = Capacity(-(-columns // SLOTS) * SLOTS, layout.recent + max(layout.warmup, layout.block), segments)
         ledger = torch.tensor([[0, 0, 0, 0, 1, 0]]).repeat(batch, 1)
         positions = torch.zeros(batch, columns + 1, dtype=torch.int32)
         return cls(layout, ledger, positions, allocate(layout, batch, capacity, torch.float32, "cpu"))

@@ -187,7 +187,7 @@ def latent_of(past: Past, chunk: Chunk) -> LatentPlan | None:
     latent = plan_of(past, chunk, asked.warps, asked.stages) if asked.latent else None
     if asked.latent and latent is None and chunk.columns <= COLUMNS and not past.layout.lossless:
         raise Mistake(
-            "--plan latent=1 has no form for this step: it takes float16 or bfloat16, room for coded tokens by fours, and a"
+            "--plan latent=1 has no form for this step: it takes float16 or bfloat16, room for coded tokens by 32, and a"
             f" basis that leaves room in {ROOM >> 10} KB of shared memory"
         )
     return latent

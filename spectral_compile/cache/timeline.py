@@ -13,7 +13,7 @@ from spectral_compile.cache.sharing import SharedResults
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.advance.hide import REVEALS, hide
 from spectral_compile.kernels.advance.op import advance
-from spectral_compile.kernels.buffers import Capacity
+from spectral_compile.kernels.buffers import SLOTS, Capacity
 from spectral_compile.kernels.ledger import LedgerRow, columns_of, rows_of
 
 # Coded slots to spare in a new cache, doubled whenever they are used up: buffers are then copied to larger ones, and a GPU must
@@ -83,7 +83,7 @@ class Timeline:
         if 0 < old.coded < coded and count <= self.spare:  # not after a long chunk, which is no sign that more will come
             self.spare *= 2
         segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
-        coded = coded + self.spare if coded > old.coded else old.coded
+        coded = -(-(coded + self.spare) // SLOTS) * SLOTS if coded > old.coded else old.coded
         if self.waiting:
             recent = min(max(recent + self.spare, 2 * old.recent), layout.recent + layout.first)
         if layout.segment:

@@ -189,7 +189,7 @@ def random_store(past: int, boost: float, heads: int = 2) -> tuple[PlainStore, S
         key, value = (torch.randn(1, heads, count, 128, generator=generator) @ basis for _ in range(2))
         return Step(boost * torch.randn(1, 4 * heads, count, 128, generator=generator), key, value, None, None)
 
-    store = PlainStore.blank(layout, 1, past // 4 * 4 + 4)
+    store = PlainStore.blank(layout, 1, past)
     for step in (some(past), some(1)):
         store.advance(step)
         if step.key.shape[2] > 1:

@@ -158,19 +158,23 @@ def _times(x, COUNT: tl.constexpr):
 
 
 @warp.function
-def _fetch(queue, lane, keys, values, norms, left, L: tl.constexpr, G: tl.constexpr):
-    """Begin to copy the codes of 32 tokens, or of ``left`` if these are fewer, from each lane's pointers to shared memory."""
+def _fetch(queue, lane, token, most, keys, values, norms, L: tl.constexpr, G: tl.constexpr):
+    """Begin to copy the codes of 32 tokens to shared memory: those from ``token`` on, or from ``most`` if that is less.
+
+    ``keys``, ``values`` and ``norms`` are where each lane's share of the store's first 32 tokens begins. All that is ahead is
+    copied, also where a run has ended, so that no copy waits for a predicate but those of which only some lanes have a share.
+    """
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
-    # a multiple of four tokens, so all 16 bytes of a copy are theirs, or none
-    count = tl.minimum(left, _STRETCH)
+    token = tl.minimum(token, most).to(tl.int64)
+    keys, values = keys + token * KEY_BYTES, values + token * VALUE_BYTES
     for i in tl.static_range((2 * KEY_BYTES + 31) // 32):
-        warp.copy_ahead(queue + (16 * lane + 512 * i), keys + 512 * i, 16 * lane + 512 * i < count * KEY_BYTES, 16)
+        warp.copy_ahead(queue + (16 * lane + 512 * i), keys + 512 * i, lane < 2 * KEY_BYTES - 32 * i, 16)
     for i in tl.static_range((2 * VALUE_BYTES + 31) // 32):
         to = queue + (16 * lane + (_STRETCH * KEY_BYTES + 512 * i))
-        warp.copy_ahead(to, values + 512 * i, 16 * lane + 512 * i < count * VALUE_BYTES, 16)
+        warp.copy_ahead(to, values + 512 * i, lane < 2 * VALUE_BYTES - 32 * i, 16)
     if G.normalised:
-        warp.copy_ahead(queue + (4 * lane + _STRETCH * (KEY_BYTES + VALUE_BYTES)), norms, 4 * lane < count, 4)
+        warp.copy_ahead(queue + (4 * lane + _STRETCH * (KEY_BYTES + VALUE_BYTES)), norms + token, lane < 8, 4)
     warp.end_of_copies(lane)
 
 
@@ -211,12 +215,12 @@ def attend_latent(
     steps = steps_of(tables, room, x, L)
     queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
     queue = room + (L.room.queues + own_warp * L.room.queue)
-    sizes = queue + L.room.stages * L.stage
     pairwise, alone = c * 0x11 + (4 + c) * 0x1100, c * 0x1111
-    first_row = row_group.to(tl.int64) * coded_slots
-    key_codes = store.k_codes.to(tl.pointer_type(tl.uint8)) + first_row * KEY_BYTES
-    value_codes = store.v_codes.to(tl.pointer_type(tl.uint8)) + first_row * VALUE_BYTES
-    norms = store.v_norms + first_row
+    keys = store.k_codes.to(tl.pointer_type(tl.uint8)) + 16 * lane
+    values = store.v_codes.to(tl.pointer_type(tl.uint8)) + 16 * lane
+    norms = store.v_norms + 4 * lane
+    # of all rows and groups, a multiple of 32
+    first_slot, last_slots = row_group * coded_slots, tl.num_programs(2) * coded_slots - _STRETCH
     zero = (x * 0).to(tl.float32)
     pointers, lives = (), ()
     for i in tl.static_range(4):
@@ -255,7 +259,7 @@ def attend_latent(
         sums = _times(zero, 4 * TILES)
         up = _for_lanes(0 - reference + _UP, WARPS)
         while low < high:
-            end = tl.minimum(high, low // 4 * 4 + WARPS * _RUN)
+            end = tl.minimum(high, low // _STRETCH * _STRETCH + WARPS * _RUN)
             if F.in_segments:
                 if segment + 1 < segments:
                     end = tl.minimum(end, tl.load(store.starts + b * segments + segment + 1))
@@ -270,25 +274,18 @@ def attend_latent(
             if R.pairs > 0:
                 if gaps > 0:
                     end = _while_they_run_on(row_positions, position, low, end, x, L)
-            # what follows a gap, or a segment, may begin at any token, a copy at each fourth one
-            start = low // 4 * 4
+            # what follows a gap, or a segment, may begin at any token, a copy at each 32nd one
+            start = low // _STRETCH * _STRETCH
             all_stretches = tl.cdiv(end - start, _STRETCH)
             first_stretch = all_stretches * own_warp // WARPS
             stretches = all_stretches * (own_warp + 1) // WARPS - first_stretch
             token = start + _STRETCH * first_stretch
             last = tl.minimum(end, token + stretches * _STRETCH)
-            # of the row's slots, of which those past the coded tokens hold nothing of use
-            unread = tl.minimum(coded_slots - token, stretches * _STRETCH)
-            keys = key_codes + (token.to(tl.int64) * KEY_BYTES + 16 * lane)
-            values = value_codes + (token.to(tl.int64) * VALUE_BYTES + 16 * lane)
-            sizes_of = norms + (token + 4 * lane)
-            warp.lanes_meet(x)  # which may still read what was fetched before
+            fetched = first_slot + token
+            warp.wait_for_copies(x, warp.ALL)  # of what was ahead of the last run
             for i in tl.static_range(STAGES - 1):
-                _fetch(queue + i * L.stage, lane, keys, values, sizes_of, unread, L, G)
-                unread -= _STRETCH
-                keys += _STRETCH * KEY_BYTES
-                values += _STRETCH * VALUE_BYTES
-                sizes_of += _STRETCH
+                _fetch(queue + i * L.stage, lane, fetched, last_slots, keys, values, norms, L, G)
+                fetched += _STRETCH
             position += token - low  # where positions run on, also before ``low``
             gains = queries_to_shared(
                 queries_room, room + L.room.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
@@ -337,16 +334,10 @@ def attend_latent(
             for _stretch in range(tl.cdiv(all_stretches, WARPS)):
                 warp.wait_for_copies(x, ALL_BUT)
                 stage = queue + at_stage * L.stage
-                _fetch(queue + ahead * L.stage, lane, keys, values, sizes_of, unread, L, G)
-                unread -= _STRETCH
-                keys += _STRETCH * KEY_BYTES
-                values += _STRETCH * VALUE_BYTES
-                sizes_of += _STRETCH
+                _fetch(queue + ahead * L.stage, lane, fetched, last_slots, keys, values, norms, L, G)
+                fetched += _STRETCH
                 at_stage = tl.where(at_stage + 1 == L.room.stages, 0, at_stage + 1)
                 ahead = tl.where(ahead + 1 == L.room.stages, 0, ahead + 1)
-                if NORMALISED:
-                    code = warp.shared_byte(stage + (_STRETCH * (KEY_BYTES + VALUE_BYTES) + lane))
-                    warp.to_shared(sizes + (lane % 8 * 16 + lane // 8 * 4), warp.size(code).to(tl.int32, bitcast=True))
                 scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, steps, 0, L, G)
                 scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, steps, 1, L, G)
                 # for the next stretch; after a run's last one tables hold one more, of no meaning
@@ -355,9 +346,6 @@ def attend_latent(
                 fast_at += L.steps.words
                 absorbed = _absorbed(medium, over_run, of_medium, room, lane, steps, shift_at, medium_at, L)
                 fast = fast_queries(quick, steps, fast_at, L)
-                if NORMALISED:
-                    warp.lanes_meet(x)
-                    size = warp.shared_words(sizes + r * 16)
                 for sixteen in tl.static_range(2):
                     weights = ()
                     for octet in tl.static_range(2):
@@ -384,7 +372,8 @@ def attend_latent(
                         weight = warp.power_of_two(score)
                         total += weight
                         if NORMALISED:
-                            weight = weight * size[2 * sixteen + octet].to(tl.float32, bitcast=True)
+                            code = warp.shared_byte(stage + (_STRETCH * (KEY_BYTES + VALUE_BYTES) + r + (16 * sixteen + 8 * octet)))
+                            weight = warp.power_of_two(score + warp.exponent(code))
                         mass += weight
                         upper = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
                         weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
@@ -441,7 +430,7 @@ def _leave_digits(sums, mass, to, live, queue, room, lane, own_warp, L: tl.const
     WARPS: tl.constexpr = L.warps
     LEFT: tl.constexpr = len(L.left)
     r = lane // 4
-    tl.debug_barrier()  # a warp that is behind may still read what others have fetched
+    warp.wait_for_copies(lane, warp.ALL)
     for i in tl.static_range(LEFT):
         y = _of_both(sums, L.left[i].register) * (_COUNTED / (1 << L.left[i].at))
         if L.left[i].upper_too:

@@ -47,13 +47,13 @@ class Room(NamedTuple):
     queries: int
     steps: int  # where the tables of a run's stretches are, if they are there
     queues: int
-    queue: int  # of a warp: its codes and sizes
+    queue: int  # of a warp
     stages: int  # of a queue
     bytes: int
 
     @classmethod
     def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int, step_bytes: int) -> Room:
-        pitch, queue = 32 * at_once + 16, stages * stage + 4 * STRETCH
+        pitch, queue = 32 * at_once + 16, stages * stage
         spare = 8 * registers * pitch
         queries = -(-(spare + 4) // 128) * 128
         steps = queries + warps * QUERIES * 4 * pairs
@@ -151,7 +151,7 @@ def plan_of(past: Past, chunk: Chunk, warps: int, stages: int) -> LatentPlan | N
     buffers, layout = past.buffers, past.layout
     if layout.lossless or chunk.columns > COLUMNS or chunk.query.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if buffers.k_codes.shape[2] % 4:  # codes are copied by four tokens
+    if buffers.k_codes.shape[2] % STRETCH:  # tokens whose codes are copied at a time
         return None
     queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
     tried = (LatentPlan.of(layout, queries, count, stages) for count in (4, 2, 1) if count <= warps)

@@ -94,14 +94,13 @@ def power_of_two(x):
 
 
 @function
-def size(code):
-    """What a token's values are times, of its code from 0 to 255: 2**((code - 128) / 8)."""
+def exponent(code):
+    """The power of two that a token's values are times, of its code from 0 to 255: (code - 128) / 8."""
     if INTERPRETED:
-        return tl.exp2((code - 128).to(tl.float32) * 0.125)
+        return (code - 128).to(tl.float32) * 0.125
     # the code in the mantissa of 2**23 counts ones
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 b; .reg .f32 x; or.b32 b, $1, 0x4b000000; mov.b32 x, b; fma.rn.f32 x, x, 0f3E000000, 0fC9800080;"
-        " ex2.approx.ftz.f32 $0, x; }",
+        "{ .reg .b32 b; .reg .f32 x; or.b32 b, $1, 0x4b000000; mov.b32 x, b; fma.rn.f32 $0, x, 0f3E000000, 0fC9800080; }",
         "=f,r", [code], tl.float32, True, 1,
     )  # fmt: skip
 
