@@ -22,8 +22,8 @@ from spectral_compile.kernels.attend.latent.operands import (
     as_operand,
     basis_of,
     basis_to_shared,
-    channels_of,
     fast_queries,
+    numbers_of_queries,
     queries_to_shared,
     query_of,
     step,
@@ -70,7 +70,7 @@ def _digits(at, pairwise, alone, L: tl.constexpr, G: tl.constexpr):
 
 @warp.function
 def _scores(
-    stage, room, r, lane, pairwise, alone, absorbed, fast, held, steps,
+    stage, room, r, lane, pairwise, alone, absorbed, fast, steps,
     SIXTEEN: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Four terms of the scores of tokens r and r + 8 of sixteen: the first two of both, then the others."""
@@ -91,16 +91,11 @@ def _scores(
     for s in tl.static_range(FAST):
         keys = ()
         for second in tl.static_range(2):
-            k = (none, none)
-            if not L.held:
-                held = basis_of(room, lane, s, second, L)
+            k, b = (none, none), basis_of(room, lane, s, second, L)
             for q in tl.static_range(N // 2):
-                b0 = held[(2 * s + second) * N + 2 * q if L.held else 2 * q]
-                b1 = held[(2 * s + second) * N + 2 * q + 1 if L.held else 2 * q + 1]
-                k = warp.rounded_product(k, d0[2 * q], d1[2 * q], d0[2 * q + 1], d1[2 * q + 1], b0, b1)
+                k = warp.rounded_product(k, d0[2 * q], d1[2 * q], d0[2 * q + 1], d1[2 * q + 1], b[2 * q], b[2 * q + 1])
             if N % 2 == 1:
-                last = held[(2 * s + second) * N + N - 1 if L.held else N - 1]
-                k = warp.rounded_half_product(k, d0[N - 1], d1[N - 1], last)
+                k = warp.rounded_half_product(k, d0[N - 1], d1[N - 1], b[N - 1])
             keys = keys + k
         cos0, cos1, sin0, sin1 = step(steps, 4 * lane + (SIXTEEN * L.fast + s) * 128, L)
         second0, first0 = warp.turned(keys[2], keys[0], cos0, sin0)
@@ -110,13 +105,13 @@ def _scores(
 
 
 @warp.function
-def _absorbed(medium, over_run, held, room, lane, steps, shift_at, medium_at, L: tl.constexpr):
+def _absorbed(medium, over_run, room, lane, steps, shift_at, medium_at, L: tl.constexpr):
     """Absorbed queries over a stretch, by its tables from these words on."""
     MEDIUM: tl.constexpr = L.medium
     terms = ()
     for s in tl.static_range(MEDIUM):
         terms = terms + (step(steps, medium_at + 32 * s, L),)
-    return absorbed_over_stretch(terms_of(medium, terms), over_run, step(steps, shift_at, L), held, room, lane, L)
+    return absorbed_over_stretch(terms_of(medium, terms), over_run, step(steps, shift_at, L), room, lane, L)
 
 
 @warp.function
@@ -239,14 +234,10 @@ def attend_latent(
     if not F.in_segments:
         affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
         basis = store.k_basis + row_group * (G.width * G.k.rank) + head * G.dim
-        unit = unit_of(x, affine, G, L)
-        if WHOLE:
-            basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
+    # what the first run has copied ahead is on its way while the basis is made ready
+    ready, unit = low < low, scale * 0
     if not F.latent_out:
         out = tl.zeros([4, DIM], tl.float32)
-    if L.steps_held:
-        warp.wait_for_copies(x, warp.ALL)
-        tl.debug_barrier()
     again = low < high
     while again:
         low, segment = begin, 0
@@ -266,10 +257,7 @@ def attend_latent(
                 where = row_group * segments + segment
                 affine = store.k_affine + where * (2 * G.k.rank + G.width)
                 basis = store.k_basis + where * (G.width * G.k.rank) + head * G.dim
-                unit = unit_of(x, affine, G, L)
-                if WHOLE:
-                    tl.debug_barrier()  # the last segment's basis is still read
-                    basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
+                ready = low < low
             position = tl.load(row_positions + low)
             if R.pairs > 0:
                 if gaps > 0:
@@ -282,15 +270,19 @@ def attend_latent(
             token = start + _STRETCH * first_stretch
             last = tl.minimum(end, token + stretches * _STRETCH)
             fetched = first_slot + token
-            warp.wait_for_copies(x, warp.ALL)  # of what was ahead of the last run
             for i in tl.static_range(STAGES - 1):
                 _fetch(queue + i * L.stage, lane, fetched, last_slots, keys, values, norms, L, G)
                 fetched += _STRETCH
             position += token - low  # where positions run on, also before ``low``
-            gains = queries_to_shared(
-                queries_room, room + L.room.spare, lane, pointers, lives, scale, affine + 2 * G.k.rank + head * G.dim, position,
-                tables, G, R, L,
-            )  # fmt: skip
+            numbers = numbers_of_queries(lane, pointers, lives, affine + 2 * G.k.rank + head * G.dim, tables, L)
+            if not ready:
+                unit = unit_of(x, affine, G, L)
+                if F.in_segments:
+                    tl.debug_barrier()  # the last segment's basis is still read
+                if WHOLE:
+                    basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
+                ready = low <= low
+            gains = queries_to_shared(queries_room, room + L.room.spare, lane, numbers, scale, position, R, L)
             warp.lanes_meet(x)
             own_gain = tl.where(c == 0, gains[0], tl.where(c == 1, gains[1], tl.where(c == 2, gains[2], gains[3])))
             own_gain = own_gain * (16777216.0 / unit)  # digits count 2**-24
@@ -314,20 +306,16 @@ def attend_latent(
                     tl.debug_barrier()
                     basis_to_shared(room, x, basis, affine, unit, tables, 0, TURNED, G, L)
             over_run = as_operand(over_run, L)
-            medium, quick, of_medium, of_quick = (), (), (), ()
+            medium, quick = (), ()
             for s in tl.static_range(MEDIUM):
                 medium = medium + query_of(queries_room, h, e, c, L.fast + s, PAIRS)
-                if L.held:
-                    of_medium = of_medium + channels_of(room, lane, L.fast + s, L)
             for s in tl.static_range(FAST):
                 first, second = query_of(queries_room, h, e, c, s, PAIRS)
                 quick = quick + (tl.where(e == 1, 0, first), tl.where(e == 1, 0, second))
-                if L.held:
-                    of_quick = of_quick + basis_of(room, lane, s, 0, L) + basis_of(room, lane, s, 1, L)
             shift_at = tl.where(c == h, e, 2) * 4 + L.steps.first
             medium_at = e * 16 + c * 4 + (L.steps.first + L.steps.medium)
             fast_at = c * 4 + (L.steps.first + L.steps.turned)
-            absorbed = _absorbed(medium, over_run, of_medium, room, lane, steps, shift_at, medium_at, L)
+            absorbed = _absorbed(medium, over_run, room, lane, steps, shift_at, medium_at, L)
             fast = fast_queries(quick, steps, fast_at, L)
             unseen_from, seen_from = last - token - r, low - token - r
             at_stage, ahead = 0, L.room.stages - 1
@@ -338,13 +326,13 @@ def attend_latent(
                 fetched += _STRETCH
                 at_stage = tl.where(at_stage + 1 == L.room.stages, 0, at_stage + 1)
                 ahead = tl.where(ahead + 1 == L.room.stages, 0, ahead + 1)
-                scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, steps, 0, L, G)
-                scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, of_quick, steps, 1, L, G)
+                scores = _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, steps, 0, L, G)
+                scores += _scores(stage, room, r, lane, pairwise, alone, absorbed, fast, steps, 1, L, G)
                 # for the next stretch; after a run's last one tables hold one more, of no meaning
                 shift_at += L.steps.words
                 medium_at += L.steps.words
                 fast_at += L.steps.words
-                absorbed = _absorbed(medium, over_run, of_medium, room, lane, steps, shift_at, medium_at, L)
+                absorbed = _absorbed(medium, over_run, room, lane, steps, shift_at, medium_at, L)
                 fast = fast_queries(quick, steps, fast_at, L)
                 for sixteen in tl.static_range(2):
                     weights = ()
@@ -381,6 +369,7 @@ def attend_latent(
                 token += _STRETCH
                 unseen_from -= _STRETCH
                 seen_from -= _STRETCH
+            warp.wait_for_copies(x, warp.ALL)  # what was copied ahead of the run's last
             if not F.latent_out:
                 out += _values(sums, mass, store, where, head, tables, G, L)
                 mass = zero
@@ -430,7 +419,6 @@ def _leave_digits(sums, mass, to, live, queue, room, lane, own_warp, L: tl.const
     WARPS: tl.constexpr = L.warps
     LEFT: tl.constexpr = len(L.left)
     r = lane // 4
-    warp.wait_for_copies(lane, warp.ALL)
     for i in tl.static_range(LEFT):
         y = _of_both(sums, L.left[i].register) * (_COUNTED / (1 << L.left[i].at))
         if L.left[i].upper_too:

@@ -35,7 +35,7 @@ def unit_of(x, affine, G: tl.constexpr, L: tl.constexpr):
 def basis_to_shared(
     room, x, basis, affine, unit, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory."""
+    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory; warps meet after it."""
     T: tl.constexpr = 32 * L.warps
     WORDS: tl.constexpr = 8 * COUNT  # of two channels
     PADDED: tl.constexpr = 8 if COUNT == 1 else 16 if COUNT == 2 else 32 if COUNT <= 4 else 64 if COUNT <= 8 else 128
@@ -49,14 +49,20 @@ def basis_to_shared(
         pair = 8 * FIRST + j // 8 * 8 + 2 * (j % 4)
         which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
         c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
+        # all that depends on nothing, then all that depends on it: a wait for memory each, not one for each slot
+        codes, sizes, numbers = (), (), ()
+        for i in tl.static_range(SLOTS // ROWS):
+            codes = codes + (warp.word_of(tables.of_keys.codes + (i * ROWS + row), live),)
+        for i in tl.static_range(SLOTS // ROWS):
+            real = live & (codes[i] >= 0)
+            sizes = sizes + (warp.float_of(affine + codes[i], real), warp.float_of(affine + G.k.rank + codes[i], real))
+            at = basis + codes[i] * G.width
+            numbers = numbers + (warp.signed_byte_of(at + c0, real & (c0 >= 0)), warp.signed_byte_of(at + c1, real & (c1 >= 0)))
         middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
         for i in tl.static_range(SLOTS // ROWS):
             slot = i * ROWS + row
-            code, place = warp.word_of(tables.of_keys.codes + slot, live), warp.float_of(tables.of_keys.places + slot, live)
-            real = live & (code >= 0)
-            a = warp.float_of(affine + code, real) * warp.float_of(affine + G.k.rank + code, real) * place * unit
-            b0 = warp.signed_byte_of(basis + code * G.width + c0, real & (c0 >= 0)).to(tl.float32) * a
-            b1 = warp.signed_byte_of(basis + code * G.width + c1, real & (c1 >= 0)).to(tl.float32) * a
+            a = sizes[2 * i] * sizes[2 * i + 1] * warp.float_of(tables.of_keys.places + slot, live) * unit
+            b0, b1 = numbers[2 * i].to(tl.float32) * a, numbers[2 * i + 1].to(tl.float32) * a
             away = warp.float_of(tables.of_keys.middles + slot, live)
             middle0 += b0.to(tl.float16).to(tl.float32) * away
             middle1 += b1.to(tl.float16).to(tl.float32) * away
@@ -72,6 +78,8 @@ def basis_to_shared(
         tl.debug_barrier()
         warp.to_shared(at, warp.halves(middle0, middle1))
         warp.to_shared(at + tl.where(live, 2 * L.room.pitch, 0), warp.halves(rest0, rest1))
+    if L.steps_held:
+        warp.wait_for_copies(x, L.all_but_fetched)
     tl.debug_barrier()
 
 
@@ -84,34 +92,48 @@ def _over_rows(x, ROWS: tl.constexpr, J: tl.constexpr):
 
 
 @warp.function
-def queries_to_shared(
-    room, spare, lane, at, live, scale, weights, positions, tables, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr
-):  # fmt: skip
-    """Write the warp's four queries, turned back to where its tokens begin, to its shared memory; what each was divided by.
+def numbers_of_queries(lane, at, live, weights, tables, L: tl.constexpr):
+    """What is loaded for ``queries_to_shared``, of each 32 pairs: their channels, turns and weights, and of each query both.
 
-    ``at`` and ``live`` are tuples, of each query. A query is scaled to a length below one, so that no product leaves float16.
+    ``at`` and ``live`` are tuples, of each query.
     """
-    T: tl.constexpr = 32 * L.warps
-    WARPS: tl.constexpr = L.warps
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
     DTYPE: tl.constexpr = at[0].dtype.element_ty
-    first, second, squares = (), (), ()
-    for _ in tl.static_range(4):
-        squares = squares + (tl.zeros([T], tl.float32),)
+    out = ()
     for i in tl.static_range((PAIRS + 31) // 32):
         pair = 32 * i + lane
         there = pair < PAIRS
         c0 = warp.word_of(tables.of_pairs.channels + pair, there)
         c1 = warp.word_of(tables.of_pairs.channels + PAIRS + pair, there)
         held0, held1 = there & (c0 >= 0), there & (c1 >= 0)
-        sin, cos = sincos(positions, warp.word_of(tables.of_pairs.turns + pair, there))
+        out = out + (c0, c1, warp.word_of(tables.of_pairs.turns + pair, there))
+        out = out + (tl.where(held0, warp.float_of(weights + c0, held0), 1.0),)
+        out = out + (tl.where(held1, warp.float_of(weights + c1, held1), 1.0),)
+        for h in tl.static_range(4):
+            out = out + (warp.number_of(at[h] + c0, live[h] & held0, DTYPE), warp.number_of(at[h] + c1, live[h] & held1, DTYPE))
+    return out
+
+
+@warp.function
+def queries_to_shared(room, spare, lane, numbers, scale, positions, R: tl.constexpr, L: tl.constexpr):
+    """Write the warp's four queries, turned back to where its tokens begin, to its shared memory; what each was divided by.
+
+    A query is scaled to a length below one, so that no product leaves float16.
+    """
+    T: tl.constexpr = 32 * L.warps
+    WARPS: tl.constexpr = L.warps
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    first, second, squares = (), (), ()
+    for _ in tl.static_range(4):
+        squares = squares + (tl.zeros([T], tl.float32),)
+    for i in tl.static_range((PAIRS + 31) // 32):
+        c0, c1, turn = numbers[13 * i], numbers[13 * i + 1], numbers[13 * i + 2]
+        sin, cos = sincos(positions, turn)
         turned = scale * tl.where(c0 < 2 * R.pairs, R.scaling, 1.0)
-        w0 = inverse(tl.where(held0, warp.float_of(weights + c0, held0), 1.0)) * turned
-        w1 = inverse(tl.where(held1, warp.float_of(weights + c1, held1), 1.0)) * turned
+        w0, w1 = inverse(numbers[13 * i + 3]) * turned, inverse(numbers[13 * i + 4]) * turned
         grown = ()
         for h in tl.static_range(4):
-            q0 = warp.number_of(at[h] + c0, live[h] & held0, DTYPE)
-            q1 = warp.number_of(at[h] + c1, live[h] & held1, DTYPE)
+            q0, q1 = numbers[13 * i + 5 + 2 * h], numbers[13 * i + 6 + 2 * h]
             x0, x1 = (q0 * cos + q1 * sin) * w0, (q1 * cos - q0 * sin) * w1
             first, second = first + (x0,), second + (x1,)
             grown = grown + (squares[h] + x0 * x0 + x1 * x1,)
@@ -202,7 +224,7 @@ def basis_of(room, lane, S: tl.constexpr, SECOND: tl.constexpr, L: tl.constexpr)
 
 
 @warp.function
-def absorbed_over_stretch(terms, over_run, shift, held, room, lane, L: tl.constexpr):
+def absorbed_over_stretch(terms, over_run, shift, room, lane, L: tl.constexpr):
     """Absorbed queries over a stretch: of each register of digits two fragments [terms, digits], of the terms e, then 2 + e."""
     REGISTERS: tl.constexpr = L.registers
     MEDIUM: tl.constexpr = L.medium
@@ -214,14 +236,12 @@ def absorbed_over_stretch(terms, over_run, shift, held, room, lane, L: tl.conste
             y = warp.product(y, shift[0], shift[1], shift[2], shift[3], over_run[2 * j], over_run[2 * j + 1], False)
         sums = sums + y
     for s in tl.static_range(MEDIUM):
-        if not L.held:
-            held = channels_of(room, lane, L.fast + s, L)
+        b = channels_of(room, lane, L.fast + s, L)
         grown = ()
         for j in tl.static_range(REGISTERS):
-            b = held[2 * (REGISTERS * s + j) if L.held else 2 * j], held[2 * (REGISTERS * s + j) + 1 if L.held else 2 * j + 1]
             y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])
             t = (terms[4 * s], terms[4 * s + 1], terms[4 * s + 2], terms[4 * s + 3])
-            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[0], b[1], False)
+            grown = grown + warp.product(y, t[0], t[1], t[2], t[3], b[2 * j], b[2 * j + 1], False)
         sums = grown
     out = ()
     for j in tl.static_range(REGISTERS):

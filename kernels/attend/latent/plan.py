@@ -30,7 +30,6 @@ from spectral_compile.kernels.digits import INTERPRETED
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
-HELD = 48  # fragments of a basis that leave enough registers for what a stretch takes
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 LEAN = 6  # registers of digits of keys, up to which hardly anything is spilled where a thread has no more than
 _FEW, _ALL = 168, 255  # registers, of the
@@ -74,14 +73,14 @@ class LatentPlan(NamedTuple):
     fast: int  # eights of pairs
     medium: int
     slow: int
-    held: bool  # whether the basis of pairs that are not slow is in registers
     steps: Steps
     steps_held: bool  # whether they are in shared memory
     warps: int
     stage: int  # bytes of the codes of 32 tokens
     room: Room
     reserve: str
-    all_but: str
+    all_but: str  # what waits for the codes that are next
+    all_but_fetched: str  # and for what has been copied before the first of a run's
     most_registers: int  # of a thread
 
     @property
@@ -114,7 +113,6 @@ class LatentPlan(NamedTuple):
             fast=fast,
             medium=medium,
             slow=slow,
-            held=2 * registers * (fast + medium) <= HELD,
             steps=steps,
             steps_held=room.queues > room.steps,
             warps=warps,
@@ -123,6 +121,7 @@ class LatentPlan(NamedTuple):
             room=room,
             reserve=warp.reserve(room.bytes),
             all_but=warp.all_but(room.stages - 2),
+            all_but_fetched=warp.all_but(room.stages - 1),
         )
 
 
