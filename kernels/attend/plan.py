@@ -139,7 +139,9 @@ class AttendPlan:
             splits = min(tiles, max(1, (most - exact_splits) // each))
             programs = splits + exact_splits
             shared = max(1, most // each)
-            if tiles and triton.cdiv(tiles, splits) - triton.cdiv(tiles, shared) > _PASS * triton.cdiv(exact_tiles, most):
+            crowded = splits * each + exact_splits > most
+            saved = triton.cdiv(tiles, splits) - triton.cdiv(tiles, shared) if tiles else 0
+            if tiles and (crowded or saved > _PASS * triton.cdiv(exact_tiles, most)):
                 splits = programs = shared
                 exact_splits = min(exact_tiles, shared)
         # alone, a program takes longer to code a tile than to attend
@@ -181,6 +183,7 @@ class Form(NamedTuple):
     tokens: int  # of a tile of codes
     exact_tokens: int  # of a tile of what is exact
     stages: int
+    overlaps: bool  # the merge is launched while splits are still attended to, and waits for them
     latent_out: bool  # splits leave values in the latent, and the merge multiplies them with the one basis
     left: int  # numbers that a split leaves for each (query, head) pair
     places: tuple[int, ...]  # where among these each row field begins
@@ -239,6 +242,12 @@ _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; of an H200 where there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels may wait for the one before them by themselves: programmatic dependent launch, from sm_90 on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def override(values: Mapping[str, Any]) -> None:

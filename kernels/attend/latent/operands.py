@@ -43,6 +43,7 @@ def basis_to_shared(
     ROWS: tl.constexpr = T // J
     SLOTS: tl.constexpr = 8 * L.registers
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    ALL_BUT_FETCHED: tl.constexpr = L.all_but_fetched
     for part in tl.static_range((WORDS + J - 1) // J):
         j, row = part * J + x % J, x // J
         live = j < WORDS
@@ -79,7 +80,7 @@ def basis_to_shared(
         warp.to_shared(at, warp.halves(middle0, middle1))
         warp.to_shared(at + tl.where(live, 2 * L.room.pitch, 0), warp.halves(rest0, rest1))
     if L.steps_held:
-        warp.wait_for_copies(x, L.all_but_fetched)
+        warp.wait_for_copies(x, ALL_BUT_FETCHED)
     tl.debug_barrier()
 
 
