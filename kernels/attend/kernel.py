@@ -158,11 +158,11 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     out = chunk.query.new_empty(batch, count, q_heads, dim)
     tiles, tile = triton.cdiv(rows, plan.tile), plan.tile
     most = tiles if latent else tiles_at_once(plan, form, pairs)
-    latent_tables, options = None, {"num_warps": plan.warps, "maxnreg": None}
+    latent_tables, warps = None, plan.warps
     if latent is not None:
         plan = replace(plan, programs=plan.programs + plan.splits * (geometry.heads * latent.quartets - 1))
         latent_tables = LatentTables.of(layout, device, plan.programs * tiles * pairs * latent.room.bytes)
-        options = {"num_warps": latent.warps, "maxnreg": latent.most_registers if latent.most_registers < 255 else None}
+        warps = latent.warps
         if device.type == "cuda":
             opt_in(attend_kernel.__name__)
     for first in range(0, tiles, most):
@@ -174,7 +174,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         attend_kernel[(plan.programs, held, pairs)](
             given, store, ledger, positions, masks, angles, writes, code_tiles, plan.coders, left, plan.splits,
             plan.exact_splits, plan.exact_from, count, first, coded_slots, places, segments, positions.shape[1], scoring.scale,
-            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, **options,
+            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=warps,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](

@@ -22,14 +22,15 @@ from spectral_compile.kernels.attend.latent.operands import (
     as_operand,
     basis_of,
     basis_to_shared,
+    digits_to_shared,
     fast_queries,
+    gains_to_shared,
     numbers_of_queries,
     queries_to_shared,
     query_of,
     step,
     steps_of,
     terms_of,
-    unit_of,
 )
 from spectral_compile.kernels.attend.parts import capped, own_tokens
 
@@ -235,7 +236,7 @@ def attend_latent(
         affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
         basis = store.k_basis + row_group * (G.width * G.k.rank) + head * G.dim
     # what the first run has copied ahead is on its way while the basis is made ready
-    ready, unit = low < low, scale * 0
+    ready, gain = low < low, zero
     if not F.latent_out:
         out = tl.zeros([4, DIM], tl.float32)
     again = low < high
@@ -276,16 +277,16 @@ def attend_latent(
             position += token - low  # where positions run on, also before ``low``
             numbers = numbers_of_queries(lane, pointers, lives, affine + 2 * G.k.rank + head * G.dim, tables, L)
             if not ready:
-                unit = unit_of(x, affine, G, L)
                 if F.in_segments:
                     tl.debug_barrier()  # the last segment's basis is still read
+                gain = gains_to_shared(room, lane, numbers, scale, R, L)
+                unit = digits_to_shared(room, x, affine, tables, G, L)
+                gain = gain * (16777216.0 / unit)  # digits count 2**-24
                 if WHOLE:
-                    basis_to_shared(room, x, basis, affine, unit, tables, 0, EIGHTS, G, L)
+                    basis_to_shared(room, x, basis, tables, 0, EIGHTS, G, L)
                 ready = low <= low
-            gains = queries_to_shared(queries_room, room + L.room.spare, lane, numbers, scale, position, R, L)
+            queries_to_shared(queries_room, room, lane, numbers, scale, position, R, L)
             warp.lanes_meet(x)
-            own_gain = tl.where(c == 0, gains[0], tl.where(c == 1, gains[1], tl.where(c == 2, gains[2], gains[3])))
-            own_gain = own_gain * (16777216.0 / unit)  # digits count 2**-24
             over_run = _times(zero, 4 * REGISTERS)
             if WHOLE:
                 over_run = absorbed_over_run(
@@ -295,7 +296,7 @@ def attend_latent(
                 for turn in tl.static_range((EIGHTS - TURNED + AT_ONCE - 1) // AT_ONCE):
                     tl.debug_barrier()  # what was there is still read
                     basis_to_shared(
-                        room, x, basis, affine, unit, tables, TURNED + turn * AT_ONCE,
+                        room, x, basis, tables, TURNED + turn * AT_ONCE,
                         min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), G, L,
                     )  # fmt: skip
                     over_run = absorbed_over_run(
@@ -304,7 +305,7 @@ def attend_latent(
                     )  # fmt: skip
                 if TURNED > 0:
                     tl.debug_barrier()
-                    basis_to_shared(room, x, basis, affine, unit, tables, 0, TURNED, G, L)
+                    basis_to_shared(room, x, basis, tables, 0, TURNED, G, L)
             over_run = as_operand(over_run, L)
             medium, quick = (), ()
             for s in tl.static_range(MEDIUM):
@@ -343,9 +344,9 @@ def attend_latent(
                         score = score * across + scores[8 * sixteen + 1 + 2 * octet]
                         score = score * across + scores[8 * sixteen + 2 * octet]
                         if F.softcap > 0:
-                            score = capped(score * own_gain, F.softcap) + up
+                            score = capped(score * gain, F.softcap) + up
                         else:
-                            score = score * own_gain + up
+                            score = score * gain + up
                         seen = (unseen_from > 16 * sixteen + 8 * octet) & (seen_from <= 16 * sixteen + 8 * octet)
                         if F.slides:
                             seen = seen & (G.first_exact + slot > own - masks.sliding_window)

@@ -19,23 +19,45 @@ def _power_below(x):
 
 
 @warp.function
-def unit_of(x, affine, G: tl.constexpr, L: tl.constexpr):
-    """What the numbers of a basis are times in shared memory, so that none leaves float16 and none is lost in it."""
+def digits_to_shared(room, x, affine, tables, G: tl.constexpr, L: tl.constexpr):
+    """Of each digit of a key three words to shared memory: where its row of the basis begins, what that is times, what the
+    constant takes away.
+
+    Returns what all numbers of the basis are times, so that none leaves float16 and none is lost in it: a power of two, by
+    which the second word is multiplied. Warps meet before the rows of the basis are there, and after the rest.
+    """
     T: tl.constexpr = 32 * L.warps
+    SLOTS: tl.constexpr = 8 * L.registers
+    PARTS: tl.constexpr = (SLOTS + T - 1) // T
     RANK: tl.constexpr = G.k.rank
-    largest = 0.0
-    for first in tl.static_range(0, RANK, T):
-        held = first + x < RANK
-        a = warp.float_of(affine + first + x, held) * warp.float_of(affine + RANK + first + x, held)
-        largest = tl.maximum(largest, tl.max(a, 0))
-    return _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
+    sizes, largest = (), 0.0
+    for i in tl.static_range(PARTS):
+        slot = i * T + x
+        code, place, middle, _ = warp.words_of(tables.of_keys + 4 * tl.minimum(slot, SLOTS - 1))
+        at = room + tl.where(slot < SLOTS, L.room.digits + 16 * slot, L.room.spare)
+        warp.to_shared(at, tl.maximum(code, 0) * G.width)
+        warp.to_shared(at + tl.where(slot < SLOTS, 8, 0), middle)
+        real = (slot < SLOTS) & (code >= 0)
+        size = warp.float_of(affine + code, real) * warp.float_of(affine + RANK + code, real)
+        sizes = sizes + (size * place.to(tl.float32, bitcast=True),)
+        largest = tl.maximum(largest, tl.max(size, 0))
+    unit = _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
+    for i in tl.static_range(PARTS):
+        slot = i * T + x
+        at = room + tl.where(slot < SLOTS, L.room.digits + 4 + 16 * slot, L.room.spare)
+        warp.to_shared(at, (sizes[i] * unit).to(tl.int32, bitcast=True))
+    tl.debug_barrier()
+    return unit
 
 
 @warp.function
 def basis_to_shared(
-    room, x, basis, affine, unit, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, L: tl.constexpr
+    room, x, basis, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory; warps meet after it."""
+    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory; warps meet after it.
+
+    What is known of the digits is there.
+    """
     T: tl.constexpr = 32 * L.warps
     WORDS: tl.constexpr = 8 * COUNT  # of two channels
     PADDED: tl.constexpr = 8 if COUNT == 1 else 16 if COUNT == 2 else 32 if COUNT <= 4 else 64 if COUNT <= 8 else 128
@@ -50,33 +72,34 @@ def basis_to_shared(
         pair = 8 * FIRST + j // 8 * 8 + 2 * (j % 4)
         which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
         c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
-        # all that depends on nothing, then all that depends on it: a wait for memory each, not one for each slot
-        codes, sizes, numbers = (), (), ()
+        digit = room + (L.room.digits + 16 * row)
+        numbers = ()  # all of them before the first is waited for
         for i in tl.static_range(SLOTS // ROWS):
-            codes = codes + (warp.word_of(tables.of_keys.codes + (i * ROWS + row), live),)
-        for i in tl.static_range(SLOTS // ROWS):
-            real = live & (codes[i] >= 0)
-            sizes = sizes + (warp.float_of(affine + codes[i], real), warp.float_of(affine + G.k.rank + codes[i], real))
-            at = basis + codes[i] * G.width
-            numbers = numbers + (warp.signed_byte_of(at + c0, real & (c0 >= 0)), warp.signed_byte_of(at + c1, real & (c1 >= 0)))
+            at = warp.shared_word(digit + 16 * ROWS * i)
+            if L.full:
+                numbers = numbers + (warp.signed_byte(basis + (at + c0)), warp.signed_byte(basis + (at + c1)))
+            else:
+                n0, n1 = warp.signed_byte(basis + (at + tl.maximum(c0, 0))), warp.signed_byte(basis + (at + tl.maximum(c1, 0)))
+                numbers = numbers + (tl.where(c0 >= 0, n0, 0), tl.where(c1 >= 0, n1, 0))
         middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
         for i in tl.static_range(SLOTS // ROWS):
-            slot = i * ROWS + row
-            a = sizes[2 * i] * sizes[2 * i + 1] * warp.float_of(tables.of_keys.places + slot, live) * unit
+            _, times, away, _ = warp.shared_words(digit + 16 * ROWS * i)
+            a, away = times.to(tl.float32, bitcast=True), away.to(tl.float32, bitcast=True)
             b0, b1 = numbers[2 * i].to(tl.float32) * a, numbers[2 * i + 1].to(tl.float32) * a
-            away = warp.float_of(tables.of_keys.middles + slot, live)
             middle0 += b0.to(tl.float16).to(tl.float32) * away
             middle1 += b1.to(tl.float16).to(tl.float32) * away
+            slot = i * ROWS + row
             if PADDED > WORDS:
                 warp.to_shared(room + tl.where(live, slot * L.room.pitch + 4 * j, L.room.spare), warp.halves(b0, b1))
             else:
                 warp.to_shared(room + (slot * L.room.pitch + 4 * j), warp.halves(b0, b1))
-        middle0, middle1 = _over_rows(middle0, ROWS, J) * (-1.0 / 1024), _over_rows(middle1, ROWS, J) * (-1.0 / 1024)
-        # twice: what the first rounding takes away stands in another lane's constant
+        middle0, middle1 = _over_half(middle0, ROWS, J) * (-1.0 / 1024), _over_half(middle1, ROWS, J) * (-1.0 / 1024)
+        # four lanes have a constant: each half of the rows two, the second for what rounding takes away from the first
         rest0 = middle0 - middle0.to(tl.float16).to(tl.float32)
         rest1 = middle1 - middle1.to(tl.float16).to(tl.float32)
-        at = room + tl.where(live, L.constant * L.room.pitch + 4 * j, L.room.spare)
-        tl.debug_barrier()
+        of_half = (L.constant + row // max(1, ROWS // 2) * 4) * L.room.pitch + 4 * j
+        at = room + tl.where(live, of_half, L.room.spare)
+        tl.debug_barrier()  # another lane has written zeros there
         warp.to_shared(at, warp.halves(middle0, middle1))
         warp.to_shared(at + tl.where(live, 2 * L.room.pitch, 0), warp.halves(rest0, rest1))
     if L.steps_held:
@@ -85,11 +108,12 @@ def basis_to_shared(
 
 
 @warp.function
-def _over_rows(x, ROWS: tl.constexpr, J: tl.constexpr):
-    """Sums over lanes that have the same column, in each of them."""
-    if ROWS == 1:
+def _over_half(x, ROWS: tl.constexpr, J: tl.constexpr):
+    """Sums over lanes of the same column in the same half of the rows, in each of them."""
+    if ROWS <= 2:
         return x
-    return tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(x, (ROWS, J)), 0)[None, :], (ROWS, J)), (ROWS * J,))
+    sums = tl.sum(tl.reshape(x, (2, ROWS // 2, J)), 1)
+    return tl.reshape(tl.broadcast_to(sums[:, None, :], (2, ROWS // 2, J)), (ROWS * J,))
 
 
 @warp.function
@@ -116,45 +140,51 @@ def numbers_of_queries(lane, at, live, weights, tables, L: tl.constexpr):
 
 
 @warp.function
-def queries_to_shared(room, spare, lane, numbers, scale, positions, R: tl.constexpr, L: tl.constexpr):
-    """Write the warp's four queries, turned back to where its tokens begin, to its shared memory; what each was divided by.
+def gains_to_shared(room, lane, numbers, scale, R: tl.constexpr, L: tl.constexpr):
+    """Choose what each query is divided by, so that it is no longer than one, however turned: then no product leaves float16.
 
-    A query is scaled to a length below one, so that no product leaves float16.
+    Write it to shared memory, as every warp does, and return of each lane its own query's.
     """
     T: tl.constexpr = 32 * L.warps
     WARPS: tl.constexpr = L.warps
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
-    first, second, squares = (), (), ()
-    for _ in tl.static_range(4):
-        squares = squares + (tl.zeros([T], tl.float32),)
+    own = lane * 0.0
+    for h in tl.static_range(4):
+        square = tl.zeros([T], tl.float32)
+        for i in tl.static_range((PAIRS + 31) // 32):
+            q0, q1 = numbers[13 * i + 5 + 2 * h], numbers[13 * i + 6 + 2 * h]
+            weight = tl.maximum(tl.abs(inverse(numbers[13 * i + 3])), tl.abs(inverse(numbers[13 * i + 4])))
+            square += (q0 * q0 + q1 * q1) * weight * weight
+        length = tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(square, (WARPS, 32)), 1)[:, None], (WARPS, 32)), (T,))
+        gain = 2 * _power_below(tl.sqrt(tl.maximum(length, 1e-30)) * (scale * tl.maximum(1.0, R.scaling)))
+        warp.to_shared(room + (L.room.digits + 12 + 16 * h), (1.0 / gain).to(tl.int32, bitcast=True))
+        own = tl.where(lane % 4 == h, gain, own)
+    return own
+
+
+@warp.function
+def queries_to_shared(queries_room, room, lane, numbers, scale, positions, R: tl.constexpr, L: tl.constexpr):
+    """Write the warp's four queries, turned back to where its tokens begin and divided by their gains, to its shared memory."""
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    gains = ()
+    for h in tl.static_range(4):
+        gains = gains + (warp.shared_word(room + (L.room.digits + 12 + 16 * h) + lane * 0).to(tl.float32, bitcast=True),)
     for i in tl.static_range((PAIRS + 31) // 32):
-        c0, c1, turn = numbers[13 * i], numbers[13 * i + 1], numbers[13 * i + 2]
+        pair = 32 * i + lane
+        there = pair < PAIRS
+        c0, turn = numbers[13 * i], numbers[13 * i + 2]
         sin, cos = sincos(positions, turn)
         turned = scale * tl.where(c0 < 2 * R.pairs, R.scaling, 1.0)
         w0, w1 = inverse(numbers[13 * i + 3]) * turned, inverse(numbers[13 * i + 4]) * turned
-        grown = ()
         for h in tl.static_range(4):
-            q0, q1 = numbers[13 * i + 5 + 2 * h], numbers[13 * i + 6 + 2 * h]
-            x0, x1 = (q0 * cos + q1 * sin) * w0, (q1 * cos - q0 * sin) * w1
-            first, second = first + (x0,), second + (x1,)
-            grown = grown + (squares[h] + x0 * x0 + x1 * x1,)
-        squares = grown
-    gains = ()
-    for h in tl.static_range(4):
-        length = tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(squares[h], (WARPS, 32)), 1)[:, None], (WARPS, 32)), (T,))
-        gain = 2 * _power_below(tl.sqrt(tl.maximum(length, 1e-30)))
-        gains = gains + (gain,)
-        for i in tl.static_range((PAIRS + 31) // 32):
-            pair = 32 * i + lane
-            there = pair < PAIRS
-            to = room + (h * 2 * PAIRS + pair) * 2
+            q0, q1 = numbers[13 * i + 5 + 2 * h] * gains[h], numbers[13 * i + 6 + 2 * h] * gains[h]
+            to = queries_room + (h * 2 * PAIRS + pair) * 2
             if PAIRS % 32 == 0:
-                warp.half_to_shared(to, first[4 * i + h] / gain)
-                warp.half_to_shared(to + 2 * PAIRS, second[4 * i + h] / gain)
+                warp.half_to_shared(to, (q0 * cos + q1 * sin) * w0)
+                warp.half_to_shared(to + 2 * PAIRS, (q1 * cos - q0 * sin) * w1)
             else:
-                warp.half_to_shared(tl.where(there, to, spare), first[4 * i + h] / gain)
-                warp.half_to_shared(tl.where(there, to + 2 * PAIRS, spare), second[4 * i + h] / gain)
-    return gains
+                warp.half_to_shared(tl.where(there, to, room + L.room.spare), (q0 * cos + q1 * sin) * w0)
+                warp.half_to_shared(tl.where(there, to + 2 * PAIRS, room + L.room.spare), (q1 * cos - q0 * sin) * w1)
 
 
 @warp.function

@@ -14,7 +14,6 @@ from spectral_compile.kernels.attend.latent.expansion import EIGHT, STRETCH, Exp
 from spectral_compile.kernels.attend.latent.expansion import tables as expansion_tables
 from spectral_compile.kernels.attend.latent.registers import (
     KeySource,
-    KeyTable,
     LeftRegister,
     ValueGroup,
     ValueTable,
@@ -31,9 +30,7 @@ from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
-LEAN = 6  # registers of digits of keys, up to which hardly anything is spilled where a thread has no more than
-_FEW, _ALL = 168, 255  # registers, of the
-_REGISTERS = 1 << 16  # of a multiprocessor
+RESIDENT = 8  # warps of as many registers as one may have, on a multiprocessor
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 
 
@@ -44,6 +41,7 @@ class Room(NamedTuple):
     pitch: int  # of a row of it: eight rows begin at eight different banks
     spare: int  # where what belongs nowhere goes
     queries: int
+    digits: int  # what is known of each digit of a key
     steps: int  # where the tables of a run's stretches are, if they are there
     queues: int
     queue: int  # of a warp
@@ -55,9 +53,10 @@ class Room(NamedTuple):
         pitch, queue = 32 * at_once + 16, stages * stage
         spare = 8 * registers * pitch
         queries = -(-(spare + 4) // 128) * 128
-        steps = queries + warps * QUERIES * 4 * pairs
+        digits = queries + warps * QUERIES * 4 * pairs
+        steps = digits + 16 * 8 * registers
         queues = steps + step_bytes
-        return cls(at_once, pitch, spare, queries, steps, queues, queue, stages, queues + warps * queue)
+        return cls(at_once, pitch, spare, queries, digits, steps, queues, queue, stages, queues + warps * queue)
 
 
 class LatentPlan(NamedTuple):
@@ -73,6 +72,7 @@ class LatentPlan(NamedTuple):
     fast: int  # eights of pairs
     medium: int
     slow: int
+    full: bool  # each place of a pair has both of its channels
     steps: Steps
     steps_held: bool  # whether they are in shared memory
     warps: int
@@ -81,12 +81,11 @@ class LatentPlan(NamedTuple):
     reserve: str
     all_but: str  # what waits for the codes that are next
     all_but_fetched: str  # and for what has been copied before the first of a run's
-    most_registers: int  # of a thread
 
     @property
     def resident(self) -> int:
         """Programs that a multiprocessor has registers for."""
-        return _REGISTERS // (self.most_registers * 32 * self.warps)
+        return RESIDENT // self.warps
 
     @classmethod
     @functools.cache
@@ -113,10 +112,10 @@ class LatentPlan(NamedTuple):
             fast=fast,
             medium=medium,
             slow=slow,
+            full=all(first >= 0 and second >= 0 for first, second, _ in expansion.pairs),
             steps=steps,
             steps_held=room.queues > room.steps,
             warps=warps,
-            most_registers=_FEW if registers <= LEAN else _ALL,
             stage=stage,
             room=room,
             reserve=warp.reserve(room.bytes),
@@ -129,7 +128,7 @@ class LatentTables(NamedTuple):
     """What the kernel reads that is neither the store's nor the step's."""
 
     of_pairs: ExpansionTables
-    of_keys: KeyTable
+    of_keys: torch.Tensor  # of ``key_table``
     of_values: ValueTable
     scratch: torch.Tensor | None  # the interpreter's shared memory, uint8 [programs, bytes]
 

@@ -120,21 +120,20 @@ def key_digits(tiers: Tiers) -> Iterator[Digit]:
                     yield Digit(code, begin, half / 2 - taken)
 
 
-class KeyTable(NamedTuple):
-    """The digits of a key as a kernel reads them, in the order of the operand."""
-
-    codes: torch.Tensor  # int32: the row of the basis, -1 for none
-    places: torch.Tensor  # float32: what the row is times
-    middles: torch.Tensor  # float32: what the constant takes away
-
-
 @functools.cache
-def key_table(tiers: Tiers, device: torch.device) -> KeyTable:
+def key_table(tiers: Tiers, device: torch.device) -> torch.Tensor:
+    """The digits of a key as a kernel reads them, in the order of the operand: int32 [digits, 4].
+
+    Of each the row of the basis, -1 for none, then as float32 what the row is times and what the constant takes away.
+    """
     digits = list(key_digits(tiers))
-    codes = torch.tensor([digit.code for digit in digits], dtype=torch.int32)
-    places = torch.tensor([2.0**-digit.shift if digit.code >= 0 else 0.0 for digit in digits])
-    middles = torch.tensor([digit.middle if digit.code >= 0 else 0.0 for digit in digits])
-    return KeyTable(codes.to(device), places.to(device), middles.to(device))
+    table = torch.zeros(len(digits), 4)
+    for row, digit in zip(table, digits, strict=True):
+        if digit.code >= 0:
+            row[1], row[2] = 2.0**-digit.shift, digit.middle
+    table = table.view(torch.int32)
+    table[:, 0] = torch.tensor([digit.code for digit in digits])
+    return table.to(device)
 
 
 def constant_at(tiers: Tiers) -> int:

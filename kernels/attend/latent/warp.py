@@ -389,7 +389,7 @@ def words_of(pointer):
     if INTERPRETED:
         return _four(pointer)
     return tl.inline_asm_elementwise(
-        "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32,) * 4, True, 1
+        "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", [pointer.to(tl.int64)], (tl.int32,) * 4, False, 1
     )  # fmt: skip
 
 
@@ -403,7 +403,7 @@ def word_of(pointer, wanted):
         return tl.load(_at(pointer, tl.int32), mask=wanted, other=0)
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
-        "=&r,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int32, True, 1,
+        "=&r,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int32, False, 1,
     )  # fmt: skip
 
 
@@ -421,17 +421,14 @@ def number_of(pointer, wanted, DTYPE: tl.constexpr):
     else:
         bits = tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.nc.b16 $0, [$1]; }",
-            "=&h,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int16, True, 1,
+            "=&h,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int16, False, 1,
         )  # fmt: skip
     return bits.to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @function
-def signed_byte_of(pointer, wanted):
+def signed_byte(pointer):
     """A signed byte as int32, likewise."""
     if INTERPRETED:
-        return tl.load(_at(pointer, tl.int8), mask=wanted, other=0).to(tl.int32)
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.s8 $0, [$1]; }",
-        "=&r,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], tl.int32, True, 1,
-    )  # fmt: skip
+        return tl.load(_at(pointer, tl.int8)).to(tl.int32)
+    return tl.inline_asm_elementwise("ld.global.nc.s8 $0, [$1];", "=r,l", [pointer.to(tl.int64)], tl.int32, False, 1)
