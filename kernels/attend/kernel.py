@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from spectral_compile.errors import Mistake
 from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, tiles_of
@@ -32,9 +31,9 @@ from spectral_compile.kernels.attend.plan import (
     AttendPlan,
     Form,
     MergePlan,
+    ProgramSize,
     Rope,
     keys_in,
-    overlaps,
     places_left,
     tiles_at_once,
 )
@@ -54,8 +53,6 @@ def attend_kernel(
     The first ``splits`` programs, or as many for each quartet of queries, take coded tokens, those from ``exact_from`` on what
     is exact; some may take both.
     """
-    if F.overlaps:
-        gdc_launch_dependents()
     split, tile, row_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = row_group // G.groups, row_group % G.groups
     ROWS: tl.constexpr = G.heads * G.query_heads
@@ -143,8 +140,8 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     coded_slots, places = buffers.k_codes.shape[2], layout.first_exact + buffers.recent_slots(layout)
     device = chunk.query.device
     latent = latent_of(past, chunk)
-    shared_out = (latent.resident, geometry.heads * latent.quartets) if latent else ()
-    plan = AttendPlan.of(layout, batch, rows, coded_slots, places + count, device, *shared_out)
+    size = ProgramSize(latent.resident, geometry.heads * latent.quartets, least=1) if latent else None
+    plan = AttendPlan.of(layout, batch, rows, coded_slots, places + count, device, size)
     form = form_of(past, scoring, count, geometry, plan, latent)
     merge, merge_warps = MergePlan.of(plan, form, geometry.DIM, pairs * rows, device)
     rope, arithmetic = Rope.of(layout.rotary, dim), Arithmetic.of(dtype)
@@ -180,7 +177,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](
             left, out, plan.splits, plan.exact_splits, count, first * tile, held * tile, merged, writes, code_tiles,
             buffers.v_basis, buffers.v_affine, scoring.sink_score,
-            G=geometry, A=arithmetic, F=here, P=merge, num_warps=merge_warps, **({"launch_pdl": True} if form.overlaps else {}),
+            G=geometry, A=arithmetic, F=here, P=merge, num_warps=merge_warps,
         )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -216,7 +213,6 @@ def form_of(
         tokens=TILE,
         exact_tokens=plan.exact_tile,
         stages=plan.stages,
-        overlaps=overlaps(past.ledger.device),
         latent_out=latent_out,
         left=left,
         places=places,

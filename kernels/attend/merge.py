@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from spectral_compile.kernels.append.kernel import enter
 from spectral_compile.kernels.attend.coded import inverse
@@ -52,8 +51,6 @@ def merge_kernel(
                 x, scale = digit_rows(basis, affine, channel, d < G.dim, G.width, V, i)
                 back = back + ((x, scale),)
             even = inverse(tl.load(affine + 2 * G.v.rank + channel, mask=d < G.dim, other=1.0))
-        if F.overlaps:
-            gdc_wait()
         every = s < splits + exact_splits
         highest = tl.load(left.maxima + at + s, mask=every, other=float("-inf"))
         total = tl.load(left.totals + at + s, mask=every, other=0.0)
@@ -92,7 +89,5 @@ def merge_kernel(
         tl.store(result + place * G.dim + d, (mixed * (1 / norm)).to(result.dtype.element_ty), mask=d < G.dim)
     else:
         if F.enters and tl.program_id(2) == 0:
-            if F.overlaps:
-                gdc_wait()
             enter(code_tiles, row_group, m - merged, 0, 1, entering, entering.columns, entering.code_tiles, entering.segments,
                   G, False, True, True, PRECISION)  # fmt: skip

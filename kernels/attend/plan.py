@@ -95,6 +95,14 @@ class Arithmetic(NamedTuple):
         )
 
 
+class ProgramSize(NamedTuple):
+    """What the programs that take coded tokens ask for."""
+
+    resident: int = 2  # that a multiprocessor runs at once
+    each: int = 1  # programs that one split of them takes
+    least: int = 2  # programs that each tile of queries gets, however many tiles there are
+
+
 @dataclass(frozen=True)
 class AttendPlan:
     """How one call is shared out among programs.
@@ -115,17 +123,15 @@ class AttendPlan:
 
     @classmethod
     def of(
-        cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device, resident: int = 2, each: int = 1
+        cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device, size: ProgramSize | None = None
     ) -> AttendPlan:
-        """For ``rows`` (query, head) pairs of a group, and room for ``coded`` and ``exact`` tokens.
-
-        A multiprocessor runs ``resident`` programs at once, and a split of coded tokens takes ``each`` of them.
-        """
+        """For ``rows`` (query, head) pairs of a group, and room for ``coded`` and ``exact`` tokens."""
+        size = size or ProgramSize()
         wide = layout.width > 192  # whose bases leave too little shared memory for more queries
         tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
         others = batch * layout.groups * triton.cdiv(rows, tile)
         # of more than run at once the last ones would wait for the first to end
-        most = max(2, resident * multiprocessors(device) // others)
+        most = max(size.least, size.resident * multiprocessors(device) // others)
         # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
         exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 4
         tiles, exact_tiles = triton.cdiv(coded, TILE), triton.cdiv(exact, exact_tile)
@@ -136,10 +142,10 @@ class AttendPlan:
             # a program that takes what is exact has the time of several tiles of codes if others have many
             share = max(exact_tile, min(2 * TILE, coded // (8 * most)) // exact_tile * exact_tile)
             exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
-            splits = min(tiles, max(1, (most - exact_splits) // each))
+            splits = min(tiles, max(1, (most - exact_splits) // size.each))
             programs = splits + exact_splits
-            shared = max(1, most // each)
-            crowded = splits * each + exact_splits > most
+            shared = max(1, most // size.each)
+            crowded = splits * size.each + exact_splits > most
             saved = triton.cdiv(tiles, splits) - triton.cdiv(tiles, shared) if tiles else 0
             if tiles and (crowded or saved > _PASS * triton.cdiv(exact_tiles, most)):
                 splits = programs = shared
@@ -183,7 +189,6 @@ class Form(NamedTuple):
     tokens: int  # of a tile of codes
     exact_tokens: int  # of a tile of what is exact
     stages: int
-    overlaps: bool  # the merge is launched while splits are still attended to, and waits for them
     latent_out: bool  # splits leave values in the latent, and the merge multiplies them with the one basis
     left: int  # numbers that a split leaves for each (query, head) pair
     places: tuple[int, ...]  # where among these each row field begins
@@ -242,12 +247,6 @@ _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; of an H200 where there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
-
-
-@functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels may wait for the one before them by themselves: programmatic dependent launch, from sm_90 on."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def override(values: Mapping[str, Any]) -> None:

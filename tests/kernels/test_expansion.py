@@ -19,6 +19,7 @@ from spectral_compile.kernels.attend.latent.expansion import (
     STRETCH,
     TERMS,
     Expansion,
+    Steps,
     coefficients,
     cut_off,
     tables,
@@ -110,7 +111,10 @@ def test_the_truncation_is_chosen_and_not_hoped_for() -> None:
 
 @pytest.mark.parametrize("base", [1e4, 5e5, 1e6])
 def test_powers_over_a_run_become_powers_over_a_stretch(base: float) -> None:
-    table = tables(Rotary(tuple(base ** (-i / 64) for i in range(64))), 128, CPU).shifts.numpy()
+    rotary = Rotary(tuple(base ** (-i / 64) for i in range(64)))
+    expansion = Expansion.of(rotary, 128)
+    at = Steps.of(expansion.fast // EIGHT, expansion.medium // EIGHT)
+    table = tables(rotary, 128, CPU).steps[at.first :].view(-1, at.words)[:, : at.turned].reshape(-1, 3, 4).numpy()
     generator = np.random.default_rng(0)
     by_run = generator.normal(size=TERMS)
     for stretch in range(RUN // STRETCH):
