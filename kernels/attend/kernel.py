@@ -27,6 +27,7 @@ from spectral_compile.kernels.attend.latent.plan import COLUMNS, ROOM, LatentPla
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, own_tokens, queries_of
 from spectral_compile.kernels.attend.plan import (
+    USUAL,
     Arithmetic,
     AttendPlan,
     Form,
@@ -90,8 +91,8 @@ def attend_kernel(
         if L is not None:
             if tile == 0:
                 attend_latent(
-                    chunk, store, before, after, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots, gaps,
-                    coded_slots, slots, segments, splits + exact_splits, split // QUARTETS, scale, G, R, F, L,
+                    chunk, store, before, after, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots,
+                    gaps, coded_slots, slots, segments, splits + exact_splits, split // QUARTETS, scale, G, R, F, L,
                 )  # fmt: skip
         else:
             # all that depends on nothing is on its way before anything is waited for
@@ -140,7 +141,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     coded_slots, places = buffers.k_codes.shape[2], layout.first_exact + buffers.recent_slots(layout)
     device = chunk.query.device
     latent = latent_of(past, chunk)
-    size = ProgramSize(latent.resident, geometry.heads * latent.quartets, least=1) if latent else None
+    size = ProgramSize(latent.resident, geometry.heads * latent.quartets, quick=True) if latent else USUAL
     plan = AttendPlan.of(layout, batch, rows, coded_slots, places + count, device, size)
     form = form_of(past, scoring, count, geometry, plan, latent)
     merge, merge_warps = MergePlan.of(plan, form, geometry.DIM, pairs * rows, device)
@@ -194,9 +195,7 @@ def latent_of(past: Past, chunk: Chunk) -> LatentPlan | None:
     return latent
 
 
-def form_of(
-    past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: AttendPlan, latent: LatentPlan | None
-) -> Form:
+def form_of(past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: AttendPlan, latent: LatentPlan | None) -> Form:
     """What kind of step this is."""
     layout, segments = past.layout, past.buffers.starts.shape[1]
     # where one basis serves all tokens, its product with what values came to is left for the end

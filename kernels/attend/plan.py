@@ -24,6 +24,7 @@ _MULTIPROCESSORS = 132  # of an H100 or H200: what programs are planned for wher
 _PASS = 2  # tiles of codes that take a program as long as a tile of what is exact, if it takes both
 _CODERS = 3  # programs that share the coding of a tile
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
+_MERGES = 16  # programs of one warp that a multiprocessor runs at once, at least
 _MERGED = 1 << 12  # and that one warp of the merge holds at a time
 
 # Turn two pairs in float16; what Triton makes of the same arithmetic takes twice as many instructions.
@@ -100,7 +101,10 @@ class ProgramSize(NamedTuple):
 
     resident: int = 2  # that a multiprocessor runs at once
     each: int = 1  # programs that one split of them takes
-    least: int = 2  # programs that each tile of queries gets, however many tiles there are
+    quick: bool = False  # they take a tile of codes in a third of the time of a tile of what is exact
+
+
+USUAL = ProgramSize()
 
 
 @dataclass(frozen=True)
@@ -123,15 +127,14 @@ class AttendPlan:
 
     @classmethod
     def of(
-        cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device, size: ProgramSize | None = None
+        cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device, size: ProgramSize = USUAL
     ) -> AttendPlan:
         """For ``rows`` (query, head) pairs of a group, and room for ``coded`` and ``exact`` tokens."""
-        size = size or ProgramSize()
         wide = layout.width > 192  # whose bases leave too little shared memory for more queries
         tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
         others = batch * layout.groups * triton.cdiv(rows, tile)
         # of more than run at once the last ones would wait for the first to end
-        most = max(size.least, size.resident * multiprocessors(device) // others)
+        most = max(1 if size.quick else 2, size.resident * multiprocessors(device) // others)
         # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
         exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 4
         tiles, exact_tiles = triton.cdiv(coded, TILE), triton.cdiv(exact, exact_tile)
@@ -140,14 +143,17 @@ class AttendPlan:
             programs = exact_splits
         else:
             # a program that takes what is exact has the time of several tiles of codes if others have many
-            share = max(exact_tile, min(2 * TILE, coded // (8 * most)) // exact_tile * exact_tile)
-            exact_splits = min(triton.cdiv(exact, share), max(1, most // 4))
+            share = min(2 * TILE, coded // (8 * most)) // exact_tile
+            pass_cost = _PASS * triton.cdiv(exact_tiles, most)
+            if size.quick:
+                # the first tiles of what is exact while others make their basis ready, the next ones in the time of three
+                share = min(3 + tiles // (3 * most), triton.cdiv(exact_tiles, 2))
+                pass_cost = 3 * (1 + triton.cdiv(exact_tiles, most))
+            exact_splits = min(triton.cdiv(exact_tiles, max(1, share)), max(1, most // 4))
             splits = min(tiles, max(1, (most - exact_splits) // size.each))
-            programs = splits + exact_splits
-            shared = max(1, most // size.each)
-            crowded = splits * size.each + exact_splits > most
+            programs, shared = splits + exact_splits, max(1, most // size.each)
             saved = triton.cdiv(tiles, splits) - triton.cdiv(tiles, shared) if tiles else 0
-            if tiles and (crowded or saved > _PASS * triton.cdiv(exact_tiles, most)):
+            if tiles and (splits * size.each + exact_splits > most or saved > pass_cost):
                 splits = programs = shared
                 exact_splits = min(exact_tiles, shared)
         # alone, a program takes longer to code a tile than to attend
@@ -157,7 +163,8 @@ class AttendPlan:
     @classmethod
     def asked(cls) -> AttendPlan:
         """What is the same for every step."""
-        return replace(cls(0, 0, 0, 0, 0, 0), **{name: x for name, x in _overrides.items() if name in ("stages", "warps", "latent")})
+        fixed = ("stages", "warps", "latent")
+        return replace(cls(0, 0, 0, 0, 0, 0), **{name: x for name, x in _overrides.items() if name in fixed})
 
     def _overridden(self, lossless: bool) -> AttendPlan:
         if not _overrides:
@@ -206,9 +213,10 @@ class MergePlan(NamedTuple):
     @classmethod
     def of(cls, plan: AttendPlan, form: Form, padded_dim: int, queries: int, device: torch.device) -> tuple[MergePlan, int]:
         """The plan for ``queries`` of all rows and heads, and the warps of a program; one warp has no barriers to wait at."""
-        channels, warps = (padded_dim, 4) if not form.latent_out else (min(8, padded_dim), 1)
+        channels, warps = (min(8, padded_dim), 1) if form.latent_out else (padded_dim, 4)
         # each program reads all that splits have left, so no more share a query than the device runs at once
-        while form.latent_out and channels < min(32, padded_dim) and queries * padded_dim // channels > 16 * multiprocessors(device):
+        most = _MERGES * multiprocessors(device) // padded_dim
+        while form.latent_out and channels < min(32, padded_dim) and queries > most * channels:
             channels *= 2
         splits = triton.next_power_of_2(max(1, plan.splits))
         widths = (end - begin for begin, end in pairwise(form.places))  # of row fields, of which there are none otherwise

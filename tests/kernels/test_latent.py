@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_compile.codec import PRESETS, Rotary
 from spectral_compile.errors import Mistake
 from spectral_compile.kernels.attend import kernel, plan
 from spectral_compile.kernels.attend.latent import plan as latent
-from spectral_compile.kernels.attend.plan import AttendPlan
+from spectral_compile.kernels.attend.plan import AttendPlan, ProgramSize, multiprocessors
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
-from tests.budget import FULL, combinations
+from tests.budget import FULL, combinations, examples
 from tests.kernels.test_attend import Real, real_store
 from tests.stores import PlainStore, Step, filled, moved
 from tests.tiny import DEVICE
@@ -56,12 +58,10 @@ def errors(
 
 
 def assert_near(store: PlainStore, step: Step, scale: float, dtype: torch.dtype, planned: dict[str, int], **how: Any) -> None:
-    given = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
-    planned["latent"] = 1
-    asked = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
-    assert asked.latent and not given.latent
     chunk = Chunk(step.query.to(dtype), step.key, step.value)
-    assert latent.plan_of(store.past, chunk, 4, 3) is not None, "else both sides are the same form"
+    assert kernel.latent_of(store.past, chunk) is None
+    planned["latent"] = 1
+    assert kernel.latent_of(store.past, chunk) is not None, "else both sides are the same form"
     assert store.ledger[:, 1].min() > 0, "of tokens that are not coded there is nothing to compare"
     rebuilt, scored = errors(store, step, scale, dtype, planned, **how)
     assert scored.square().mean().sqrt() <= max(WORSE * rebuilt.square().mean().sqrt(), ROUNDED[dtype])
@@ -218,7 +218,23 @@ def test_a_step_that_is_asked_for_it_and_cannot_says_so(planned: dict[str, int])
 def test_other_steps_are_left_alone(preset: str, columns: int, dtype: torch.dtype, planned: dict[str, int]) -> None:
     planned["latent"] = 1
     store, step = filled(preset, 64, past=152 - columns, new=columns)
-    asked = AttendPlan.of(store.layout, 1, 1, 1, 1, torch.device("cpu"))
     chunk = Chunk(step.query.to(dtype), step.key, step.value)
     found = latent.plan_of(store.past, chunk, 4, 3)
     assert (found is not None) == (preset == "balanced" and columns == 1 and dtype == torch.float16)
+
+
+@settings(max_examples=examples(50, full=500), deadline=None)
+@given(
+    st.sampled_from([1, 2, 8, 32, 300]), st.sampled_from([4, 8, 16]), st.integers(0, 300_000), st.integers(1, 1000),
+    st.integers(1, 6), st.integers(1, 8),
+)  # fmt: skip
+def test_every_token_has_a_program(batch: int, rows: int, coded: int, exact: int, each: int, resident: int) -> None:
+    layout = PRESETS["balanced"].layout(8, 128)
+    size = ProgramSize(resident, each, quick=True)
+    made = AttendPlan.of(layout, batch, rows, coded, exact, torch.device("cpu"), size)
+    assert (made.splits > 0) == (coded > 0)
+    assert made.exact_splits > 0
+    assert made.programs >= max(made.splits, made.exact_splits)
+    running = batch * layout.groups * (made.programs + made.splits * (each - 1))
+    enough = resident * multiprocessors(torch.device("cpu"))
+    assert running <= max(enough, batch * layout.groups * each), "else the last ones wait for the first to end"

@@ -109,16 +109,14 @@ class Steps(NamedTuple):
     turned: int  # from the beginning of a stretch
     medium: int
     words: int
+    all_words: int
 
     @classmethod
     def of(cls, fast: int, medium: int) -> Steps:
         """For so many eights."""
-        turned, of_medium = 12, 12 + 16 * -(-fast // 2)
-        return cls(2 * fast * 32 * 4, turned, of_medium, of_medium + 32 * medium)
-
-    @property
-    def all_words(self) -> int:
-        return self.first + (RUN // STRETCH + 1) * self.words
+        first, turned, of_medium = 2 * fast * 32 * 4, 12, 12 + 16 * -(-fast // 2)
+        words = of_medium + 32 * medium
+        return cls(first, turned, of_medium, words, first + (RUN // STRETCH + 1) * words)
 
 
 @functools.cache

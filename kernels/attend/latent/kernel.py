@@ -260,7 +260,7 @@ def attend_latent(
                 basis = store.k_basis + where * (G.width * G.k.rank) + head * G.dim
                 ready = low < low
             position = tl.load(row_positions + low)
-            if R.pairs > 0:
+            if R.pairs > 0:  # noqa: SIM102  # the one is known at compile time
                 if gaps > 0:
                     end = _while_they_run_on(row_positions, position, low, end, x, L)
             # what follows a gap, or a segment, may begin at any token, a copy at each 32nd one
@@ -361,7 +361,8 @@ def attend_latent(
                         weight = warp.power_of_two(score)
                         total += weight
                         if NORMALISED:
-                            code = warp.shared_byte(stage + (_STRETCH * (KEY_BYTES + VALUE_BYTES) + r + (16 * sixteen + 8 * octet)))
+                            size_at = stage + (_STRETCH * (KEY_BYTES + VALUE_BYTES) + r + (16 * sixteen + 8 * octet))
+                            code = warp.shared_byte(size_at)
                             weight = warp.power_of_two(score + warp.exponent(code))
                         mass += weight
                         upper = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
@@ -393,7 +394,8 @@ def attend_latent(
         u = quartet * 4 + c
         row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
         to = left.sums + ((first_at + row) * splits + split) * F.left
-        _leave_digits(sums, _for_lanes(_over_lanes(mass, WARPS), WARPS), to, u < n * G.query_heads, queue, room, lane, own_warp, L)
+        mass = _for_lanes(_over_lanes(mass, WARPS), WARPS)
+        _leave_digits(sums, mass, to, u < n * G.query_heads, queue, room, lane, own_warp, L)
     else:
         d = tl.arange(0, DIM)
         tl.store(left.sums + at[:, None] * F.left + d[None, :], out, mask=live[:, None])

@@ -31,11 +31,11 @@ def opt_in(name: str) -> None:
 
 
 def _ask(function: int) -> None:
-    driver, function = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(function)
-    named = ctypes.c_int()
-    most = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
-    failed = driver.cuFuncGetAttribute(ctypes.byref(named), _NAMED, function)
-    failed = failed or driver.cuFuncSetAttribute(function, _AT_LAUNCH, most - named.value)
-    failed = failed or driver.cuFuncSetCacheConfig(function, _PREFER_SHARED)
+    driver, handle, named = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(function), ctypes.c_int()
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    most = properties.shared_memory_per_block_optin
+    failed = driver.cuFuncGetAttribute(ctypes.byref(named), _NAMED, handle)
+    failed = failed or driver.cuFuncSetAttribute(handle, _AT_LAUNCH, most - named.value)
+    failed = failed or driver.cuFuncSetCacheConfig(handle, _PREFER_SHARED)
     if failed:
         raise Mistake(f"CUDA gives an attention kernel no more than 48 KB of shared memory (error {failed}); update its driver")
