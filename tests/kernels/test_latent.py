@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,6 +156,28 @@ def test_scores_far_from_any_reference(dtype: torch.dtype, planned: dict[str, in
     store, step = random_store(120, 1.0)
     step.query[:, ::2] *= 200
     rebuilt, scored = errors(store, step, 0.3, dtype, planned)
+    assert scored.isfinite().all()
+    assert scored.max() <= max(2 * WORSE * rebuilt.max(), ROUNDED[dtype])
+
+
+@pytest.mark.parametrize("score", [-55.3, 39.5, 55.3])
+@in_half
+def test_many_tokens_far_from_their_reference(score: float, dtype: torch.dtype, planned: dict[str, int]) -> None:
+    """Weights of 2**55 are finite, and not the sum of 600 of them where they count from 2**64 on."""
+    planned["splits"] = 1
+    generator = torch.Generator().manual_seed(4)
+    layout = PRESETS["balanced"].layout(1, 64)
+    layout = layout.__class__(**vars(layout) | {"recent": 16, "block": 32, "warmup": 64})
+    store = PlainStore.blank(layout, 1, 700)
+    key = torch.randn(64, generator=generator)
+    query = key * (score * math.log(2) / key.square().sum())
+    for count in (699, 1):
+        value = torch.randn(1, 1, count, 64, generator=generator)
+        step = Step(query.expand(1, 4, count, 64), key.expand(1, 1, count, 64), value, None, None)
+        store.advance(step)
+        if count > 1:
+            store.append(step)
+    rebuilt, scored = errors(store, step, 1.0, dtype, planned)
     assert scored.isfinite().all()
     assert scored.max() <= max(2 * WORSE * rebuilt.max(), ROUNDED[dtype])
 

@@ -34,7 +34,8 @@ from spectral_compile.kernels.attend.latent.operands import (
 )
 from spectral_compile.kernels.attend.parts import capped, own_tokens
 
-_FAR: tl.constexpr = tl.constexpr(56.0)  # powers of two that scores may be above, or below, their reference
+# powers of two that scores may be above, or below, their reference: a million tokens' weights are finite, of any size
+_FAR: tl.constexpr = tl.constexpr(40.0)
 _UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
 _STRETCH: tl.constexpr = tl.constexpr(STRETCH)
 _RUN: tl.constexpr = tl.constexpr(RUN)
