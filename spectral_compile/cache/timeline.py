@@ -38,7 +38,8 @@ class Timeline:
         """An empty timeline of ``batch`` rows whose first step will bring ``count`` columns, ``tokens`` of them tokens in the
         row with fewest.
 
-        ``headroom`` coded slots are reserved beyond what is needed; None takes the device's ``HEADROOM``.
+        ``headroom`` coded slots are reserved beyond what is needed, and up to a multiple of ``SLOTS``; None takes the device's
+        ``HEADROOM``.
         """
         self.layout = layout
         self.length = 0
@@ -83,7 +84,8 @@ class Timeline:
         if 0 < old.coded < coded and count <= self.spare:  # not after a long chunk, which is no sign that more will come
             self.spare *= 2
         segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
-        coded = -(-(coded + self.spare) // SLOTS) * SLOTS if coded > old.coded else old.coded
+        slots = 1 if layout.lossless else SLOTS
+        coded = -(-(coded + self.spare) // slots) * slots if coded > old.coded else old.coded
         if self.waiting:
             recent = min(max(recent + self.spare, 2 * old.recent), layout.recent + layout.first)
         if layout.segment:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.expansion import RUN, STRETCH
+from spectral_compile.kernels.attend.latent.left import for_lanes, leave_digits, leave_values, over_lanes, values_of
 from spectral_compile.kernels.attend.latent.operands import (
     absorbed_over_run,
     absorbed_over_stretch,
@@ -39,7 +40,6 @@ _FAR: tl.constexpr = tl.constexpr(40.0)
 _UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
 _STRETCH: tl.constexpr = tl.constexpr(STRETCH)
 _RUN: tl.constexpr = tl.constexpr(RUN)
-_COUNTED: tl.constexpr = tl.constexpr(2.0**69)  # digits of values count 2**-133, weights 2**64
 
 
 @warp.function
@@ -192,7 +192,6 @@ def attend_latent(
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
-    DIM: tl.constexpr = G.DIM
     NORMALISED: tl.constexpr = G.normalised
     EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
     TURNED: tl.constexpr = L.fast + L.medium
@@ -239,7 +238,7 @@ def attend_latent(
     # what the first run has copied ahead is on its way while the basis is made ready
     ready, gain = low < low, zero
     if not F.latent_out:
-        out = tl.zeros([4, DIM], tl.float32)
+        out = _times(zero, 4 * ((G.dim + T - 1) // T))
     again = low < high
     while again:
         low, segment = begin, 0
@@ -247,10 +246,10 @@ def attend_latent(
             for one in range(1, segments):
                 segment += (tl.load(store.starts + b * segments + one) <= low).to(tl.int32)
         if not F.latent_out:
-            out = tl.zeros([4, DIM], tl.float32)
+            out = _times(zero, 4 * ((G.dim + T - 1) // T))
         highest, total, mass = zero + float("-inf"), zero, zero
         sums = _times(zero, 4 * TILES)
-        up = _for_lanes(0 - reference + _UP, WARPS)
+        up = for_lanes(0 - reference + _UP, WARPS)
         while low < high:
             end = tl.minimum(high, low // _STRETCH * _STRETCH + WARPS * _RUN)
             if F.in_segments:
@@ -374,7 +373,8 @@ def attend_latent(
                 seen_from -= _STRETCH
             warp.wait_for_copies(x, warp.ALL)  # what was copied ahead of the run's last
             if not F.latent_out:
-                out += _values(sums, mass, store, where, head, tables, G, L)
+                of_lanes = for_lanes(over_lanes(mass, WARPS), WARPS)
+                out = values_of(sums, of_lanes, out, store, where, head, tables, queue, room, x, G, L)
                 mass = zero
                 sums = _times(zero, 4 * TILES)
             low = end
@@ -390,16 +390,20 @@ def attend_latent(
     at = (first_at + row) * splits + split
     live = u < n * G.query_heads
     tl.store(left.maxima + at, tl.where(top == float("-inf"), float("-inf"), reference), mask=live)
-    tl.store(left.totals + at, _over_lanes(total, WARPS), mask=live)
+    tl.store(left.totals + at, over_lanes(total, WARPS), mask=live)
     if F.latent_out:
         u = quartet * 4 + c
         row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
         to = left.sums + ((first_at + row) * splits + split) * F.left
-        mass = _for_lanes(_over_lanes(mass, WARPS), WARPS)
-        _leave_digits(sums, mass, to, u < n * G.query_heads, queue, room, lane, own_warp, L)
+        mass = for_lanes(over_lanes(mass, WARPS), WARPS)
+        leave_digits(sums, mass, to, u < n * G.query_heads, queue, room, lane, own_warp, L)
     else:
-        d = tl.arange(0, DIM)
-        tl.store(left.sums + at[:, None] * F.left + d[None, :], out, mask=live[:, None])
+        places = ()
+        for i in tl.static_range(4):
+            u = quartet * 4 + i
+            row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+            places = places + (left.sums + ((first_at + row) * splits + split) * F.left,)
+        leave_values(out, places, lives, x, G, F, L)
 
 
 @warp.function
@@ -411,86 +415,3 @@ def _while_they_run_on(positions, position, low, end, x, L: tl.constexpr):
         away = tl.load(positions + token, mask=token < end, other=0) - position != token - low
         found = tl.minimum(found, tl.where(away & (token < end), token, end))
     return tl.min(found, 0)
-
-
-@warp.function
-def _leave_digits(sums, mass, to, live, queue, room, lane, own_warp, L: tl.constexpr):
-    """Store what the digits of values came to, less the middle of their range, where the merge looks for it.
-
-    ``to`` is where each lane's query leaves its own. Warps leave theirs in their queues, which are empty, and then sum up one
-    register of each lane at a time, each warp others.
-    """
-    WARPS: tl.constexpr = L.warps
-    LEFT: tl.constexpr = len(L.left)
-    r = lane // 4
-    for i in tl.static_range(LEFT):
-        y = _of_both(sums, L.left[i].register) * (_COUNTED / (1 << L.left[i].at))
-        if L.left[i].upper_too:
-            y += _of_both(sums, L.left[i].register + 1) * (_COUNTED * 16)
-        warp.to_shared(queue + (128 * i + 4 * lane), y.to(tl.int32, bitcast=True))
-    tl.debug_barrier()
-    for first in tl.static_range(0, LEFT, WARPS):
-        place, middle = lane * 0 - 1, mass * 0
-        for w in tl.static_range(WARPS):
-            if first + w < LEFT:
-                own = own_warp == w
-                where = r // L.left[first + w].held * L.left[first + w].stride + r % L.left[first + w].held
-                where += L.left[first + w].place
-                place, middle = tl.where(own, where, place), tl.where(own, L.left[first + w].middle, middle)
-        y = mass * 0
-        for w in tl.static_range(WARPS):
-            from_warp = room + (L.room.queues + w * L.room.queue + 128 * first) + (128 * own_warp + 4 * lane)
-            y += warp.shared_word(from_warp).to(tl.float32, bitcast=True)
-        tl.store(to + place, y - mass * middle, mask=live & (place >= 0))
-    for i in tl.static_range(len(L.groups)):
-        for f in tl.static_range(8):
-            if L.groups[i].held < 8 and f < L.groups[i].fields:  # places that no register has
-                none = live & (r >= L.groups[i].held) & (own_warp == 0)
-                tl.store(to + (L.groups[i].place + f * L.groups[i].stride + r), 0.0, mask=none)
-
-
-@warp.function
-def _values(sums, mass, store, where, head, tables, G: tl.constexpr, L: tl.constexpr):
-    """What the values of one segment came to, [4, DIM], by its basis."""
-    DIM: tl.constexpr = G.DIM
-    WARPS: tl.constexpr = L.warps
-    rest, d = _over_lanes(mass, WARPS)[None, :], tl.arange(0, DIM)
-    basis = store.v_basis + where * (G.width * G.v.rank) + head * G.dim
-    affine = store.v_affine + where * (2 * G.v.rank + G.width)
-    out = tl.zeros([4, DIM], tl.float32)
-    for i in tl.static_range(len(L.groups)):
-        for k in tl.static_range(len(L.groups[i].registers)):
-            y = _digit_sums(sums, L.groups[i].first + k, WARPS) * (_COUNTED / (1 << L.groups[i].registers[k].at))
-            y -= rest * (1.5 if L.groups[i].bits == 2 else 7.5)
-            digit = (L.groups[i].first + k) * 8 + tl.arange(0, 8)
-            code = tl.load(tables.of_values.codes + digit)
-            size = tl.load(affine + code, mask=code >= 0, other=0.0) * tl.load(tables.of_values.places + digit)
-            size *= tl.load(affine + G.v.rank + code, mask=code >= 0, other=0.0)
-            held = (code >= 0)[:, None] & (d < G.dim)[None, :]
-            x = tl.load(basis + code[:, None] * G.width + d[None, :], mask=held, other=0).to(tl.float32)
-            out += tl.sum((y * size[:, None])[:, :, None] * x[:, None, :], 0)
-    return out / tl.load(affine + 2 * G.v.rank + head * G.dim + d, mask=d < G.dim, other=1.0)[None, :]
-
-
-@warp.function
-def _for_lanes(x, WARPS: tl.constexpr):
-    """Numbers of the four queries, [4], for each lane that of its own query."""
-    return tl.reshape(tl.broadcast_to(x[None, :], (WARPS * 8, 4)), (WARPS * 32,))
-
-
-@warp.function
-def _over_lanes(x, WARPS: tl.constexpr):
-    """Sums of weights of each of the four queries, [4]."""
-    return tl.sum(tl.reshape(x, (WARPS * 8, 4)), 0) * 5.421010862427522e-20  # 2**-64
-
-
-@warp.function
-def _of_both(sums, i: tl.constexpr):
-    """Of the i-th register of values: upper and next bits of the weights together."""
-    return sums[4 * (i // 2) + 2 * (i % 2)] + sums[4 * (i // 2) + 2 * (i % 2) + 1]
-
-
-@warp.function
-def _digit_sums(sums, i: tl.constexpr, WARPS: tl.constexpr):
-    """The same over warps, [8, 4]."""
-    return tl.sum(tl.reshape(_of_both(sums, i), (WARPS, 8, 4)), 0)

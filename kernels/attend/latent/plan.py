@@ -49,11 +49,13 @@ class Room(NamedTuple):
     bytes: int
 
     @classmethod
-    def of(cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int, step_bytes: int) -> Room:
+    def of(
+        cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int, step_bytes: int, left: int
+    ) -> Room:
         pitch, queue = 32 * at_once + 16, stages * stage
         spare = 8 * registers * pitch
         queries = -(-(spare + 4) // 128) * 128
-        digits = queries + warps * QUERIES * 4 * pairs
+        digits = queries + max(warps * QUERIES * 4 * pairs, 160 * left)  # and what a segment's values came to
         steps = digits + 16 * 8 * registers
         queues = steps + step_bytes
         return cls(at_once, pitch, spare, queries, digits, steps, queues, queue, stages, queues + warps * queue)
@@ -97,9 +99,9 @@ class LatentPlan(NamedTuple):
         fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
         stage = STRETCH * (layout.key.row_bytes + layout.value.row_bytes + 1)
         # all of the basis if there is room, else what every stretch takes, and of the rest as much as there is room for
-        steps, least = Steps.of(fast, medium), max(1, fast + medium)
+        steps, least, left = Steps.of(fast, medium), max(1, fast + medium), left_registers(layout.value)
         choices = product((4 * steps.all_words, 0), (stages, 2), range(fast + medium + slow, least - 1, -1))
-        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage, held) for held, s, n in choices]
+        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage, held, len(left)) for held, s, n in choices]
         room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
         return cls(
             quartets=-(-queries // QUERIES),
@@ -108,7 +110,7 @@ class LatentPlan(NamedTuple):
             constant=constant_at(layout.key),
             groups=groups,
             value_registers=value_registers(layout.value),
-            left=left_registers(layout.value),
+            left=left,
             fast=fast,
             medium=medium,
             slow=slow,
