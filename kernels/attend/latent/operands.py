@@ -110,10 +110,10 @@ def basis_to_shared(
 @warp.function
 def _over_half(x, ROWS: tl.constexpr, J: tl.constexpr):
     """Sums over lanes of the same column in the same half of the rows, in each of them."""
-    if ROWS <= 2:
-        return x
-    sums = tl.sum(tl.reshape(x, (2, ROWS // 2, J)), 1)
-    return tl.reshape(tl.broadcast_to(sums[:, None, :], (2, ROWS // 2, J)), (ROWS * J,))
+    if ROWS > 2:
+        sums = tl.sum(tl.reshape(x, (2, ROWS // 2, J)), 1)
+        x = tl.reshape(tl.broadcast_to(sums[:, None, :], (2, ROWS // 2, J)), (ROWS * J,))
+    return x
 
 
 @warp.function
@@ -200,13 +200,14 @@ def steps_of(tables, room, x, L: tl.constexpr):
     """Where the tables of stretches begin; they are copied to shared memory, and to be waited for, if they have room there."""
     COUNT: tl.constexpr = L.steps.all_words
     T: tl.constexpr = 32 * L.warps
-    if not L.steps_held:
+    if L.steps_held:
+        for i in tl.static_range((COUNT + 4 * T - 1) // (4 * T)):
+            at = 4 * T * i + 4 * x
+            warp.copy_ahead(room + (L.room.steps + 4 * at), tables.of_pairs.steps + at, at < COUNT, 16)
+        warp.end_of_copies(x)
+        return room + L.room.steps
+    else:  # what follows a return would be compiled, too
         return tables.of_pairs.steps
-    for i in tl.static_range((COUNT + 4 * T - 1) // (4 * T)):
-        at = 4 * T * i + 4 * x
-        warp.copy_ahead(room + (L.room.steps + 4 * at), tables.of_pairs.steps + at, at < COUNT, 16)
-    warp.end_of_copies(x)
-    return room + L.room.steps
 
 
 @warp.function
