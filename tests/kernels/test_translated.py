@@ -20,9 +20,10 @@ SHARED = 232448  # bytes of shared memory that a program may have on an H100
 FORMS = combinations(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
 HIDING = combinations(("balanced", "seed", "exact"), (32,), (1, 3), ("hidden tokens",))
 LATENT = combinations(("balanced", "seed"), (0, 64), (1, 3), ("in the latent",))[:: 1 if FULL else 2]
+WIDE = ("balanced", 256, 1, "in the latent")  # of 256 channels: half of the warps, part of the basis, and tables elsewhere
 DECODE, CHUNK = ("balanced", 64, 1, "window"), ("compact", 64, 40, "window")  # in 16 bits; the first is compiled to the end
-ALL = (*FORMS, *HIDING, *LATENT, DECODE, CHUNK)
-CASES = {f"{form[0]}, RoPE of {form[1]} of 64 channels, {form[2]} queries, {form[3]}": form for form in ALL}
+ALL = (*FORMS, *HIDING, *LATENT, WIDE, DECODE, CHUNK)
+CASES = {f"{form[0]}, RoPE of {form[1]} of {max(form[1], 64)} channels, {form[2]} queries, {form[3]}": form for form in ALL}
 
 
 @dataclass
@@ -118,10 +119,11 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
 
     dtype = torch.bfloat16 if hidden in ("window", "in the latent") else torch.float32
-    rotary = Rotary(tuple(1e4 ** (-2 * i / 64) for i in range(turned // 2))) if turned else None
-    layout = replace(PRESETS[preset].layout(2, 64, rotary), recent=20, block=32, warmup=64)
+    dim = max(turned, 64)
+    rotary = Rotary(tuple(1e4 ** (-2 * i / dim) for i in range(turned // 2))) if turned else None
+    layout = replace(PRESETS[preset].layout(2, dim, rotary), recent=20, block=32, warmup=64)
     buffers = allocate(layout, 1, Capacity(512, 64, 4 if layout.segment else 1), dtype, "cpu")
-    query, key = torch.zeros(1, 8, count, 64, dtype=dtype), torch.zeros(1, 2, count, 64, dtype=dtype)
+    query, key = torch.zeros(1, 8, count, dim, dtype=dtype), torch.zeros(1, 2, count, dim, dtype=dtype)
     ledger, positions = torch.tensor([[190, 160, 190 + count, 160, 0, 0]]), torch.zeros(1, 512, dtype=torch.int32)
     mask = columns = visible = None
     override({"latent": 1} if hidden == "in the latent" else {})
