@@ -38,8 +38,8 @@ class Timeline:
         """An empty timeline of ``batch`` rows whose first step will bring ``count`` columns, ``tokens`` of them tokens in the
         row with fewest.
 
-        ``headroom`` coded slots are reserved beyond what is needed, and up to a multiple of ``SLOTS``; None takes the device's
-        ``HEADROOM``.
+        ``headroom`` coded slots are reserved beyond what is needed, less what is no multiple of ``SLOTS``; None takes the
+        device's ``HEADROOM``.
         """
         self.layout = layout
         self.length = 0
@@ -85,7 +85,8 @@ class Timeline:
             self.spare *= 2
         segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
         slots = 1 if layout.lossless else SLOTS
-        coded = -(-(coded + self.spare) // slots) * slots if coded > old.coded else old.coded
+        room = max((coded + self.spare) // slots, -(-coded // slots)) * slots
+        coded = room if coded > old.coded else old.coded
         if self.waiting:
             recent = min(max(recent + self.spare, 2 * old.recent), layout.recent + layout.first)
         if layout.segment:
