@@ -38,7 +38,7 @@ class Timeline:
         """An empty timeline of ``batch`` rows whose first step will bring ``count`` columns, ``tokens`` of them tokens in the
         row with fewest.
 
-        ``headroom`` coded slots are reserved beyond what is needed, less what is no multiple of ``SLOTS``; None takes the
+        ``headroom`` coded slots are reserved beyond what is needed, on a GPU up to a multiple of ``SLOTS``; None takes the
         device's ``HEADROOM``.
         """
         self.layout = layout
@@ -84,9 +84,8 @@ class Timeline:
         if 0 < old.coded < coded and count <= self.spare:  # not after a long chunk, which is no sign that more will come
             self.spare *= 2
         segments = old.segments + (old.segments == 0 and coded > 0) + self.offered
-        slots = 1 if layout.lossless else SLOTS
-        room = max((coded + self.spare) // slots, -(-coded // slots)) * slots
-        coded = room if coded > old.coded else old.coded
+        slots = SLOTS if self.ledger.is_cuda and not layout.lossless else 1
+        coded = -(-(coded + self.spare) // slots) * slots if coded > old.coded else old.coded
         if self.waiting:
             recent = min(max(recent + self.spare, 2 * old.recent), layout.recent + layout.first)
         if layout.segment:
