@@ -9,9 +9,7 @@ import torch
 from spectral_compile.codec.layout import Layout
 
 UNUSED = torch.iinfo(torch.int32).max  # start of a segment that does not exist
-
-
-SLOTS = 32  # coded slots are as many, or a multiple: attention copies so many at a time
+SLOTS = 32  # on a GPU coded slots are a multiple of it: attention in the latent copies so many at a time
 
 
 class Capacity(NamedTuple):

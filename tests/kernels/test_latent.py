@@ -134,7 +134,7 @@ def test_large_queries_are_no_worse(boost: float, dtype: torch.dtype, planned: d
 
 @in_half
 def test_a_segment_begins_at_any_token(dtype: torch.dtype, planned: dict[str, int]) -> None:
-    """After a crop one may; codes are copied by 16 bytes, which begin at each fourth token alone."""
+    """After a crop one may; codes are copied from each 32nd token on, by 16 bytes."""
     store, step = filled("seed", 80, past=191, new=1, block=33)
     assert store.buffers.starts[0, 1] * store.layout.key.row_bytes % 16
     assert_near(store, step, 0.1, dtype, planned)

@@ -24,7 +24,7 @@ def digits_to_shared(room, x, affine, tables, G: tl.constexpr, L: tl.constexpr):
     constant takes away.
 
     Returns what all numbers of the basis are times, so that none leaves float16 and none is lost in it: a power of two, by
-    which the second word is multiplied. Warps meet before the rows of the basis are there, and after the rest.
+    which the second word is multiplied. Warps meet after it.
     """
     T: tl.constexpr = 32 * L.warps
     SLOTS: tl.constexpr = 8 * L.registers
