@@ -25,7 +25,7 @@ import torch
 from spectral_compile.codec.layout import Rotary
 
 STRETCH = 32  # tokens that share one expansion, and a warp's at a time
-RUN = 512  # tokens over which the slowest pairs share one
+RUN = 768  # tokens over which the slowest pairs share one
 TERMS = 4  # powers of x
 EIGHT = 8  # pairs are taken by eights, as fragments have them
 CUT_OFF = 7e-4  # of what a pair gives to a score, at most

@@ -23,12 +23,15 @@ from spectral_compile.kernels.attend.latent.operands import (
     as_operand,
     basis_of,
     basis_to_shared,
-    digits_to_shared,
     fast_queries,
     gains_to_shared,
+    numbers_of_basis,
     numbers_of_queries,
     queries_to_shared,
     query_of,
+    rows_to_shared,
+    sizes_of_digits,
+    sizes_to_shared,
     step,
     steps_of,
     terms_of,
@@ -208,7 +211,9 @@ def attend_latent(
     r, c = lane // 4, lane % 4
     h, e = r // 2, r % 2
     room = warp.room(tables.scratch, x, RESERVE, BYTES)
+    # what depends on nothing is on its way before the ledger is waited for
     steps = steps_of(tables, room, x, L)
+    rows_to_shared(room, x, tables, G, L)
     queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
     queue = room + (L.room.queues + own_warp * L.room.queue)
     pairwise, alone = c * 0x11 + (4 + c) * 0x1100, c * 0x1111
@@ -279,11 +284,14 @@ def attend_latent(
             if not ready:
                 if F.in_segments:
                     tl.debug_barrier()  # the last segment's basis is still read
+                sizes = sizes_of_digits(x, affine, tables, G, L)
+                if WHOLE:
+                    of_basis = numbers_of_basis(room, x, basis, tables, 0, EIGHTS, L)
                 gain = gains_to_shared(room, lane, numbers, scale, R, L)
-                unit = digits_to_shared(room, x, affine, tables, G, L)
+                unit = sizes_to_shared(room, x, sizes, L)
                 gain = gain * (16777216.0 / unit)  # digits count 2**-24
                 if WHOLE:
-                    basis_to_shared(room, x, basis, tables, 0, EIGHTS, G, L)
+                    basis_to_shared(room, x, of_basis, EIGHTS, L)
                 ready = low <= low
             queries_to_shared(queries_room, room, lane, numbers, scale, position, R, L)
             warp.lanes_meet(x)
@@ -295,17 +303,17 @@ def attend_latent(
             else:
                 for turn in tl.static_range((EIGHTS - TURNED + AT_ONCE - 1) // AT_ONCE):
                     tl.debug_barrier()  # what was there is still read
-                    basis_to_shared(
-                        room, x, basis, tables, TURNED + turn * AT_ONCE,
-                        min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), G, L,
+                    of_turn = numbers_of_basis(
+                        room, x, basis, tables, TURNED + turn * AT_ONCE, min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), L
                     )  # fmt: skip
+                    basis_to_shared(room, x, of_turn, min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), L)
                     over_run = absorbed_over_run(
                         over_run, room, queries_room, lane, h, e, c, tables, TURNED + turn * AT_ONCE,
                         min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), 0, L,
                     )  # fmt: skip
                 if TURNED > 0:
                     tl.debug_barrier()
-                    basis_to_shared(room, x, basis, tables, 0, TURNED, G, L)
+                    basis_to_shared(room, x, numbers_of_basis(room, x, basis, tables, 0, TURNED, L), TURNED, L)
             over_run = as_operand(over_run, L)
             medium, quick = (), ()
             for s in tl.static_range(MEDIUM):

@@ -19,53 +19,70 @@ def _power_below(x):
 
 
 @warp.function
-def digits_to_shared(room, x, affine, tables, G: tl.constexpr, L: tl.constexpr):
-    """Of each digit of a key three words to shared memory: where its row of the basis begins, what that is times, what the
-    constant takes away.
+def rows_to_shared(room, x, tables, G: tl.constexpr, L: tl.constexpr):
+    """Of each digit of a key two of four words to shared memory: where its row of the basis begins, what the constant takes away.
+
+    They are the same for every basis. Warps meet after it.
+    """
+    T: tl.constexpr = 32 * L.warps
+    SLOTS: tl.constexpr = 8 * L.registers
+    for i in tl.static_range((SLOTS + T - 1) // T):
+        slot = i * T + x
+        code, _, middle, _ = warp.words_of(tables.of_keys + 4 * tl.minimum(slot, SLOTS - 1))
+        at = room + tl.where(slot < SLOTS, L.room.digits + 16 * slot, L.room.spare)
+        warp.to_shared(at, tl.maximum(code, 0) * G.width)
+        warp.to_shared(at + tl.where(slot < SLOTS, 8, 0), middle)
+    tl.debug_barrier()
+
+
+@warp.function
+def sizes_of_digits(x, affine, tables, G: tl.constexpr, L: tl.constexpr):
+    """What is loaded for ``sizes_to_shared``, of each of a lane's digits: what its row of the basis is times, and by how much."""
+    T: tl.constexpr = 32 * L.warps
+    SLOTS: tl.constexpr = 8 * L.registers
+    RANK: tl.constexpr = G.k.rank
+    out = ()
+    for i in tl.static_range((SLOTS + T - 1) // T):
+        slot = i * T + x
+        code, place, _, _ = warp.words_of(tables.of_keys + 4 * tl.minimum(slot, SLOTS - 1))
+        real = (slot < SLOTS) & (code >= 0)
+        out = out + (warp.float_of(affine + code, real), warp.float_of(affine + RANK + code, real))
+        out = out + (place.to(tl.float32, bitcast=True),)
+    return out
+
+
+@warp.function
+def sizes_to_shared(room, x, sizes, L: tl.constexpr):
+    """Of each digit the word that ``rows_to_shared`` has left out: what its row of the basis is times.
 
     Returns what all numbers of the basis are times, so that none leaves float16 and none is lost in it: a power of two, by
-    which the second word is multiplied. Warps meet after it.
+    which these words are multiplied. Warps meet after it.
     """
     T: tl.constexpr = 32 * L.warps
     SLOTS: tl.constexpr = 8 * L.registers
     PARTS: tl.constexpr = (SLOTS + T - 1) // T
-    RANK: tl.constexpr = G.k.rank
-    sizes, largest = (), 0.0
+    largest = 0.0
     for i in tl.static_range(PARTS):
-        slot = i * T + x
-        code, place, middle, _ = warp.words_of(tables.of_keys + 4 * tl.minimum(slot, SLOTS - 1))
-        at = room + tl.where(slot < SLOTS, L.room.digits + 16 * slot, L.room.spare)
-        warp.to_shared(at, tl.maximum(code, 0) * G.width)
-        warp.to_shared(at + tl.where(slot < SLOTS, 8, 0), middle)
-        real = (slot < SLOTS) & (code >= 0)
-        size = warp.float_of(affine + code, real) * warp.float_of(affine + RANK + code, real)
-        sizes = sizes + (size * place.to(tl.float32, bitcast=True),)
-        largest = tl.maximum(largest, tl.max(size, 0))
+        largest = tl.maximum(largest, tl.max(sizes[3 * i] * sizes[3 * i + 1], 0))
     unit = _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
     for i in tl.static_range(PARTS):
         slot = i * T + x
         at = room + tl.where(slot < SLOTS, L.room.digits + 4 + 16 * slot, L.room.spare)
-        warp.to_shared(at, (sizes[i] * unit).to(tl.int32, bitcast=True))
+        size = sizes[3 * i] * sizes[3 * i + 1] * sizes[3 * i + 2]
+        warp.to_shared(at, (size * unit).to(tl.int32, bitcast=True))
     tl.debug_barrier()
     return unit
 
 
 @warp.function
-def basis_to_shared(
-    room, x, basis, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, L: tl.constexpr
-):  # fmt: skip
-    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory; warps meet after it.
-
-    What is known of the digits is there.
-    """
-    T: tl.constexpr = 32 * L.warps
-    WORDS: tl.constexpr = 8 * COUNT  # of two channels
-    PADDED: tl.constexpr = 8 if COUNT == 1 else 16 if COUNT == 2 else 32 if COUNT <= 4 else 64 if COUNT <= 8 else 128
-    J: tl.constexpr = PADDED if PADDED < T else T
-    ROWS: tl.constexpr = T // J
+def numbers_of_basis(room, x, basis, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
+    """What is loaded for ``basis_to_shared``, of so many eights of pairs from the FIRST on."""
+    WORDS: tl.constexpr = 8 * COUNT
+    J: tl.constexpr = L.columns[COUNT]
+    ROWS: tl.constexpr = 32 * L.warps // J
     SLOTS: tl.constexpr = 8 * L.registers
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
-    ALL_BUT_FETCHED: tl.constexpr = L.all_but_fetched
+    out = ()
     for part in tl.static_range((WORDS + J - 1) // J):
         j, row = part * J + x % J, x // J
         live = j < WORDS
@@ -73,23 +90,42 @@ def basis_to_shared(
         which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
         c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
         digit = room + (L.room.digits + 16 * row)
-        numbers = ()  # all of them before the first is waited for
         for i in tl.static_range(SLOTS // ROWS):
             at = warp.shared_word(digit + 16 * ROWS * i)
             if L.full:
-                numbers = numbers + (warp.signed_byte(basis + (at + c0)), warp.signed_byte(basis + (at + c1)))
+                out = out + (warp.signed_byte(basis + (at + c0)), warp.signed_byte(basis + (at + c1)))
             else:
                 n0, n1 = warp.signed_byte(basis + (at + tl.maximum(c0, 0))), warp.signed_byte(basis + (at + tl.maximum(c1, 0)))
-                numbers = numbers + (tl.where(c0 >= 0, n0, 0), tl.where(c1 >= 0, n1, 0))
+                out = out + (tl.where(c0 >= 0, n0, 0), tl.where(c1 >= 0, n1, 0))
+    return out
+
+
+@warp.function
+def basis_to_shared(room, x, numbers, COUNT: tl.constexpr, L: tl.constexpr):
+    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory; warps meet after it.
+
+    What is known of the digits is there.
+    """
+    T: tl.constexpr = 32 * L.warps
+    WORDS: tl.constexpr = 8 * COUNT  # of two channels
+    J: tl.constexpr = L.columns[COUNT]
+    ROWS: tl.constexpr = T // J
+    SLOTS: tl.constexpr = 8 * L.registers
+    ALL_BUT_FETCHED: tl.constexpr = L.all_but_fetched
+    for part in tl.static_range((WORDS + J - 1) // J):
+        j, row = part * J + x % J, x // J
+        live = j < WORDS
+        digit = room + (L.room.digits + 16 * row)
         middle0, middle1 = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
         for i in tl.static_range(SLOTS // ROWS):
             _, times, away, _ = warp.shared_words(digit + 16 * ROWS * i)
             a, away = times.to(tl.float32, bitcast=True), away.to(tl.float32, bitcast=True)
-            b0, b1 = numbers[2 * i].to(tl.float32) * a, numbers[2 * i + 1].to(tl.float32) * a
+            b0 = numbers[2 * (part * (SLOTS // ROWS) + i)].to(tl.float32) * a
+            b1 = numbers[2 * (part * (SLOTS // ROWS) + i) + 1].to(tl.float32) * a
             middle0 += b0.to(tl.float16).to(tl.float32) * away
             middle1 += b1.to(tl.float16).to(tl.float32) * away
             slot = i * ROWS + row
-            if PADDED > WORDS:
+            if WORDS % J > 0:
                 warp.to_shared(room + tl.where(live, slot * L.room.pitch + 4 * j, L.room.spare), warp.halves(b0, b1))
             else:
                 warp.to_shared(room + (slot * L.room.pitch + 4 * j), warp.halves(b0, b1))

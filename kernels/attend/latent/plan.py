@@ -29,6 +29,7 @@ from spectral_compile.kernels.digits import INTERPRETED
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
+LANES = 32  # of a warp
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 RESIDENT = 8  # warps of as many registers as one may have, on a multiprocessor
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
@@ -75,6 +76,7 @@ class LatentPlan(NamedTuple):
     medium: int
     slow: int
     full: bool  # each place of a pair has both of its channels
+    columns: tuple[int, ...]  # lanes that take a row of so many eights of the basis
     steps: Steps
     steps_held: bool  # whether they are in shared memory
     warps: int
@@ -98,10 +100,11 @@ class LatentPlan(NamedTuple):
         registers = sum(len(source.masks) for source in sources)
         fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
         stage = STRETCH * (layout.key.row_bytes + layout.value.row_bytes + 1)
-        # all of the basis if there is room, else what every stretch takes, and of the rest as much as there is room for
-        steps, least, left = Steps.of(fast, medium), max(1, fast + medium), left_registers(layout.value)
-        choices = product((4 * steps.all_words, 0), (stages, 2), range(fast + medium + slow, least - 1, -1))
+        steps, all_eights, left = Steps.of(fast, medium), fast + medium + slow, left_registers(layout.value)
+        choices = product((4 * steps.all_words, 0), (stages, 2), range(all_eights, max(1, fast + medium) - 1, -1))
         sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage, held, len(left)) for held, s, n in choices]
+        # a basis that is not there at once is made ready for every run; tables of stretches come from L2 where they must
+        sized.sort(key=lambda room: room.at_once < all_eights)
         room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
         return cls(
             quartets=-(-queries // QUERIES),
@@ -114,6 +117,7 @@ class LatentPlan(NamedTuple):
             fast=fast,
             medium=medium,
             slow=slow,
+            columns=tuple(min(LANES * warps, 1 << max(8 * count - 1, 0).bit_length()) for count in range(all_eights + 1)),
             full=all(first >= 0 and second >= 0 for first, second, _ in expansion.pairs),
             steps=steps,
             steps_held=room.queues > room.steps,
