@@ -20,7 +20,7 @@ from spectral_compile.errors import Mistake
 from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, tiles_of
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
-from spectral_compile.kernels.attend.exact import attend_exact
+from spectral_compile.kernels.attend.exact import attend_exact, exact_ahead
 from spectral_compile.kernels.attend.latent.kernel import attend_latent
 from spectral_compile.kernels.attend.latent.opt_in import opt_in
 from spectral_compile.kernels.attend.latent.plan import COLUMNS, ROOM, LatentPlan, LatentTables, plan_of
@@ -56,6 +56,9 @@ def attend_kernel(
     """
     split, tile, row_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = row_group // G.groups, row_group % G.groups
+    exact_split = split - exact_from
+    if not G.lossless and tile == 0 and exact_split >= 0:
+        exact_ahead(store, row_group, places, exact_split, exact_splits, G)
     ROWS: tl.constexpr = G.heads * G.query_heads
     M: tl.constexpr = F.queries
     PRECISION: tl.constexpr = A.precision
@@ -113,7 +116,6 @@ def attend_kernel(
                     coded_slots, segments, masks.sliding_window, G, R, A, F, True,
                 )  # fmt: skip
             leave(sums, highest, total, left, at + split, F)
-    exact_split = split - exact_from
     if exact_split >= 0 and exact_split < exact_splits:
         own_sums, own_highest, own_total = attend_exact(
             q_row, head, live, own, exact_split, exact_splits, b, g, n, before, coded, scale, chunk, store, row_positions,
@@ -184,9 +186,14 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
 
 
 def latent_of(past: Past, chunk: Chunk) -> LatentPlan | None:
-    """How the step scores keys in the latent, or None where it rebuilds them. ``Mistake`` where a plan asks and it cannot."""
+    """How the step scores keys in the latent, or None where it rebuilds them. ``Mistake`` where a plan asks and it cannot.
+
+    Where a store has a basis for every segment, what is prepared of each takes longer than it saves.
+    """
     asked = AttendPlan.asked()
-    latent = plan_of(past, chunk, asked.warps, asked.stages) if asked.latent else None
+    if asked.latent == 0 or (asked.latent is None and past.layout.segment):
+        return None
+    latent = plan_of(past, chunk, asked.warps, asked.stages)
     if asked.latent and latent is None and chunk.columns <= COLUMNS and not past.layout.lossless:
         raise Mistake(
             "--plan latent=1 has no form for this step: it takes float16 or bfloat16, room for coded tokens by 32, and a"

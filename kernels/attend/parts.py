@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral_compile.kernels.digits import INTERPRETED
+
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
@@ -34,6 +36,22 @@ class Left(NamedTuple):
     sums: torch.Tensor  # float32 [..., left]
     maxima: torch.Tensor  # float32 [...]
     totals: torch.Tensor  # float32 [...]
+
+
+@triton.jit
+def ahead(first, count, part, parts):
+    """Begin to bring ``count`` bytes from ``first`` on to the L2 cache, of which each of ``parts`` programs asks for its own.
+
+    A step's first loads come from memory, each after another that says where it is; what is asked for at once is there together.
+    """
+    if not INTERPRETED:
+        line = part * 128 + tl.arange(0, 128)
+        for begin in range(0, count, parts * (128 * 128)):
+            at = begin + line * 128
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+                "=r,l,r", [first.to(tl.int64) + at, (at < count).to(tl.int32)], tl.int32, False, 1,
+            )  # fmt: skip
 
 
 @triton.jit

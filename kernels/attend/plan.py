@@ -22,6 +22,7 @@ from spectral_compile.kernels.rotary import TILE
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _MULTIPROCESSORS = 132  # of an H100 or H200: what programs are planned for where there is no GPU
 _PASS = 2  # tiles of codes that take a program as long as a tile of what is exact, if it takes both
+_FEW = 4  # programs of a group, each of which takes many tokens of what is exact
 _CODERS = 3  # programs that share the coding of a tile
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 _MERGES = 16  # programs of one warp that a multiprocessor runs at once, at least
@@ -123,7 +124,7 @@ class AttendPlan:
     coders: int  # programs that share the coding of a tile
     stages: int = 3
     warps: int = 4
-    latent: int = 0  # 1 scores keys in the latent, where that form is there for the step
+    latent: int | None = None  # 1 scores keys in the latent, 0 rebuilds them, None does what is faster; see ``kernel.latent_of``
 
     @classmethod
     def of(
@@ -136,7 +137,8 @@ class AttendPlan:
         # of more than run at once the last ones would wait for the first to end
         most = max(1 if size.quick else 2, size.resident * multiprocessors(device) // others)
         # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
-        exact_tile = TILE if layout.lossless or tile > LEAST else TILE // 4
+        many = layout.lossless or tile > LEAST or (size.quick and most <= _FEW)
+        exact_tile = TILE if many else TILE // 4
         tiles, exact_tiles = triton.cdiv(coded, TILE), triton.cdiv(exact, exact_tile)
         if layout.lossless:
             splits, exact_splits = 0, min(triton.cdiv(exact + coded, 2 * TILE), most)
@@ -266,10 +268,13 @@ def override(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name not in known:
             raise Mistake(f"--plan knows no {name!r}: it has {', '.join(known)}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise Mistake(f"--plan {name} must be a positive integer, not {value!r}")
+        least = 0 if name == "latent" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise Mistake(f"--plan {name} must be an integer of at least {least}, not {value!r}")
         if name in ("tile", "exact_tile") and value not in (16, 32, 64):
             raise Mistake(f"--plan {name} must be 16, 32 or 64, not {value}")
+        if name == "latent" and value > 1:
+            raise Mistake(f"--plan latent must be 0 or 1, not {value}")
         if name == "warps" and value not in (1, 2, 4, 8, 16):
             raise Mistake(f"--plan warps must be 1, 2, 4, 8 or 16, not {value}")
     _overrides.clear()

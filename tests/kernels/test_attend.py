@@ -252,7 +252,8 @@ def test_any_plan_gives_the_same(preset: str, values: dict[str, Any], monkeypatc
     ("values", "said"),
     [
         ({"split": 3}, "--plan knows no 'split': it has tile, splits"),
-        ({"splits": 0}, "--plan splits must be a positive integer, not 0"),
+        ({"splits": 0}, "--plan splits must be an integer of at least 1, not 0"),
+        ({"latent": 2}, "--plan latent must be 0 or 1, not 2"),
         ({"tile": 24}, "--plan tile must be 16, 32 or 64, not 24"),
         ({"warps": 3}, "--plan warps must be 1, 2, 4, 8 or 16, not 3"),
     ],

@@ -60,6 +60,7 @@ def errors(
 
 def assert_near(store: PlainStore, step: Step, scale: float, dtype: torch.dtype, planned: dict[str, int], **how: Any) -> None:
     chunk = Chunk(step.query.to(dtype), step.key, step.value)
+    planned["latent"] = 0
     assert kernel.latent_of(store.past, chunk) is None
     planned["latent"] = 1
     assert kernel.latent_of(store.past, chunk) is not None, "else both sides are the same form"
@@ -100,6 +101,24 @@ WIDE = [("seed", 192, 128), ("balanced", 256, 128), ("compact", 512, 64), ("bala
 def test_wide_heads(preset: str, dim: int, turned: int, dtype: torch.dtype, planned: dict[str, int]) -> None:
     store, step = filled(preset, dim, past=151, new=1, turned=turned, head_group=1)
     assert_near(store, step, dim**-0.5, dtype, planned)
+
+
+@in_half
+def test_what_triton_has_in_shared_memory_begins_where_hopper_wants_it(dtype: torch.dtype, planned: dict[str, int]) -> None:
+    """Products of 64 exact tokens were wrong on a GPU: they began 464 bytes off, behind a room of 41200."""
+    store, step = filled("balanced", 128, past=151, new=1, head_group=1)
+    assert latent.plan_of(store.past, Chunk(step.query.to(dtype), step.key, step.value), 4, 3).room.bytes % latent.ALIGNED == 0
+    planned["exact_tile"] = 64
+    assert_near(store, step, 0.1, dtype, planned)
+
+
+@pytest.mark.parametrize(("preset", "takes"), [("balanced", True), ("seed", False)])
+def test_it_is_taken_unasked_where_it_is_faster(preset: str, takes: bool, planned: dict[str, int]) -> None:
+    store, step = filled(preset, 64, past=151, new=1)
+    chunk = Chunk(step.query.half(), step.key, step.value)
+    assert (kernel.latent_of(store.past, chunk) is not None) == takes
+    planned["latent"] = 0
+    assert kernel.latent_of(store.past, chunk) is None
 
 
 @in_half

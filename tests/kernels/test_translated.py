@@ -126,7 +126,7 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     query, key = torch.zeros(1, 8, count, dim, dtype=dtype), torch.zeros(1, 2, count, dim, dtype=dtype)
     ledger, positions = torch.tensor([[190, 160, 190 + count, 160, 0, 0]]), torch.zeros(1, 512, dtype=torch.int32)
     mask = columns = visible = None
-    override({"latent": 1} if hidden == "in the latent" else {})
+    override({"latent": int(hidden == "in the latent")})
     if hidden == "hidden tokens":
         visible = torch.ones(1, 512, dtype=torch.uint8)
         flags = torch.zeros(1, dtype=torch.int32)

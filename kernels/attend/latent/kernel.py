@@ -36,7 +36,7 @@ from spectral_compile.kernels.attend.latent.operands import (
     steps_of,
     terms_of,
 )
-from spectral_compile.kernels.attend.parts import capped, own_tokens
+from spectral_compile.kernels.attend.parts import ahead, capped, own_tokens
 
 # powers of two that scores may be above, or below, their reference: a million tokens' weights are finite, of any size
 _FAR: tl.constexpr = tl.constexpr(40.0)
@@ -212,6 +212,10 @@ def attend_latent(
     h, e = r // 2, r % 2
     room = warp.room(tables.scratch, x, RESERVE, BYTES)
     # what depends on nothing is on its way before the ledger is waited for
+    first_position = tl.load(row_positions - G.first_exact) + G.first_exact
+    if not F.in_segments:
+        ahead(store.k_basis + row_group * (G.width * G.k.rank), G.width * G.k.rank, 0, 1)
+        ahead(store.k_affine + row_group * (2 * G.k.rank + G.width), 4 * (2 * G.k.rank + G.width), 0, 1)
     steps = steps_of(tables, room, x, L)
     rows_to_shared(room, x, tables, G, L)
     queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
@@ -264,9 +268,10 @@ def attend_latent(
                 affine = store.k_affine + where * (2 * G.k.rank + G.width)
                 basis = store.k_basis + where * (G.width * G.k.rank) + head * G.dim
                 ready = low < low
-            position = tl.load(row_positions + low)
+            position = (first_position + low).to(tl.int32)
             if R.pairs > 0:  # noqa: SIM102  # the one is known at compile time
                 if gaps > 0:
+                    position = tl.load(row_positions + low)
                     end = _while_they_run_on(row_positions, position, low, end, x, L)
             # what follows a gap, or a segment, may begin at any token, a copy at each 32nd one
             start = low // _STRETCH * _STRETCH
@@ -279,7 +284,7 @@ def attend_latent(
             for i in tl.static_range(STAGES - 1):
                 _fetch(queue + i * L.stage, lane, fetched, last_slots, keys, values, norms, L, G)
                 fetched += _STRETCH
-            position += token - low  # where positions run on, also before ``low``
+            position += (token - low).to(tl.int32)  # where positions run on, also before ``low``
             numbers = numbers_of_queries(lane, pointers, lives, affine + 2 * G.k.rank + head * G.dim, tables, L)
             if not ready:
                 if F.in_segments:

@@ -87,8 +87,12 @@ def numbers_of_basis(room, x, basis, tables, FIRST: tl.constexpr, COUNT: tl.cons
         j, row = part * J + x % J, x // J
         live = j < WORDS
         pair = 8 * FIRST + j // 8 * 8 + 2 * (j % 4)
-        which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
-        c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
+        if L.between > 0:
+            c0 = tl.where(live, L.between * pair + L.apart * ((j // 4) % 2), 0)
+            c1 = tl.where(live, c0 + L.between, 0)
+        else:
+            which = tables.of_pairs.channels + (j // 4) % 2 * PAIRS + pair
+            c0, c1 = warp.word_of(which, live), warp.word_of(which + 1, live)
         digit = room + (L.room.digits + 16 * row)
         for i in tl.static_range(SLOTS // ROWS):
             at = warp.shared_word(digit + 16 * ROWS * i)
@@ -164,8 +168,12 @@ def numbers_of_queries(lane, at, live, weights, tables, L: tl.constexpr):
     for i in tl.static_range((PAIRS + 31) // 32):
         pair = 32 * i + lane
         there = pair < PAIRS
-        c0 = warp.word_of(tables.of_pairs.channels + pair, there)
-        c1 = warp.word_of(tables.of_pairs.channels + PAIRS + pair, there)
+        if L.between > 0:
+            c0 = L.between * pair
+            c1 = c0 + L.apart
+        else:
+            c0 = warp.word_of(tables.of_pairs.channels + pair, there)
+            c1 = warp.word_of(tables.of_pairs.channels + PAIRS + pair, there)
         held0, held1 = there & (c0 >= 0), there & (c1 >= 0)
         out = out + (c0, c1, warp.word_of(tables.of_pairs.turns + pair, there))
         out = out + (tl.where(held0, warp.float_of(weights + c0, held0), 1.0),)

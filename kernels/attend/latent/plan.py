@@ -30,6 +30,7 @@ from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
 LANES = 32  # of a warp
+ALIGNED = 1024  # bytes, of operands in shared memory that lie as wgmma reads them (PTX ISA, "Shared Memory Matrix Layout")
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 RESIDENT = 8  # warps of as many registers as one may have, on a multiprocessor
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
@@ -59,7 +60,15 @@ class Room(NamedTuple):
         digits = queries + max(warps * QUERIES * 4 * pairs, 160 * left)  # and what a segment's values came to
         steps = digits + 16 * 8 * registers
         queues = steps + step_bytes
-        return cls(at_once, pitch, spare, queries, digits, steps, queues, queue, stages, queues + warps * queue)
+        return cls(at_once, pitch, spare, queries, digits, steps, queues, queue, stages, _whole(queues + warps * queue))
+
+
+def _whole(count: int) -> int:
+    """``count`` bytes rounded up, so that what Triton has beside them begins where Hopper's products of four warps want it.
+
+    They find operands by bits of the address: where these began elsewhere, of 64 exact tokens every sum was wrong.
+    """
+    return -(-count // ALIGNED) * ALIGNED
 
 
 class LatentPlan(NamedTuple):
@@ -76,6 +85,8 @@ class LatentPlan(NamedTuple):
     medium: int
     slow: int
     full: bool  # each place of a pair has both of its channels
+    between: int  # channels from one pair to the next, where all pairs are as the head has them; else 0, and a table says
+    apart: int  # and between the two of a pair
     columns: tuple[int, ...]  # lanes that take a row of so many eights of the basis
     steps: Steps
     steps_held: bool  # whether they are in shared memory
@@ -105,6 +116,7 @@ class LatentPlan(NamedTuple):
         sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage, held, len(left)) for held, s, n in choices]
         # a basis that is not there at once is made ready for every run; tables of stretches come from L2 where they must
         sized.sort(key=lambda room: room.at_once < all_eights)
+        between, apart = _spaced(expansion)
         room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
         return cls(
             quartets=-(-queries // QUERIES),
@@ -118,6 +130,8 @@ class LatentPlan(NamedTuple):
             medium=medium,
             slow=slow,
             columns=tuple(min(LANES * warps, 1 << max(8 * count - 1, 0).bit_length()) for count in range(all_eights + 1)),
+            between=between,
+            apart=apart,
             full=all(first >= 0 and second >= 0 for first, second, _ in expansion.pairs),
             steps=steps,
             steps_held=room.queues > room.steps,
@@ -128,6 +142,15 @@ class LatentPlan(NamedTuple):
             all_but=warp.all_but(room.stages - 2),
             all_but_fetched=warp.all_but(room.stages - 1),
         )
+
+
+def _spaced(expansion: Expansion) -> tuple[int, int]:
+    """``LatentPlan.between`` and ``apart``."""
+    (first, second, _), count = expansion.pairs[0], len(expansion.pairs)
+    between = 2 if second == first + 1 else 1
+    apart = second - first
+    spaced = all(pair[:2] == (between * i, between * i + apart) for i, pair in enumerate(expansion.pairs))
+    return (between, apart) if spaced and count > 1 else (0, 0)
 
 
 class LatentTables(NamedTuple):
