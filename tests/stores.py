@@ -208,6 +208,8 @@ def filled(
     turned: int | None = None,
     key_size: float = 1.0,
     block: int = 32,
+    recent: int = 20,
+    interleaved: bool = False,
 ) -> tuple[PlainStore, Step]:
     """A store with ``past`` tokens, and a step of ``new`` ones that has been entered in its ledger.
 
@@ -215,11 +217,11 @@ def filled(
     """
     generator = torch.Generator().manual_seed(dim + past)
     pairs = (dim if turned is None else turned) // 2
-    rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs))) if pairs else None
+    rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs)), interleaved) if pairs else None
     chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
     layout = chosen.layout(2, dim, rotary)
     segment = 2 * block * (layout.segment > 0)
-    layout = replace(layout, recent=20, block=block, warmup=64, segment=segment, recent_bits=recent_bits)
+    layout = replace(layout, recent=recent, block=block, warmup=64, segment=segment, recent_bits=recent_bits)
 
     def some(count: int) -> Step:
         def randn(heads: int) -> Tensor:

@@ -115,7 +115,10 @@ def attend_exact(
     codes_first = coded if G.lossless else 0
     in_first = tl.minimum(before, G.first_exact)
     ring_first = codes_first + in_first
-    new_first = ring_first + tl.maximum(before - G.first_exact - coded, 0)
+    recent = tl.maximum(before - G.first_exact - coded, 0)
+    if F.recent_apart:
+        recent = recent * 0
+    new_first = ring_first + recent
     count = new_first + n
     share = tl.cdiv(tl.cdiv(count, N), exact_splits) * N
     low = exact_split * share

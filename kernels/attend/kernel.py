@@ -21,9 +21,11 @@ from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, 
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
 from spectral_compile.kernels.attend.exact import attend_exact, exact_ahead
+from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.kernel import attend_latent
 from spectral_compile.kernels.attend.latent.opt_in import opt_in
 from spectral_compile.kernels.attend.latent.plan import COLUMNS, ROOM, LatentPlan, LatentTables, plan_of
+from spectral_compile.kernels.attend.latent.recent import attend_recent
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, own_tokens, queries_of
 from spectral_compile.kernels.attend.plan import (
@@ -43,10 +45,10 @@ from spectral_compile.kernels.rotary import TILE, tables
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits", "exact_from", "places", "slots", "coders"])
+@triton.jit(do_not_specialize=["splits", "exact_splits", "exact_parts", "exact_from", "places", "slots", "coders"])
 def attend_kernel(
-    chunk, store, ledger, positions, masks, angles, entering, code_tiles, coders, left, splits, exact_splits, exact_from, n,
-    first_tile, coded_slots, places, segments, slots, scale, tables,
+    chunk, store, ledger, positions, masks, angles, entering, code_tiles, coders, left, splits, exact_splits, exact_parts,
+    exact_from, n, first_tile, coded_slots, places, segments, slots, scale, tables,
     G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one group of KV heads, for M (query, head) pairs.
@@ -59,6 +61,11 @@ def attend_kernel(
     exact_split = split - exact_from
     if not G.lossless and tile == 0 and exact_split >= 0:
         exact_ahead(store, row_group, places, exact_split, exact_splits, G)
+    if L is not None:
+        T: tl.constexpr = 32 * L.warps
+        RESERVE: tl.constexpr = L.reserve
+        BYTES: tl.constexpr = L.room.bytes
+        room = warp.room(tables.scratch, tl.arange(0, T), RESERVE, BYTES)
     ROWS: tl.constexpr = G.heads * G.query_heads
     M: tl.constexpr = F.queries
     PRECISION: tl.constexpr = A.precision
@@ -80,7 +87,7 @@ def attend_kernel(
     q_row += qi * chunk.query_strides.column
     scale = scale * LOG2E
     row_positions = positions + b * slots
-    at = ((row_group.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_splits)
+    at = ((row_group.to(tl.int64) * tl.num_programs(1) + tile) * M + tl.arange(0, M)) * (splits + exact_parts)
     if not G.lossless and split < splits * QUARTETS:
         gaps = tl.load(ledger + b * LEDGER_COLUMNS + 5)
         low = 0
@@ -94,8 +101,8 @@ def attend_kernel(
         if L is not None:
             if tile == 0:
                 attend_latent(
-                    chunk, store, before, after, masks, tables, left, row_group, split % QUARTETS, low, high, n, row_slots,
-                    gaps, coded_slots, slots, segments, splits + exact_splits, split // QUARTETS, scale, G, R, F, L,
+                    chunk, store, before, after, masks, tables, room, left, row_group, split % QUARTETS, low, high, n, row_slots,
+                    gaps, coded_slots, slots, segments, splits + exact_parts, split // QUARTETS, scale, G, R, F, L,
                 )  # fmt: skip
         else:
             # all that depends on nothing is on its way before anything is waited for
@@ -117,11 +124,22 @@ def attend_kernel(
                 )  # fmt: skip
             leave(sums, highest, total, left, at + split, F)
     if exact_split >= 0 and exact_split < exact_splits:
-        own_sums, own_highest, own_total = attend_exact(
-            q_row, head, live, own, exact_split, exact_splits, b, g, n, before, coded, scale, chunk, store, row_positions,
-            mask_row, visible_row, angles.turns, coded_slots, places, masks.sliding_window, G, R, A, F,
-        )  # fmt: skip
-        leave(own_sums, own_highest, own_total, left, at + splits + exact_split, F)
+        if F.recent_apart:  # the last part is what is exact beside them, and a program that is alone takes both
+            if tile == 0 and exact_split < exact_parts - 1:
+                attend_recent(
+                    chunk, store, before, coded, after, masks, angles.turns, room, left, row_group, n, row_positions,
+                    places, slots, exact_split, exact_parts - 1, splits + exact_split, splits + exact_parts, scale, G, R, F, L,
+                )  # fmt: skip
+            part, parts, takes = 0, 1, exact_split == exact_splits - 1
+        else:
+            part, parts, takes = exact_split, exact_splits, exact_split >= 0
+        if takes:
+            own_sums, own_highest, own_total = attend_exact(
+                q_row, head, live, own, part, parts, b, g, n, before, coded, scale, chunk, store, row_positions,
+                mask_row, visible_row, angles.turns, coded_slots, places, masks.sliding_window, G, R, A, F,
+            )  # fmt: skip
+            at += splits + exact_parts - 1 if F.recent_apart else splits + exact_split
+            leave(own_sums, own_highest, own_total, left, at, F)
         if F.enters and tile == 0:
             for job in range(exact_split, 2 * code_tiles * coders, exact_splits):
                 append_tile, side = job // (2 * coders), job // coders % 2
@@ -143,7 +161,9 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     coded_slots, places = buffers.k_codes.shape[2], layout.first_exact + buffers.recent_slots(layout)
     device = chunk.query.device
     latent = latent_of(past, chunk)
-    size = ProgramSize(latent.resident, geometry.heads * latent.quartets, quick=True) if latent else USUAL
+    size = USUAL
+    if latent:
+        size = ProgramSize(latent.resident, geometry.heads * latent.quartets, True, latent.recent is not None)
     plan = AttendPlan.of(layout, batch, rows, coded_slots, places + count, device, size)
     form = form_of(past, scoring, count, geometry, plan, latent)
     merge, merge_warps = MergePlan.of(plan, form, geometry.DIM, pairs * rows, device)
@@ -169,16 +189,16 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         held = min(most, tiles - first)
         now = enters and first + held == tiles
         here, writes = form._replace(enters=now), entering if now else None
-        sums = out.new_empty(pairs, held * tile, plan.splits + plan.exact_splits, form.left, dtype=torch.float32)
+        sums = out.new_empty(pairs, held * tile, plan.splits + plan.exact_parts, form.left, dtype=torch.float32)
         left = Left(sums, *sums.new_empty(2, *sums.shape[:-1]))
         attend_kernel[(plan.programs, held, pairs)](
             given, store, ledger, positions, masks, angles, writes, code_tiles, plan.coders, left, plan.splits,
-            plan.exact_splits, plan.exact_from, count, first, coded_slots, places, segments, positions.shape[1], scoring.scale,
-            latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=warps,
+            plan.exact_splits, plan.exact_parts, plan.exact_from, count, first, coded_slots, places, segments,
+            positions.shape[1], scoring.scale, latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=warps,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](
-            left, out, plan.splits, plan.exact_splits, count, first * tile, held * tile, merged, writes, code_tiles,
+            left, out, plan.splits, plan.exact_parts, count, first * tile, held * tile, merged, writes, code_tiles,
             buffers.v_basis, buffers.v_affine, scoring.sink_score,
             G=geometry, A=arithmetic, F=here, P=merge, num_warps=merge_warps,
         )  # fmt: skip
@@ -220,6 +240,7 @@ def form_of(past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: 
         exact_tokens=plan.exact_tile,
         stages=plan.stages,
         latent_out=latent_out,
+        recent_apart=latent is not None and latent.recent is not None,
         left=left,
         places=places,
     )

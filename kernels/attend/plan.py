@@ -22,7 +22,6 @@ from spectral_compile.kernels.rotary import TILE
 _PAIRS = 32  # RoPE pairs of keys that are in registers at a time
 _MULTIPROCESSORS = 132  # of an H100 or H200: what programs are planned for where there is no GPU
 _PASS = 2  # tiles of codes that take a program as long as a tile of what is exact, if it takes both
-_FEW = 4  # programs of a group, each of which takes many tokens of what is exact
 _CODERS = 3  # programs that share the coding of a tile
 _SCRATCH = 1 << 24  # numbers that the splits of one launch may leave for the merge
 _MERGES = 16  # programs of one warp that a multiprocessor runs at once, at least
@@ -103,6 +102,7 @@ class ProgramSize(NamedTuple):
     resident: int = 2  # that a multiprocessor runs at once
     each: int = 1  # programs that one split of them takes
     quick: bool = False  # they take a tile of codes in a third of the time of a tile of what is exact
+    apart: bool = False  # and recent tokens as quickly
 
 
 USUAL = ProgramSize()
@@ -124,6 +124,7 @@ class AttendPlan:
     coders: int  # programs that share the coding of a tile
     stages: int = 3
     warps: int = 4
+    apart: int = 0  # 1 leaves recent tokens in parts of their own, and the last part to first tokens and the chunk
     latent: int | None = None  # 1 scores keys in the latent, 0 rebuilds them, None does what is faster; see ``kernel.latent_of``
 
     @classmethod
@@ -137,8 +138,7 @@ class AttendPlan:
         # of more than run at once the last ones would wait for the first to end
         most = max(1 if size.quick else 2, size.resident * multiprocessors(device) // others)
         # of few queries what takes time is to fetch instructions, of which a small tile needs fewer
-        many = layout.lossless or tile > LEAST or (size.quick and most <= _FEW)
-        exact_tile = TILE if many else TILE // 4
+        exact_tile = TILE if layout.lossless or (tile > LEAST and not size.apart) else TILE // 4
         tiles, exact_tiles = triton.cdiv(coded, TILE), triton.cdiv(exact, exact_tile)
         if layout.lossless:
             splits, exact_splits = 0, min(triton.cdiv(exact + coded, 2 * TILE), most)
@@ -147,7 +147,11 @@ class AttendPlan:
             # a program that takes what is exact has the time of several tiles of codes if others have many
             share = min(2 * TILE, coded // (8 * most)) // exact_tile
             pass_cost = _PASS * triton.cdiv(exact_tiles, most)
-            if size.quick:
+            if size.apart:
+                exact_tiles = 1 + triton.cdiv(exact, TILE)  # the first is what is not recent
+                share = min(1 + tiles // (3 * most), exact_tiles - 1)
+                pass_cost = 2 * (1 + triton.cdiv(exact_tiles, most))
+            elif size.quick:
                 # the first tiles of what is exact while others make their basis ready, the next ones in the time of three
                 share = min(3 + tiles // (3 * most), triton.cdiv(exact_tiles, 2))
                 pass_cost = 3 * (1 + triton.cdiv(exact_tiles, most))
@@ -160,7 +164,8 @@ class AttendPlan:
                 exact_splits = min(exact_tiles, shared)
         # alone, a program takes longer to code a tile than to attend
         coders = 1 if layout.lossless else max(1, min(_CODERS, exact_splits // (2 * tiles_of(layout.block))))
-        return cls(tile, splits, exact_splits, programs, exact_tile, coders)._overridden(layout.lossless)
+        made = cls(tile, splits, exact_splits, programs, exact_tile, coders, apart=int(size.apart))
+        return made._overridden(layout.lossless)
 
     @classmethod
     def asked(cls) -> AttendPlan:
@@ -181,6 +186,11 @@ class AttendPlan:
         return plan
 
     @property
+    def exact_parts(self) -> int:
+        """What the programs that take what is exact leave for the merge; where recent tokens are apart, one may leave two."""
+        return max(2, self.exact_splits) if self.apart else self.exact_splits
+
+    @property
     def exact_from(self) -> int:
         """The first program that takes what is exact."""
         return self.programs - self.exact_splits
@@ -199,6 +209,7 @@ class Form(NamedTuple):
     exact_tokens: int  # of a tile of what is exact
     stages: int
     latent_out: bool  # splits leave values in the latent, and the merge multiplies them with the one basis
+    recent_apart: bool  # programs take recent tokens apart from all else that is exact
     left: int  # numbers that a split leaves for each (query, head) pair
     places: tuple[int, ...]  # where among these each row field begins
 
@@ -226,8 +237,8 @@ class MergePlan(NamedTuple):
         made = cls(
             channels=channels,
             SPLITS=splits,
-            EXACT=triton.next_power_of_2(max(1, plan.exact_splits)),
-            ALL=triton.next_power_of_2(plan.splits + plan.exact_splits),
+            EXACT=triton.next_power_of_2(max(1, plan.exact_parts)),
+            ALL=triton.next_power_of_2(plan.splits + plan.exact_parts),
             AT_ONCE=min(splits, warps * _MERGED // widest),
         )
         return made, warps
@@ -242,7 +253,7 @@ def places_left(layout: Layout, padded_dim: int, latent_out: bool) -> tuple[int,
 
 def tiles_at_once(plan: AttendPlan, form: Form, pairs: int) -> int:
     """Tiles of queries that one launch takes, of ``pairs`` (row, group) pairs."""
-    return max(1, _SCRATCH // (pairs * plan.tile * (plan.splits + plan.exact_splits) * form.left))
+    return max(1, _SCRATCH // (pairs * plan.tile * (plan.splits + plan.exact_parts) * form.left))
 
 
 def keys_in(dtype: torch.dtype) -> torch.dtype:
@@ -264,7 +275,7 @@ def override(values: Mapping[str, Any]) -> None:
 
     ``Mistake`` for a field that it has not, and for a value that it cannot have.
     """
-    known = [field.name for field in fields(AttendPlan)]
+    known = [field.name for field in fields(AttendPlan) if field.name != "apart"]
     for name, value in values.items():
         if name not in known:
             raise Mistake(f"--plan knows no {name!r}: it has {', '.join(known)}")

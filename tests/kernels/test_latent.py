@@ -80,6 +80,7 @@ STORES = {
     "bytes beside": ("balanced", 80, 2, {"recent_bits": 8}),
     "a basis that has no room at once": ("balanced", 256, 1, {"turned": 64, "head_group": 1}),
     "rows": ("compact", 64, 1, {"batch": 2, "turned": 24, "head_group": 2}),
+    "interleaved": ("compact", 64, 1, {"head_group": 1, "interleaved": True}),
     "many queries of a head": ("compact", 96, 4, {"head_group": 1}),
 }
 
@@ -268,14 +269,16 @@ def test_other_steps_are_left_alone(preset: str, columns: int, dtype: torch.dtyp
 @settings(max_examples=examples(50, full=500), deadline=None)
 @given(
     st.sampled_from([1, 2, 8, 32, 300]), st.sampled_from([4, 8, 16]), st.integers(0, 300_000), st.integers(1, 1000),
-    st.integers(1, 6), st.integers(1, 8),
+    st.integers(1, 6), st.integers(1, 8), st.booleans(),
 )  # fmt: skip
-def test_every_token_has_a_program(batch: int, rows: int, coded: int, exact: int, each: int, resident: int) -> None:
+def test_every_token_has_a_program(
+    batch: int, rows: int, coded: int, exact: int, each: int, resident: int, apart: bool
+) -> None:
     layout = PRESETS["balanced"].layout(8, 128)
-    size = ProgramSize(resident, each, quick=True)
+    size = ProgramSize(resident, each, quick=True, apart=apart)
     made = AttendPlan.of(layout, batch, rows, coded, exact, torch.device("cpu"), size)
     assert (made.splits > 0) == (coded > 0)
-    assert made.exact_splits > 0
+    assert made.exact_splits > 0 and made.exact_parts >= 1 + apart
     assert made.programs >= max(made.splits, made.exact_splits)
     running = batch * layout.groups * (made.programs + made.splits * (each - 1))
     enough = resident * multiprocessors(torch.device("cpu"))

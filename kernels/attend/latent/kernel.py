@@ -17,6 +17,7 @@ import triton.language as tl
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.expansion import RUN, STRETCH
 from spectral_compile.kernels.attend.latent.left import for_lanes, leave_digits, leave_values, over_lanes, values_of
+from spectral_compile.kernels.attend.latent.mix import FAR, UP, mixed, parts_of, repeated, seen_of
 from spectral_compile.kernels.attend.latent.operands import (
     absorbed_over_run,
     absorbed_over_stretch,
@@ -38,9 +39,6 @@ from spectral_compile.kernels.attend.latent.operands import (
 )
 from spectral_compile.kernels.attend.parts import ahead, capped, own_tokens
 
-# powers of two that scores may be above, or below, their reference: a million tokens' weights are finite, of any size
-_FAR: tl.constexpr = tl.constexpr(40.0)
-_UP: tl.constexpr = tl.constexpr(64.0)  # powers of two by which weights are larger than they count: digits are subnormal
 _STRETCH: tl.constexpr = tl.constexpr(STRETCH)
 _RUN: tl.constexpr = tl.constexpr(RUN)
 
@@ -120,44 +118,6 @@ def _absorbed(medium, over_run, room, lane, steps, shift_at, medium_at, L: tl.co
 
 
 @warp.function
-def _mixed(stage, r, c, SIXTEEN: tl.constexpr, weights, sums, L: tl.constexpr, G: tl.constexpr):
-    """``sums`` plus digits of the values of sixteen tokens times their weights."""
-    VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
-    KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
-    N: tl.constexpr = L.value_registers
-    first = stage + (_STRETCH * KEY_BYTES + 16 * SIXTEEN * VALUE_BYTES) + 2 * c * VALUE_BYTES
-    lower, upper = (), ()
-    for i in tl.static_range(len(L.groups)):
-        at = first + (L.groups[i].byte + 2 * (r % L.groups[i].held))
-        x = warp.shared_halfwords(at, at + VALUE_BYTES)
-        y = warp.shared_halfwords(at + 8 * VALUE_BYTES, at + 9 * VALUE_BYTES)
-        if L.groups[i].held < 8:
-            own = (4 if L.groups[i].bits > 2 else 2) * (r // L.groups[i].held)
-            x, y = x >> own, y >> own
-        for k in tl.static_range(len(L.groups[i].registers)):
-            lower = lower + ((x >> L.groups[i].registers[k].shift) & L.groups[i].registers[k].mask,)
-            upper = upper + ((y >> L.groups[i].registers[k].shift) & L.groups[i].registers[k].mask,)
-    out = ()
-    for m in tl.static_range((N + 1) // 2):
-        d = (sums[4 * m], sums[4 * m + 1], sums[4 * m + 2], sums[4 * m + 3])
-        if 2 * m + 1 < N:
-            a1, a3 = lower[2 * m + 1], upper[2 * m + 1]
-        else:
-            a1, a3 = r * 0, r * 0
-        out = out + warp.product(d, lower[2 * m], a1, upper[2 * m], a3, weights[0], weights[1], True)
-    return out
-
-
-@warp.function
-def _times(x, COUNT: tl.constexpr):
-    """The same number so many times."""
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (x,)
-    return out
-
-
-@warp.function
 def _fetch(queue, lane, token, most, keys, values, norms, L: tl.constexpr, G: tl.constexpr):
     """Begin to copy the codes of 32 tokens to shared memory: those from ``token`` on, or from ``most`` if that is less.
 
@@ -180,7 +140,7 @@ def _fetch(queue, lane, token, most, keys, values, norms, L: tl.constexpr, G: tl
 
 @warp.function
 def attend_latent(
-    chunk, store, before, after, masks, tables, left, row_group, quartet, low, high, n, row_positions, gaps, coded_slots,
+    chunk, store, before, after, masks, tables, room, left, row_group, quartet, low, high, n, row_positions, gaps, coded_slots,
     slots, segments, splits, split, scale,
     G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
@@ -201,8 +161,6 @@ def attend_latent(
     AT_ONCE: tl.constexpr = L.room.at_once
     WHOLE: tl.constexpr = L.room.at_once == L.fast + L.medium + L.slow
     QUARTETS: tl.constexpr = L.quartets
-    RESERVE: tl.constexpr = L.reserve
-    BYTES: tl.constexpr = L.room.bytes
     ALL_BUT: tl.constexpr = L.all_but
     b, g = row_group // G.groups, row_group % G.groups
     head, quartet = quartet // QUARTETS, quartet % QUARTETS
@@ -210,7 +168,6 @@ def attend_latent(
     lane, own_warp = x % 32, x // 32
     r, c = lane // 4, lane % 4
     h, e = r // 2, r % 2
-    room = warp.room(tables.scratch, x, RESERVE, BYTES)
     # what depends on nothing is on its way before the ledger is waited for
     first_position = tl.load(row_positions - G.first_exact) + G.first_exact
     if not F.in_segments:
@@ -235,19 +192,20 @@ def attend_latent(
         pointers = pointers + (q + u // G.query_heads * chunk.query_strides.column,)
         lives = lives + (u + x * 0 < n * G.query_heads,)
     column = tl.minimum((quartet * 4 + c) // G.query_heads, n - 1)
+    own = column * 0
     if F.slides:
         own = own_tokens(chunk, b, n, before, after, column, column >= 0, F)
     reference, top = tl.zeros([4], tl.float32), tl.full([4], float("-inf"), tl.float32)
     begin = low
     total, mass = zero, zero
-    sums = _times(zero, 4 * TILES)
+    sums = repeated(zero, 4 * TILES)
     if not F.in_segments:
         affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
         basis = store.k_basis + row_group * (G.width * G.k.rank) + head * G.dim
     # what the first run has copied ahead is on its way while the basis is made ready
     ready, gain = low < low, zero
     if not F.latent_out:
-        out = _times(zero, 4 * ((G.dim + T - 1) // T))
+        out = repeated(zero, 4 * ((G.dim + T - 1) // T))
     again = low < high
     while again:
         low, segment = begin, 0
@@ -255,10 +213,10 @@ def attend_latent(
             for one in range(1, segments):
                 segment += (tl.load(store.starts + b * segments + one) <= low).to(tl.int32)
         if not F.latent_out:
-            out = _times(zero, 4 * ((G.dim + T - 1) // T))
+            out = repeated(zero, 4 * ((G.dim + T - 1) // T))
         highest, total, mass = zero + float("-inf"), zero, zero
-        sums = _times(zero, 4 * TILES)
-        up = for_lanes(0 - reference + _UP, WARPS)
+        sums = repeated(zero, 4 * TILES)
+        up = for_lanes(0 - reference + UP, WARPS)
         while low < high:
             end = tl.minimum(high, low // _STRETCH * _STRETCH + WARPS * _RUN)
             if F.in_segments:
@@ -300,7 +258,7 @@ def attend_latent(
                 ready = low <= low
             queries_to_shared(queries_room, room, lane, numbers, scale, position, R, L)
             warp.lanes_meet(x)
-            over_run = _times(zero, 4 * REGISTERS)
+            over_run = repeated(zero, 4 * REGISTERS)
             if WHOLE:
                 over_run = absorbed_over_run(
                     over_run, room, queries_room, lane, h, e, c, tables, L.fast + L.medium, L.slow, L.fast + L.medium, L
@@ -361,14 +319,7 @@ def attend_latent(
                         else:
                             score = score * gain + up
                         seen = (unseen_from > 16 * sixteen + 8 * octet) & (seen_from <= 16 * sixteen + 8 * octet)
-                        if F.slides:
-                            seen = seen & (G.first_exact + slot > own - masks.sliding_window)
-                        if masks.visible is not None:
-                            shown = masks.visible + b * slots + G.first_exact
-                            seen = seen & (tl.load(shown + tl.minimum(slot, end - 1)) != 0)
-                        if masks.mask is not None:
-                            asked = masks.mask + (b * n + column) * masks.mask_slots + G.first_exact
-                            seen = seen & (tl.load(asked + slot, mask=seen, other=0) != 0)
+                        seen = seen_of(seen, slot, end, own, column, b, n, slots, masks, G, F)
                         score = tl.where(seen, score, float("-inf"))
                         highest = tl.maximum(highest, score)
                         weight = warp.power_of_two(score)
@@ -378,9 +329,9 @@ def attend_latent(
                             code = warp.shared_byte(size_at)
                             weight = warp.power_of_two(score + warp.exponent(code))
                         mass += weight
-                        upper = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-                        weights = weights + (warp.transposed(warp.bfloats(upper, weight - upper)),)
-                    sums = _mixed(stage, r, c, sixteen, weights, sums, L, G)
+                        weights = weights + (parts_of(weight),)
+                    values_at = stage + (_STRETCH * KEY_BYTES + 16 * sixteen * VALUE_BYTES) + 2 * c * VALUE_BYTES
+                    sums = mixed(values_at, r, VALUE_BYTES, weights, sums, False, L)
                 token += _STRETCH
                 unseen_from -= _STRETCH
                 seen_from -= _STRETCH
@@ -389,12 +340,12 @@ def attend_latent(
                 of_lanes = for_lanes(over_lanes(mass, WARPS), WARPS)
                 out = values_of(sums, of_lanes, out, store, where, head, tables, queue, room, x, G, L)
                 mass = zero
-                sums = _times(zero, 4 * TILES)
+                sums = repeated(zero, 4 * TILES)
             low = end
             if F.in_segments and segment + 1 < segments:
                 segment += (tl.load(store.starts + b * segments + segment + 1) <= low).to(tl.int32)
-        top = tl.max(tl.reshape(highest, (WARPS * 8, 4)), 0) + (reference - _UP)
-        far = ((top > reference + _FAR) | (top < reference - _FAR)) & (top > float("-inf"))
+        top = tl.max(tl.reshape(highest, (WARPS * 8, 4)), 0) + (reference - UP)
+        far = ((top > reference + FAR) | (top < reference - FAR)) & (top > float("-inf"))
         again = tl.max(far.to(tl.int32), 0) > 0
         reference = tl.where(far, top, reference)
     u = quartet * 4 + tl.arange(0, 4)

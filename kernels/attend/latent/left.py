@@ -66,8 +66,8 @@ def leave_digits(sums, mass, to, live, queue, room, lane, own_warp, L: tl.conste
         for w in tl.static_range(WARPS):
             if first + w < LEFT:
                 own = own_warp == w
-                where = r // L.left[first + w].held * L.left[first + w].stride + r % L.left[first + w].held
-                where += L.left[first + w].place
+                where = r // L.left[first + w].held * L.left[first + w].stride + L.left[first + w].place
+                where += r % L.left[first + w].held * L.left[first + w].step
                 place, middle = tl.where(own, where, place), tl.where(own, L.left[first + w].middle, middle)
         y = _over_warps(room, lane, own_warp, first, L)
         tl.store(to + place, y - mass * middle, mask=live & (place >= 0))

@@ -13,7 +13,7 @@ _LARGEST: tl.constexpr = tl.constexpr(4096.0)
 
 
 @warp.function
-def _power_below(x):
+def power_below(x):
     """The largest power of two that is not above ``x``, a positive float32."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
@@ -64,7 +64,7 @@ def sizes_to_shared(room, x, sizes, L: tl.constexpr):
     largest = 0.0
     for i in tl.static_range(PARTS):
         largest = tl.maximum(largest, tl.max(sizes[3 * i] * sizes[3 * i + 1], 0))
-    unit = _power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
+    unit = power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
     for i in tl.static_range(PARTS):
         slot = i * T + x
         at = room + tl.where(slot < SLOTS, L.room.digits + 4 + 16 * slot, L.room.spare)
@@ -200,7 +200,7 @@ def gains_to_shared(room, lane, numbers, scale, R: tl.constexpr, L: tl.constexpr
             weight = tl.maximum(tl.abs(inverse(numbers[13 * i + 3])), tl.abs(inverse(numbers[13 * i + 4])))
             square += (q0 * q0 + q1 * q1) * weight * weight
         length = tl.reshape(tl.broadcast_to(tl.sum(tl.reshape(square, (WARPS, 32)), 1)[:, None], (WARPS, 32)), (T,))
-        gain = 2 * _power_below(tl.sqrt(tl.maximum(length, 1e-30)) * (scale * tl.maximum(1.0, R.scaling)))
+        gain = 2 * power_below(tl.sqrt(tl.maximum(length, 1e-30)) * (scale * tl.maximum(1.0, R.scaling)))
         warp.to_shared(room + (L.room.digits + 12 + 16 * h), (1.0 / gain).to(tl.int32, bitcast=True))
         own = tl.where(lane % 4 == h, gain, own)
     return own

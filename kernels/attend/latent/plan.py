@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from spectral_compile.codec.layout import Layout
+from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.expansion import EIGHT, STRETCH, Expansion, ExpansionTables, Steps
 from spectral_compile.kernels.attend.latent.expansion import tables as expansion_tables
@@ -25,7 +25,7 @@ from spectral_compile.kernels.attend.latent.registers import (
     value_registers,
     value_table,
 )
-from spectral_compile.kernels.digits import INTERPRETED
+from spectral_compile.kernels.digits import HALFWORDS, INTERPRETED
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
@@ -33,6 +33,7 @@ LANES = 32  # of a warp
 ALIGNED = 1024  # bytes, of operands in shared memory that lie as wgmma reads them (PTX ISA, "Shared Memory Matrix Layout")
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 RESIDENT = 8  # warps of as many registers as one may have, on a multiprocessor
+SIXTEEN = 16  # recent tokens of a warp at a time
 COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 
 
@@ -61,6 +62,41 @@ class Room(NamedTuple):
         steps = digits + 16 * 8 * registers
         queues = steps + step_bytes
         return cls(at_once, pitch, spare, queries, digits, steps, queues, queue, stages, _whole(queues + warps * queue))
+
+
+class Slices(NamedTuple):
+    """Each warp's share of a program's shared memory, in bytes: where the first begins, and its size."""
+
+    queues: int
+    queue: int
+
+
+class RecentPlan(NamedTuple):
+    """What is fixed about recent tokens in bytes; members that ``LatentPlan`` has, too, mean the same."""
+
+    turned: int  # eights of pairs that RoPE turns
+    others: int  # and that it does not
+    row: int  # bytes of a token in shared memory: they begin at different banks
+    quartets: int
+    groups: tuple[ValueGroup, ...]
+    value_registers: int
+    left: tuple[LeftRegister, ...]
+    warps: int
+    room: Slices
+
+    @classmethod
+    def of(cls, layout: Layout, quartets: int, warps: int, count: int) -> RecentPlan | None:
+        """In ``count`` bytes of shared memory; None where tokens are not in bytes, or do not come in eights of pairs."""
+        pairs = layout.rotary.dim // 2 if layout.rotary else 0
+        row, others, tiers = layout.head_dim + 16, layout.head_dim - 2 * pairs, Tiers(layout.head_dim, 0, 0)
+        if layout.recent_bits != 8 or pairs % EIGHT or others % 16 or 2 * SIXTEEN * row * warps > count:
+            return None
+        groups = value_groups(tiers)
+        left = tuple(
+            LeftRegister(group.first + 2 * i, 0, True, group.byte + i, 0, HALFWORDS, 128.0, 2) for group in groups for i in range(2)
+        )
+        slices = Slices(0, 2 * SIXTEEN * row)
+        return cls(pairs // EIGHT, others // 16, row, quartets, groups, value_registers(tiers), left, warps, slices)
 
 
 def _whole(count: int) -> int:
@@ -96,6 +132,7 @@ class LatentPlan(NamedTuple):
     reserve: str
     all_but: str  # what waits for the codes that are next
     all_but_fetched: str  # and for what has been copied before the first of a run's
+    recent: RecentPlan | None  # None where recent tokens are attended to as all that is exact
 
     @property
     def resident(self) -> int:
@@ -118,8 +155,9 @@ class LatentPlan(NamedTuple):
         sized.sort(key=lambda room: room.at_once < all_eights)
         between, apart = _spaced(expansion)
         room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
+        quartets = -(-queries // QUERIES)
         return cls(
-            quartets=-(-queries // QUERIES),
+            quartets=quartets,
             sources=sources,
             registers=registers,
             constant=constant_at(layout.key),
@@ -141,6 +179,7 @@ class LatentPlan(NamedTuple):
             reserve=warp.reserve(room.bytes),
             all_but=warp.all_but(room.stages - 2),
             all_but_fetched=warp.all_but(room.stages - 1),
+            recent=RecentPlan.of(layout, quartets, warps, room.bytes),
         )
 
 

@@ -202,6 +202,7 @@ class LeftRegister(NamedTuple):
     stride: int  # from one field of a halfword to the next
     held: int  # halfwords
     middle: float  # of the digits' range
+    step: int = 1  # from one halfword's place to the next one's
 
 
 @functools.cache
