@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from spectral_compile.kernels.append.kernel import recent_size
-from spectral_compile.kernels.attend.parts import ahead, capped, of_head, queries_of
+from spectral_compile.kernels.attend.parts import capped, of_head, prefetch, queries_of
 from spectral_compile.kernels.digits import as_loaded
 from spectral_compile.kernels.rotary import sincos
 
@@ -72,19 +72,19 @@ def _values(
 
 
 @triton.jit
-def exact_ahead(store, row_group, places, exact_split, exact_splits, G: tl.constexpr):
+def prefetch_exact(store, row_group, places, exact_split, exact_splits, G: tl.constexpr):
     """Begin to bring first and recent tokens of a group to the L2 cache, each split its share of them."""
     ROW: tl.constexpr = G.heads * G.dim  # of a place in all heads
     rows, ring = places, places - G.first_exact
     if G.recent_in_bytes:
         rows = G.first_exact
-        ahead(store.k_recent + row_group * ring * ROW, ring * ROW, exact_split, exact_splits)
-        ahead(store.v_recent + row_group * ring * ROW, ring * ROW, exact_split, exact_splits)
-        ahead(store.k_sizes + row_group * ring * G.heads, ring * G.heads, exact_split, exact_splits)
-        ahead(store.v_sizes + row_group * ring * G.heads, ring * G.heads, exact_split, exact_splits)
+        prefetch(store.k_recent + row_group * ring * ROW, ring * ROW, exact_split, exact_splits)
+        prefetch(store.v_recent + row_group * ring * ROW, ring * ROW, exact_split, exact_splits)
+        prefetch(store.k_sizes + row_group * ring * G.heads, ring * G.heads, exact_split, exact_splits)
+        prefetch(store.v_sizes + row_group * ring * G.heads, ring * G.heads, exact_split, exact_splits)
     BYTES: tl.constexpr = store.k_exact.dtype.element_ty.primitive_bitwidth // 8
-    ahead(store.k_exact + row_group * rows * ROW, rows * ROW * BYTES, exact_split, exact_splits)
-    ahead(store.v_exact + row_group * rows * ROW, rows * ROW * BYTES, exact_split, exact_splits)
+    prefetch(store.k_exact + row_group * rows * ROW, rows * ROW * BYTES, exact_split, exact_splits)
+    prefetch(store.v_exact + row_group * rows * ROW, rows * ROW * BYTES, exact_split, exact_splits)
 
 
 @triton.jit

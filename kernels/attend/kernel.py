@@ -20,11 +20,11 @@ from spectral_compile.errors import Mistake
 from spectral_compile.kernels.append.kernel import Entering, enter, ledger_row, tiles_of
 from spectral_compile.kernels.arguments import LEDGER_COLUMNS, ChunkArguments, Geometry
 from spectral_compile.kernels.attend.coded import attend_coded, distances_of, key_basis
-from spectral_compile.kernels.attend.exact import attend_exact, exact_ahead
+from spectral_compile.kernels.attend.exact import attend_exact, prefetch_exact
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.kernel import attend_latent
 from spectral_compile.kernels.attend.latent.opt_in import opt_in
-from spectral_compile.kernels.attend.latent.plan import COLUMNS, ROOM, LatentPlan, LatentTables, plan_of
+from spectral_compile.kernels.attend.latent.plan import COLUMNS, QUARTETS, ROOM, LatentPlan, LatentTables, plan_of
 from spectral_compile.kernels.attend.latent.recent import attend_recent
 from spectral_compile.kernels.attend.merge import merge_kernel
 from spectral_compile.kernels.attend.parts import LOG2E, Angles, Left, Masks, leave, own_tokens, queries_of
@@ -60,7 +60,7 @@ def attend_kernel(
     b, g = row_group // G.groups, row_group % G.groups
     exact_split = split - exact_from
     if not G.lossless and tile == 0 and exact_split >= 0:
-        exact_ahead(store, row_group, places, exact_split, exact_splits, G)
+        prefetch_exact(store, row_group, places, exact_split, exact_splits, G)
     if L is not None:
         T: tl.constexpr = 32 * L.warps
         RESERVE: tl.constexpr = L.reserve
@@ -101,8 +101,8 @@ def attend_kernel(
         if L is not None:
             if tile == 0:
                 attend_latent(
-                    chunk, store, before, after, masks, tables, room, left, row_group, split % QUARTETS, low, high, n, row_slots,
-                    gaps, coded_slots, slots, segments, splits + exact_parts, split // QUARTETS, scale, G, R, F, L,
+                    chunk, store, before, after, masks, tables, room, left, row_group, split % QUARTETS, low, high, n,
+                    row_slots, gaps, coded_slots, slots, segments, splits + exact_parts, split // QUARTETS, scale, G, R, F, L,
                 )  # fmt: skip
         else:
             # all that depends on nothing is on its way before anything is waited for
@@ -194,7 +194,8 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
         attend_kernel[(plan.programs, held, pairs)](
             given, store, ledger, positions, masks, angles, writes, code_tiles, plan.coders, left, plan.splits,
             plan.exact_splits, plan.exact_parts, plan.exact_from, count, first, coded_slots, places, segments,
-            positions.shape[1], scoring.scale, latent_tables, G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=warps,
+            positions.shape[1], scoring.scale, latent_tables,
+            G=geometry, R=rope, A=arithmetic, F=here, L=latent, num_warps=warps,
         )  # fmt: skip
         merged = min(held * tile, rows - first * tile)
         merge_kernel[(merged + 2 * now, pairs, geometry.DIM // merge.channels)](
@@ -208,13 +209,16 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
 def latent_of(past: Past, chunk: Chunk) -> LatentPlan | None:
     """How the step scores keys in the latent, or None where it rebuilds them. ``Mistake`` where a plan asks and it cannot.
 
-    Where a store has a basis for every segment, what is prepared of each takes longer than it saves.
+    Unasked it does so where that is faster: not where each segment has a basis, of which what is prepared takes longer than it
+    saves, nor for many queries of a KV head, since each four take a program of their own.
     """
     asked = AttendPlan.asked()
-    if asked.latent == 0 or (asked.latent is None and past.layout.segment):
+    if asked.latent == 0:
         return None
     latent = plan_of(past, chunk, asked.warps, asked.stages)
-    if asked.latent and latent is None and chunk.columns <= COLUMNS and not past.layout.lossless:
+    if asked.latent is None:
+        return latent if latent and not past.layout.segment and latent.quartets <= QUARTETS else None
+    if latent is None and chunk.columns <= COLUMNS and not past.layout.lossless:
         raise Mistake(
             "--plan latent=1 has no form for this step: it takes float16 or bfloat16, room for coded tokens by 32, and a"
             f" basis that leaves room in {ROOM >> 10} KB of shared memory"

@@ -39,10 +39,10 @@ class Left(NamedTuple):
 
 
 @triton.jit
-def ahead(first, count, part, parts):
-    """Begin to bring ``count`` bytes from ``first`` on to the L2 cache, of which each of ``parts`` programs asks for its own.
+def prefetch(first, count, part, parts):
+    """Begin to bring ``count`` bytes from ``first`` on to the L2 cache; each of ``parts`` programs asks for its share.
 
-    A step's first loads come from memory, each after another that says where it is; what is asked for at once is there together.
+    A step's first loads come from memory, each after another that says where it is; so these are on their way by then.
     """
     if not INTERPRETED:
         line = part * 128 + tl.arange(0, 128)

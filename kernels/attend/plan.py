@@ -125,7 +125,7 @@ class AttendPlan:
     stages: int = 3
     warps: int = 4
     apart: int = 0  # 1 leaves recent tokens in parts of their own, and the last part to first tokens and the chunk
-    latent: int | None = None  # 1 scores keys in the latent, 0 rebuilds them, None does what is faster; see ``kernel.latent_of``
+    latent: int | None = None  # 1 scores keys in the latent, 0 rebuilds them; None: see ``kernel.latent_of``
 
     @classmethod
     def of(

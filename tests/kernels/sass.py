@@ -21,7 +21,7 @@ import torch
 from tests.kernels.test_translated import without_a_gpu
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
-ONLY_THERE = "MOVM"  # the loop over tokens transposes weights
+TRANSPOSED, OFTEN = "MOVM", 4  # the loop over coded tokens transposes weights so often, and no smaller one does
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,6 @@ FORMS = {
     "Llama-3-8B, seed": Form("seed", 128, 8, 4, 128, 5e5),
     "SmolLM2, balanced": Form("balanced", 64, 3, 3, 64, 1e5),
     "Llama-2, balanced": Form("balanced", 128, 32, 1, 128, 1e4),
-    "256 channels, 64 turned, balanced": Form("balanced", 256, 2, 4, 64, 1e7),
-    "256 channels, all turned, balanced": Form("balanced", 256, 1, 4, 256, 1e6),
-    "512 channels, 128 turned, balanced": Form("balanced", 512, 2, 4, 128, 1e6),
     "no RoPE, balanced": Form("balanced", 128, 8, 4, 0, 1.0),
 }
 
@@ -103,7 +100,7 @@ def count(kernel: Any) -> Count:
         target = re.search(r"\bBRA\S*\s+.*?0x([0-9a-f]+)", text)
         if target is not None and int(target[1], 16) < at:
             loops.append([line for place, line in lines if int(target[1], 16) <= place <= at])
-    main = min((loop for loop in loops if any(ONLY_THERE in line for line in loop)), key=len)
+    main = min((loop for loop in loops if sum(TRANSPOSED in line for line in loop) >= OFTEN), key=len)
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in main)
     return Count(*map(int, found.groups()), kernel.metadata.shared, len(main), sum("HMMA" in line for line in main), spills)
 

@@ -78,7 +78,6 @@ STORES = {
     "no RoPE": ("balanced", 64, 1, {"turned": 0}),
     "partial RoPE, wide": ("balanced", 128, 1, {"turned": 40, "head_group": 1}),
     "bytes beside": ("balanced", 80, 2, {"recent_bits": 8}),
-    "a basis that has no room at once": ("balanced", 256, 1, {"turned": 64, "head_group": 1}),
     "rows": ("compact", 64, 1, {"batch": 2, "turned": 24, "head_group": 2}),
     "interleaved": ("compact", 64, 1, {"head_group": 1, "interleaved": True}),
     "many queries of a head": ("compact", 96, 4, {"head_group": 1}),
@@ -93,15 +92,17 @@ def test_it_is_as_near_as_rebuilt_keys(name: str, dtype: torch.dtype, planned: d
     assert_near(store, step, 0.1, dtype, planned)
 
 
-WIDE = [("seed", 192, 128), ("balanced", 256, 128), ("compact", 512, 64), ("balanced", 512, 64), ("quality", 256, 64)]
-
-
-@pytest.mark.slow
 @in_half
-@pytest.mark.parametrize(("preset", "dim", "turned"), WIDE if FULL else WIDE[:1])
-def test_wide_heads(preset: str, dim: int, turned: int, dtype: torch.dtype, planned: dict[str, int]) -> None:
-    store, step = filled(preset, dim, past=151, new=1, turned=turned, head_group=1)
-    assert_near(store, step, dim**-0.5, dtype, planned)
+def test_wide_heads(dtype: torch.dtype, planned: dict[str, int]) -> None:
+    """Of 192 channels, the most whose basis has room."""
+    store, step = filled("compact", 192, past=150, new=2, turned=128, head_group=1)
+    assert_near(store, step, 0.1, dtype, planned)
+
+
+@pytest.mark.parametrize(("preset", "dim"), [("compact", 256), ("balanced", 192), ("quality", 512)])
+def test_heads_whose_basis_has_no_room_rebuild_their_keys(preset: str, dim: int, planned: dict[str, int]) -> None:
+    store, step = filled(preset, dim, past=151, new=1, turned=64, head_group=1)
+    assert kernel.latent_of(store.past, Chunk(step.query.half(), step.key, step.value)) is None
 
 
 @in_half
@@ -113,9 +114,9 @@ def test_what_triton_has_in_shared_memory_begins_where_hopper_wants_it(dtype: to
     assert_near(store, step, 0.1, dtype, planned)
 
 
-@pytest.mark.parametrize(("preset", "takes"), [("balanced", True), ("seed", False)])
-def test_it_is_taken_unasked_where_it_is_faster(preset: str, takes: bool, planned: dict[str, int]) -> None:
-    store, step = filled(preset, 64, past=151, new=1)
+@pytest.mark.parametrize(("preset", "new", "takes"), [("balanced", 4, True), ("balanced", 5, False), ("seed", 1, False)])
+def test_it_is_taken_unasked_where_it_is_faster(preset: str, new: int, takes: bool, planned: dict[str, int]) -> None:
+    store, step = filled(preset, 64, past=151, new=new)
     chunk = Chunk(step.query.half(), step.key, step.value)
     assert (kernel.latent_of(store.past, chunk) is not None) == takes
     planned["latent"] = 0
@@ -206,14 +207,14 @@ def test_many_tokens_far_from_their_reference(score: float, dtype: torch.dtype, 
 @in_half
 def test_a_run_longer_than_its_tables(dtype: torch.dtype, planned: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The slowest pairs are absorbed once a run: a split of more tokens takes several."""
-    store, step = random_store(4 * 512 + 100, 1.0, heads=1)
+    store, step = random_store(4 * 768 + 100, 1.0, heads=1)
     if DEVICE == "cpu":
         planned["splits"] = 1
     assert_near(store, step, 128**-0.5, dtype, planned)
 
 
 GAPS = {
-    "every token": torch.arange(152) * 3,
+    "every token": torch.arange(152) * 3 - 2 * torch.arange(152).clamp(min=12, max=110),
     "one": torch.arange(152) + 5000 * (torch.arange(152) >= 77),
     "back to the beginning": torch.cat((torch.arange(90), torch.arange(62))),
     "the same for an image": torch.cat((torch.arange(70), torch.full((9,), 70), torch.arange(71, 144))),

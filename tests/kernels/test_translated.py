@@ -20,9 +20,8 @@ SHARED = 232448  # bytes of shared memory that a program may have on an H100
 FORMS = combinations(("balanced", "seed", "exact"), (0, 32, 64), (1, 3), ("no mask", "mask"))
 HIDING = combinations(("balanced", "seed", "exact"), (32,), (1, 3), ("hidden tokens",))
 LATENT = combinations(("balanced", "seed"), (0, 64), (1, 3), ("in the latent",))[:: 1 if FULL else 2]
-WIDE = ("balanced", 256, 1, "in the latent")  # of 256 channels: half of the warps, part of the basis, and tables elsewhere
 DECODE, CHUNK = ("balanced", 64, 1, "window"), ("compact", 64, 40, "window")  # in 16 bits; the first is compiled to the end
-ALL = (*FORMS, *HIDING, *LATENT, WIDE, DECODE, CHUNK)
+ALL = (*FORMS, *HIDING, *LATENT, DECODE, CHUNK)
 CASES = {f"{form[0]}, RoPE of {form[1]} of {max(form[1], 64)} channels, {form[2]} queries, {form[3]}": form for form in ALL}
 
 

@@ -37,7 +37,7 @@ from spectral_compile.kernels.attend.latent.operands import (
     steps_of,
     terms_of,
 )
-from spectral_compile.kernels.attend.parts import ahead, capped, own_tokens
+from spectral_compile.kernels.attend.parts import capped, own_tokens, prefetch
 
 _STRETCH: tl.constexpr = tl.constexpr(STRETCH)
 _RUN: tl.constexpr = tl.constexpr(RUN)
@@ -156,10 +156,6 @@ def attend_latent(
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
     VALUE_BYTES: tl.constexpr = 2 * G.v.halfwords
     NORMALISED: tl.constexpr = G.normalised
-    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
-    TURNED: tl.constexpr = L.fast + L.medium
-    AT_ONCE: tl.constexpr = L.room.at_once
-    WHOLE: tl.constexpr = L.room.at_once == L.fast + L.medium + L.slow
     QUARTETS: tl.constexpr = L.quartets
     ALL_BUT: tl.constexpr = L.all_but
     b, g = row_group // G.groups, row_group % G.groups
@@ -171,8 +167,8 @@ def attend_latent(
     # what depends on nothing is on its way before the ledger is waited for
     first_position = tl.load(row_positions - G.first_exact) + G.first_exact
     if not F.in_segments:
-        ahead(store.k_basis + row_group * (G.width * G.k.rank), G.width * G.k.rank, 0, 1)
-        ahead(store.k_affine + row_group * (2 * G.k.rank + G.width), 4 * (2 * G.k.rank + G.width), 0, 1)
+        prefetch(store.k_basis + row_group * (G.width * G.k.rank), G.width * G.k.rank, 0, 1)
+        prefetch(store.k_affine + row_group * (2 * G.k.rank + G.width), 4 * (2 * G.k.rank + G.width), 0, 1)
     steps = steps_of(tables, room, x, L)
     rows_to_shared(room, x, tables, G, L)
     queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
@@ -248,35 +244,15 @@ def attend_latent(
                 if F.in_segments:
                     tl.debug_barrier()  # the last segment's basis is still read
                 sizes = sizes_of_digits(x, affine, tables, G, L)
-                if WHOLE:
-                    of_basis = numbers_of_basis(room, x, basis, tables, 0, EIGHTS, L)
+                of_basis = numbers_of_basis(room, x, basis, tables, G, L)
                 gain = gains_to_shared(room, lane, numbers, scale, R, L)
                 unit = sizes_to_shared(room, x, sizes, L)
                 gain = gain * (16777216.0 / unit)  # digits count 2**-24
-                if WHOLE:
-                    basis_to_shared(room, x, of_basis, EIGHTS, L)
+                basis_to_shared(room, x, of_basis, L)
                 ready = low <= low
             queries_to_shared(queries_room, room, lane, numbers, scale, position, R, L)
             warp.lanes_meet(x)
-            over_run = repeated(zero, 4 * REGISTERS)
-            if WHOLE:
-                over_run = absorbed_over_run(
-                    over_run, room, queries_room, lane, h, e, c, tables, L.fast + L.medium, L.slow, L.fast + L.medium, L
-                )  # fmt: skip
-            else:
-                for turn in tl.static_range((EIGHTS - TURNED + AT_ONCE - 1) // AT_ONCE):
-                    tl.debug_barrier()  # what was there is still read
-                    of_turn = numbers_of_basis(
-                        room, x, basis, tables, TURNED + turn * AT_ONCE, min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), L
-                    )  # fmt: skip
-                    basis_to_shared(room, x, of_turn, min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), L)
-                    over_run = absorbed_over_run(
-                        over_run, room, queries_room, lane, h, e, c, tables, TURNED + turn * AT_ONCE,
-                        min(AT_ONCE, EIGHTS - TURNED - turn * AT_ONCE), 0, L,
-                    )  # fmt: skip
-                if TURNED > 0:
-                    tl.debug_barrier()
-                    basis_to_shared(room, x, numbers_of_basis(room, x, basis, tables, 0, TURNED, L), TURNED, L)
+            over_run = absorbed_over_run(repeated(zero, 4 * REGISTERS), room, queries_room, lane, h, e, c, tables, L)
             over_run = as_operand(over_run, L)
             medium, quick = (), ()
             for s in tl.static_range(MEDIUM):

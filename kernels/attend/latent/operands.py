@@ -20,9 +20,9 @@ def power_below(x):
 
 @warp.function
 def rows_to_shared(room, x, tables, G: tl.constexpr, L: tl.constexpr):
-    """Of each digit of a key two of four words to shared memory: where its row of the basis begins, what the constant takes away.
+    """Of each digit of a key two words to shared memory: where its row of the basis begins, and what the constant takes away.
 
-    They are the same for every basis. Warps meet after it.
+    They are the same for every basis, and leave room for others. Warps meet after it.
     """
     T: tl.constexpr = 32 * L.warps
     SLOTS: tl.constexpr = 8 * L.registers
@@ -37,7 +37,7 @@ def rows_to_shared(room, x, tables, G: tl.constexpr, L: tl.constexpr):
 
 @warp.function
 def sizes_of_digits(x, affine, tables, G: tl.constexpr, L: tl.constexpr):
-    """What is loaded for ``sizes_to_shared``, of each of a lane's digits: what its row of the basis is times, and by how much."""
+    """What is loaded for ``sizes_to_shared``, of each of a lane's digits: three numbers that its row of the basis is times."""
     T: tl.constexpr = 32 * L.warps
     SLOTS: tl.constexpr = 8 * L.registers
     RANK: tl.constexpr = G.k.rank
@@ -75,10 +75,10 @@ def sizes_to_shared(room, x, sizes, L: tl.constexpr):
 
 
 @warp.function
-def numbers_of_basis(room, x, basis, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
-    """What is loaded for ``basis_to_shared``, of so many eights of pairs from the FIRST on."""
-    WORDS: tl.constexpr = 8 * COUNT
-    J: tl.constexpr = L.columns[COUNT]
+def numbers_of_basis(room, x, basis, tables, G: tl.constexpr, L: tl.constexpr):
+    """What is loaded for ``basis_to_shared``, each lane some channels of some rows."""
+    WORDS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
+    J: tl.constexpr = L.columns
     ROWS: tl.constexpr = 32 * L.warps // J
     SLOTS: tl.constexpr = 8 * L.registers
     PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
@@ -86,7 +86,7 @@ def numbers_of_basis(room, x, basis, tables, FIRST: tl.constexpr, COUNT: tl.cons
     for part in tl.static_range((WORDS + J - 1) // J):
         j, row = part * J + x % J, x // J
         live = j < WORDS
-        pair = 8 * FIRST + j // 8 * 8 + 2 * (j % 4)
+        pair = j // 8 * 8 + 2 * (j % 4)
         if L.between > 0:
             c0 = tl.where(live, L.between * pair + L.apart * ((j // 4) % 2), 0)
             c1 = tl.where(live, c0 + L.between, 0)
@@ -105,14 +105,14 @@ def numbers_of_basis(room, x, basis, tables, FIRST: tl.constexpr, COUNT: tl.cons
 
 
 @warp.function
-def basis_to_shared(room, x, numbers, COUNT: tl.constexpr, L: tl.constexpr):
-    """Write the matrix from digits to channels, of some eights of pairs of one head, to shared memory; warps meet after it.
+def basis_to_shared(room, x, numbers, L: tl.constexpr):
+    """Write the matrix from digits to channels of one head to shared memory; warps meet after it.
 
     What is known of the digits is there.
     """
     T: tl.constexpr = 32 * L.warps
-    WORDS: tl.constexpr = 8 * COUNT  # of two channels
-    J: tl.constexpr = L.columns[COUNT]
+    WORDS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)  # of two channels
+    J: tl.constexpr = L.columns
     ROWS: tl.constexpr = T // J
     SLOTS: tl.constexpr = 8 * L.registers
     ALL_BUT_FETCHED: tl.constexpr = L.all_but_fetched
@@ -326,17 +326,17 @@ def absorbed_over_stretch(terms, over_run, shift, room, lane, L: tl.constexpr):
 
 
 @warp.function
-def absorbed_over_run(
-    sums, room, queries_room, lane, h, e, c, tables, FIRST: tl.constexpr, COUNT: tl.constexpr, AT: tl.constexpr, L: tl.constexpr
-):  # fmt: skip
-    """``sums`` plus what some eights of slow pairs give, which begin at the AT-th eight pairs in shared memory."""
+def absorbed_over_run(sums, room, queries_room, lane, h, e, c, tables, L: tl.constexpr):
+    """``sums`` plus what the slow pairs give."""
     REGISTERS: tl.constexpr = L.registers
-    EIGHTS: tl.constexpr = L.fast + L.medium + L.slow
+    SLOW: tl.constexpr = L.slow
+    FIRST: tl.constexpr = L.fast + L.medium
+    PAIRS: tl.constexpr = 8 * (L.fast + L.medium + L.slow)
     table = tables.of_pairs.over_run + FIRST * 32 + (e * 16 + c * 4)
-    for s in tl.static_range(COUNT):
-        query = query_of(queries_room, h, e, c, FIRST + s, 8 * EIGHTS)
+    for s in tl.static_range(SLOW):
+        query = query_of(queries_room, h, e, c, FIRST + s, PAIRS)
         t = terms_of(query, (warp.words_of(table + 32 * s),))
-        b = channels_of(room, lane, AT + s, L)
+        b = channels_of(room, lane, FIRST + s, L)
         grown = ()
         for j in tl.static_range(REGISTERS):
             y = (sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3])

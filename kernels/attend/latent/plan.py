@@ -7,6 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+import triton
 
 from spectral_compile.codec.layout import Layout, Tiers
 from spectral_compile.kernels.attend.latent import warp
@@ -29,6 +30,7 @@ from spectral_compile.kernels.digits import HALFWORDS, INTERPRETED
 from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
+QUARTETS = 2  # of a KV head, up to which it is faster than to rebuild keys
 LANES = 32  # of a warp
 ALIGNED = 1024  # bytes, of operands in shared memory that lie as wgmma reads them (PTX ISA, "Shared Memory Matrix Layout")
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
@@ -40,7 +42,6 @@ COLUMNS = 8  # of a chunk, at most: to more queries it pays to rebuild keys
 class Room(NamedTuple):
     """How the shared memory of a program is shared out, in bytes from its beginning: a basis, queries, tables, codes."""
 
-    at_once: int  # eights of pairs of the basis that are there, all or those of the slow pairs in turns
     pitch: int  # of a row of it: eight rows begin at eight different banks
     spare: int  # where what belongs nowhere goes
     queries: int
@@ -52,16 +53,14 @@ class Room(NamedTuple):
     bytes: int
 
     @classmethod
-    def of(
-        cls, at_once: int, stages: int, registers: int, warps: int, pairs: int, stage: int, step_bytes: int, left: int
-    ) -> Room:
-        pitch, queue = 32 * at_once + 16, stages * stage
+    def of(cls, eights: int, stages: int, registers: int, warps: int, stage: int, step_bytes: int, left: int) -> Room:
+        pitch, queue = 32 * eights + 16, stages * stage
         spare = 8 * registers * pitch
         queries = -(-(spare + 4) // 128) * 128
-        digits = queries + max(warps * QUERIES * 4 * pairs, 160 * left)  # and what a segment's values came to
+        digits = queries + max(warps * QUERIES * 32 * eights, 160 * left)  # and what a segment's values came to
         steps = digits + 16 * 8 * registers
         queues = steps + step_bytes
-        return cls(at_once, pitch, spare, queries, digits, steps, queues, queue, stages, _whole(queues + warps * queue))
+        return cls(pitch, spare, queries, digits, steps, queues, queue, stages, _whole(queues + warps * queue))
 
 
 class Slices(NamedTuple):
@@ -93,7 +92,8 @@ class RecentPlan(NamedTuple):
             return None
         groups = value_groups(tiers)
         left = tuple(
-            LeftRegister(group.first + 2 * i, 0, True, group.byte + i, 0, HALFWORDS, 128.0, 2) for group in groups for i in range(2)
+            LeftRegister(group.first + 2 * i, 0, True, group.byte + i, 0, HALFWORDS, 128.0, 2)
+            for group, i in product(groups, range(2))
         )
         slices = Slices(0, 2 * SIXTEEN * row)
         return cls(pairs // EIGHT, others // 16, row, quartets, groups, value_registers(tiers), left, warps, slices)
@@ -123,7 +123,7 @@ class LatentPlan(NamedTuple):
     full: bool  # each place of a pair has both of its channels
     between: int  # channels from one pair to the next, where all pairs are as the head has them; else 0, and a table says
     apart: int  # and between the two of a pair
-    columns: tuple[int, ...]  # lanes that take a row of so many eights of the basis
+    columns: int  # lanes that take a row of the basis
     steps: Steps
     steps_held: bool  # whether they are in shared memory
     warps: int
@@ -148,11 +148,9 @@ class LatentPlan(NamedTuple):
         registers = sum(len(source.masks) for source in sources)
         fast, medium, slow = (count // EIGHT for count in (expansion.fast, expansion.medium, expansion.slow))
         stage = STRETCH * (layout.key.row_bytes + layout.value.row_bytes + 1)
-        steps, all_eights, left = Steps.of(fast, medium), fast + medium + slow, left_registers(layout.value)
-        choices = product((4 * steps.all_words, 0), (stages, 2), range(all_eights, max(1, fast + medium) - 1, -1))
-        sized = [Room.of(n, s, registers, warps, len(expansion.pairs), stage, held, len(left)) for held, s, n in choices]
-        # a basis that is not there at once is made ready for every run; tables of stretches come from L2 where they must
-        sized.sort(key=lambda room: room.at_once < all_eights)
+        steps, eights, left = Steps.of(fast, medium), fast + medium + slow, left_registers(layout.value)
+        choices = product((4 * steps.all_words, 0), (stages, 2))  # tables of stretches come from L2 where they must
+        sized = [Room.of(eights, s, registers, warps, stage, held, len(left)) for held, s in choices]
         between, apart = _spaced(expansion)
         room = next((room for room in sized if room.bytes <= ROOM), sized[-1])
         quartets = -(-queries // QUERIES)
@@ -167,7 +165,7 @@ class LatentPlan(NamedTuple):
             fast=fast,
             medium=medium,
             slow=slow,
-            columns=tuple(min(LANES * warps, 1 << max(8 * count - 1, 0).bit_length()) for count in range(all_eights + 1)),
+            columns=min(LANES * warps, triton.next_power_of_2(8 * eights)),
             between=between,
             apart=apart,
             full=all(first >= 0 and second >= 0 for first, second, _ in expansion.pairs),
@@ -210,9 +208,10 @@ class LatentTables(NamedTuple):
 
 
 def plan_of(past: Past, chunk: Chunk, warps: int, stages: int) -> LatentPlan | None:
-    """How a step is attended to in this form, with as many of ``warps`` as have room; None where it is not.
+    """How a step is attended to in this form; None where it is not.
 
-    Not in float32, of which products take as many instructions again.
+    Not in float32, of which products take as many instructions again, nor where a basis has no room: heads of 256 channels took
+    twice as long as rebuilt keys when each run made it ready in turns.
     """
     buffers, layout = past.buffers, past.layout
     if layout.lossless or chunk.columns > COLUMNS or chunk.query.dtype not in (torch.float16, torch.bfloat16):
@@ -220,5 +219,5 @@ def plan_of(past: Past, chunk: Chunk, warps: int, stages: int) -> LatentPlan | N
     if buffers.k_codes.shape[2] % STRETCH:  # tokens whose codes are copied at a time
         return None
     queries = chunk.columns * chunk.query.shape[1] // layout.kv_heads
-    tried = (LatentPlan.of(layout, queries, count, stages) for count in (4, 2, 1) if count <= warps)
-    return next((latent for latent in tried if latent.room.bytes <= ROOM), None)
+    latent = LatentPlan.of(layout, queries, warps, stages)
+    return latent if latent.room.bytes <= ROOM else None

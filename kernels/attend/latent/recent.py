@@ -208,8 +208,9 @@ def attend_recent(
         u = own_quartet * 4 + tl.arange(0, 4)
         row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
         live = u < n * G.query_heads
-        tl.store(left.maxima + (first_at + row) * splits + at, tl.where(top == float("-inf"), float("-inf"), reference), mask=live)
-        tl.store(left.totals + (first_at + row) * splits + at, over_lanes(total, WARPS), mask=live)
+        own_at = (first_at + row) * splits + at
+        tl.store(left.maxima + own_at, tl.where(top == float("-inf"), float("-inf"), reference), mask=live)
+        tl.store(left.totals + own_at, over_lanes(total, WARPS), mask=live)
         u = own_quartet * 4 + c
         row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
         to = left.sums + ((first_at + row) * splits + at) * F.left
