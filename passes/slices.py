@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -58,7 +59,8 @@ class Part:
         symbol = shapes.create_symbol(ROWS, source, DimDynamic.DYNAMIC)
         count = shapes.create_symintnode(symbol, hint=ROWS, source=source)
         tokens, *weights = self.inputs
-        with mode:
+        # as Dynamo traces: else torch before 2.13 takes products apart in C++, which asks for sizes that are symbols
+        with mode, enable_python_dispatcher():
             slice_ = torch.empty((1, count, tokens.shape[-1]), dtype=tokens.dtype, device=tokens.device)
             given = [slice_, *[torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device) for w in weights]]
             _Valued(self.gm).run(*given)
