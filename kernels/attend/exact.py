@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from spectral_compile.kernels.append.kernel import recent_size
-from spectral_compile.kernels.attend.parts import capped, of_head, prefetch, queries_of
+from spectral_compile.kernels.attend.parts import capped, leave, of_head, prefetch, queries_of
 from spectral_compile.kernels.digits import as_loaded
 from spectral_compile.kernels.rotary import sincos
 
@@ -90,10 +90,10 @@ def prefetch_exact(store, row_group, places, exact_split, exact_splits, G: tl.co
 @triton.jit
 def attend_exact(
     q_row, head, live, own, exact_split, exact_splits, b, g, n, before, coded, scale, chunk, store, row_positions, mask_row,
-    visible_row, turns, coded_slots, places, sliding_window,
+    visible_row, turns, coded_slots, places, sliding_window, left, at,
     G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """Attention to one split of what is not coded: sums ([M, DIM],), their maxima [M] and sums of weights [M].
+    """Attention to one split of what is not coded, left for the merge in the places [M] ``at``.
 
     In this order: codes of a lossless store, first tokens, recent ones, chunk. ``chunk.index`` is the token of each column.
     """
@@ -195,4 +195,4 @@ def attend_exact(
                 x = _values(chunk, store, e, kept, column, place, is_code, is_new, exact, in_bytes, b, g, h, d, coded_slots,
                             rows, ring, G, A)  # fmt: skip
             out = tl.dot(of_head(mixing, head, h, G), x, out, input_precision=A.precision)
-    return (out,), highest, tl.sum(total, 0)
+    leave((out,), highest, tl.sum(total, 0), left, at, F)

@@ -1,10 +1,11 @@
 """Attention over a compressed past, in Triton.
 
-The tokens of a row are split among programs. Most take coded tokens (``coded``, or ``latent`` where a plan asks): a tile of
-codes times the basis gives keys in registers, which are rotated and scored; values stay in the latent until a split ends or,
-where one basis serves all tokens, until splits are merged. The others take what is exact (``exact``): first tokens, recent
-ones and the chunk. A second kernel merges all of them by log-sum-exp (``merge``). In a step of one column these two launches
-also store it: the first codes what is no longer recent, the second writes to the recent tokens.
+The tokens of a row are split among programs. Most take coded tokens, in one of two forms: keys are scored in the latent, in a
+warp's registers (``latent``), or a tile of codes times the basis gives keys, which are rotated and scored (``coded``). Values
+stay in the latent until a split ends or, where one basis serves all tokens, until splits are merged. The others take what is
+exact (``exact``): first tokens, recent ones and the chunk. A second kernel merges all of them by log-sum-exp (``merge``). In a
+step of one column these two launches also store it: the first codes what is no longer recent, the second writes to the recent
+tokens.
 """
 
 from __future__ import annotations
@@ -58,10 +59,9 @@ def attend_kernel(
     """
     split, tile, row_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = row_group // G.groups, row_group % G.groups
-    exact_split = split - exact_from
-    if not G.lossless and tile == 0 and exact_split >= 0:
-        prefetch_exact(store, row_group, places, exact_split, exact_splits, G)
     if L is not None:
+        if tile == 0 and split >= exact_from:
+            prefetch_exact(store, row_group, places, split - exact_from, exact_splits, G)
         T: tl.constexpr = 32 * L.warps
         RESERVE: tl.constexpr = L.reserve
         BYTES: tl.constexpr = L.room.bytes
@@ -123,23 +123,27 @@ def attend_kernel(
                     coded_slots, segments, masks.sliding_window, G, R, A, F, True,
                 )  # fmt: skip
             leave(sums, highest, total, left, at + split, F)
+    exact_split = split - exact_from
     if exact_split >= 0 and exact_split < exact_splits:
+        at += splits
         if F.recent_apart:  # the last part is what is exact beside them, and a program that is alone takes both
             if tile == 0 and exact_split < exact_parts - 1:
                 attend_recent(
-                    chunk, store, before, coded, after, masks, angles.turns, room, left, row_group, n, row_positions,
-                    places, slots, exact_split, exact_parts - 1, splits + exact_split, splits + exact_parts, scale, G, R, F, L,
+                    chunk, store, before, coded, after, masks, angles.turns, room, left, row_group, n, row_positions, places,
+                    slots, exact_split, exact_parts - 1, splits + exact_split, splits + exact_parts, scale, G, R, F, L,
                 )  # fmt: skip
-            part, parts, takes = 0, 1, exact_split == exact_splits - 1
+            if exact_split == exact_splits - 1:
+                attend_exact(
+                    q_row, head, live, own, 0, 1, b, g, n, before, coded, scale, chunk, store, row_positions, mask_row,
+                    visible_row, angles.turns, coded_slots, places, masks.sliding_window, left, at + exact_parts - 1,
+                    G, R, A, F,
+                )  # fmt: skip
         else:
-            part, parts, takes = exact_split, exact_splits, exact_split >= 0
-        if takes:
-            own_sums, own_highest, own_total = attend_exact(
-                q_row, head, live, own, part, parts, b, g, n, before, coded, scale, chunk, store, row_positions,
-                mask_row, visible_row, angles.turns, coded_slots, places, masks.sliding_window, G, R, A, F,
+            attend_exact(
+                q_row, head, live, own, exact_split, exact_splits, b, g, n, before, coded, scale, chunk, store, row_positions,
+                mask_row, visible_row, angles.turns, coded_slots, places, masks.sliding_window, left, at + exact_split,
+                G, R, A, F,
             )  # fmt: skip
-            at += splits + exact_parts - 1 if F.recent_apart else splits + exact_split
-            leave(own_sums, own_highest, own_total, left, at, F)
         if F.enters and tile == 0:
             for job in range(exact_split, 2 * code_tiles * coders, exact_splits):
                 append_tile, side = job // (2 * coders), job // coders % 2
