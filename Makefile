@@ -20,7 +20,7 @@ APART := $(call without,bench cache cli codec docs evaluation kernels models/tes
 	passes/test_equivalence.py passes/test_slices.py \
 	test_architecture.py test_artefacts.py test_asked.py test_backend.py test_caching.py test_limit.py test_package.py test_replay.py test_tensor.py)
 
-.PHONY: setup demo test test-fast test-full test-5.17 lint types clean
+.PHONY: setup demo test test-fast test-full test-5.17 test-2.11 lint types clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -58,6 +58,16 @@ test-full: .venv/.stamp
 test-5.17: .venv-5.17/.stamp
 	$(ONE_THREAD) .venv-5.17/bin/python -m pytest $(PARALLEL) -m "not slow and not newest" $(APART) $(PYTEST)
 
+# not in .ci/run: the oldest torch fetches three gigabytes of CUDA, also where there is no GPU
+.venv-2.11/.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-2.11
+	.venv-2.11/bin/python $(PIP) torch==2.11.0 $(OLDEST) 'numpy<2.4' -e '.[demo,test]'
+	touch $@
+
+# the torch of many GPU images: what is traced without Dynamo's help it traces otherwise
+test-2.11: .venv-2.11/.stamp
+	$(ONE_THREAD) .venv-2.11/bin/python -m pytest $(PARALLEL) -m "not slow" $(call without,docs kernels/test_translated.py) $(PYTEST)
+
 lint: types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -70,4 +80,4 @@ types: .venv/.stamp
 	cd build/types && $(CURDIR)/.venv/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p spectral_compile
 
 clean:
-	rm -rf .venv .venv-5.17 .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-5.17 .venv-2.11 .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

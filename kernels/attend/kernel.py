@@ -10,6 +10,7 @@ tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,10 @@ from spectral_compile.kernels.attend.plan import (
 from spectral_compile.kernels.digits import as_loaded
 from spectral_compile.kernels.rotary import TILE, tables
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
+
+taken: Counter[str] = (
+    Counter()
+)  # calls of this process by form, "latent" or "rebuilt"; a CUDA graph that replays one makes none
 
 
 @triton.jit(do_not_specialize=["splits", "exact_splits", "exact_parts", "exact_from", "places", "slots", "coders"])
@@ -165,6 +170,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     coded_slots, places = buffers.k_codes.shape[2], layout.first_exact + buffers.recent_slots(layout)
     device = chunk.query.device
     latent = latent_of(past, chunk)
+    taken["latent" if latent else "rebuilt"] += 1
     size = USUAL
     if latent:
         size = ProgramSize(latent.resident, geometry.heads * latent.quartets, True, latent.recent is not None)

@@ -93,7 +93,14 @@ def spectral(geometry: Geometry, settings: Settings, batch: int, cached: int, pr
     del tokens
     layer.begin_step(step["key"])
     error = float((layer.attend(step).float() - wanted).norm() / wanted.norm())
-    return {**timed(lambda: layer.attend(step), settings, layer.bytes_read()), "relative_error": error}
+    row = {**timed(lambda: layer.attend(step), settings, layer.bytes_read()), "relative_error": error}
+    if settings.device.type == "cuda":
+        from spectral_compile.kernels.attend.kernel import taken  # Triton is there only where a GPU is
+
+        taken.clear()
+        layer.attend(step)
+        row["keys"] = next(iter(taken), None)
+    return row
 
 
 def over_decoded(layer: Layer, tokens: Tokens, cached: int, count: int) -> torch.Tensor:
@@ -145,6 +152,7 @@ def show(rows: list[Row]) -> Table:
         Column("bytes_read", "MB read", fixed(3, 1e6)),
         Column("floor_microseconds", "floor, us", fixed(1)),
         Column("relative_error", "error", lambda x: f"{x:.1e}"),
+        Column("keys", "keys"),
         Column("timed", "timed"),
     ]
     caption = (

@@ -81,6 +81,16 @@ def test_a_plot_is_drawn(run: tuple[Result, dict[str, Any], Path]) -> None:
     assert run[2].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("preset", "keys"), [("balanced", "latent"), ("seed", "rebuilt")])
+def test_a_step_of_a_large_model_takes_the_form_that_is_faster(preset: str, keys: str) -> None:
+    """Where a store or a plan does not suit it, keys are rebuilt with the same result, only slower."""
+    settings = measure.Settings(None, (), (), (), (), None, 1, 1, torch.bfloat16, torch.device("cuda"), "inductor", 0, 1)
+    row = attention.spectral(measure.GEOMETRIES["llama-3-8b"], settings, 1, 4096, preset)
+    assert row["keys"] == keys and row["relative_error"] < 4e-3
+
+
 def test_attention_is_compared_and_right(run: tuple[Result, dict[str, Any], Path]) -> None:
     copied, *measured = rows(run, "attention")
     assert copied["bytes_per_s"] > 0

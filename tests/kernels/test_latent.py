@@ -51,8 +51,10 @@ def errors(
     out = []
     for form in (0, 1):
         planned["latent"] = form
+        kernel.taken.clear()
         given = (moved(x, DEVICE) for x in (chunk, past, Scoring(scale, **how), hidden))
         got = kernel.attend(*given).float().cpu()
+        assert kernel.taken == {("rebuilt", "latent")[form]: 1}
         out.append((got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-3))
     planned.pop("latent")
     return out[0], out[1]

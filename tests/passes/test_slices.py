@@ -101,6 +101,19 @@ def test_an_mlp_runs_on_slices_of_a_prompt_and_all_layers_share_one_part(name: s
         assert_it_adds_what_it_is_given(*seen.parts)
 
 
+def test_values_of_a_part_are_found_where_sizes_may_be_symbols(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11 takes a product apart in C++ else, which wants numbers: no prompt of more than 2048 tokens ran with it."""
+    found, run_node = set(), slices._Valued.run_node
+
+    def watched(self: Any, node: torch.fx.Node) -> Any:
+        found.add(torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher))
+        return run_node(self, node)
+
+    monkeypatch.setattr(slices._Valued, "run_node", watched)
+    generate(build(MODELS["gated"]), tokens(1, 50))
+    assert found == {True}
+
+
 def assert_it_adds_what_it_is_given(part: slices.Part) -> None:
     """So the norm before the MLP is in it too, and hidden states are not alive beside what is added to them."""
     given, *_, output = part.gm.graph.nodes
