@@ -17,6 +17,7 @@ if not (_here / "kernels").is_dir():  # a source tree, where these stand beside 
             sys.modules[_spec.name] = globals()[_name] = module_from_spec(_spec)
 
 from spectral_compile import limit  # noqa: E402
+from spectral_compile.ahead import run_ahead  # noqa: E402
 from spectral_compile.backend import reset  # noqa: E402
 from spectral_compile.config import SpectralConfig  # noqa: E402
 from spectral_compile.explain import explain  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "memory_stats",
     "reports",
     "reset",
+    "run_ahead",
     "spectral",
 ]
 __version__ = "0.1.0"

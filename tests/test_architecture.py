@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {  # from the bottom up; patterns of module
     "cache": ("foreign", "cache", "cache.*", "tensor", "stats"),
     "runtime": ("plan", "replay", "runtime"),
     "passes": ("passes.*",),
-    "backend": ("artefacts", "backend", "explain", "entry", "unsloth"),
+    "backend": ("ahead", "artefacts", "backend", "explain", "entry", "unsloth"),
     "package": ("",),
     "checkpoints": ("models",),
     "evaluation": ("evaluation", "evaluation.*"),
