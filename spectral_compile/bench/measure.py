@@ -130,10 +130,11 @@ def tidy() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: of a failed compilation what the backend itself raised."""
+    """An error as one line: of a failed compilation what the backend itself raised, and no stack of torch's own C++."""
     if isinstance(error, BackendCompilerFailed):
         error = error.inner_exception
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    said = " ".join(line for line in str(error).splitlines() if not line.startswith(("Exception raised from", "frame #")))
+    return f"{type(error).__name__}: {' '.join(said.split())}"[:400]
 
 
 @torch.no_grad()
