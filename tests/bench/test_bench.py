@@ -201,8 +201,8 @@ def test_an_error_of_the_backend_is_told_as_its_own() -> None:
 
 def test_an_error_of_torch_is_shown_without_its_stack_so_that_what_follows_is() -> None:
     error = RuntimeError(
-        "Cannot call numel() on tensor with symbolic sizes/strides\nException raised from throw_it at x.cpp:289 (most recent call"
-        " first):\nframe #0: c10::Error::Error + 0x9d\nframe #1: at::matmul\n\nWhile executing %linear"
+        "Cannot call numel() on tensor with symbolic sizes/strides\nException raised from throw_it at x.cpp:289 (most recent"
+        " call first):\nframe #0: c10::Error::Error + 0x9d\nframe #1: at::matmul\n\nWhile executing %linear"
     )
     assert one_line(error) == (
         "RuntimeError: Cannot call numel() on tensor with symbolic sizes/strides While executing %linear"
