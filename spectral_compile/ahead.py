@@ -6,6 +6,7 @@ step, and what the GPU does, never overlap. Here the answer about one token is r
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,13 @@ def run_ahead(
     Once all texts have ended one step more has been made, which is taken back from what is returned, the cache included.
     Stopping criteria see that step, and when sampling it has drawn from the generator. A streamer is ``stream_to``, since
     transformers keeps ``streamer``, and the tokenizer that ``stop_strings`` asks for, from a loop that is not its own; it is
-    given each token one step later. ``Mistake`` for beams and for models with an encoder.
+    given each token one step later. ``Mistake`` for ``streamer``, for beams and for models with an encoder.
     """
     if generation_config.num_beams > 1 or model.config.is_encoder_decoder:
         raise Mistake("run_ahead generates one text a prompt, greedily or by sampling, with decoder-only models")
+    # whoever reads from one that is given no token waits for ever; of what called this it is a local name
+    if sys._getframe(1).f_locals.get("streamer") is not None:
+        raise Mistake("generate does not hand its streamer to run_ahead: pass it as stream_to instead")
     if stream_to is not None:
         stream_to.put(input_ids.cpu())
     kept = _Kept.of(generation_config)

@@ -147,6 +147,12 @@ def test_a_cache_that_cannot_take_a_step_back_is_never_a_step_ahead() -> None:
     assert cache_of(want).get_seq_length() == cache_of(got).get_seq_length()
 
 
+def test_a_streamer_that_would_be_given_nothing_is_refused() -> None:
+    """Who reads from it in another thread would wait for ever."""
+    with pytest.raises(Mistake, match="pass it as stream_to instead"):
+        model_of(compressed=False).generate(tokens(1, 40), max_new_tokens=2, streamer=Streamed(), custom_generate=sc.run_ahead)
+
+
 def test_beams_are_refused() -> None:
     with pytest.raises(Mistake, match="one text a prompt, greedily or by sampling"):
         model_of(compressed=False).generate(tokens(1, 40), max_new_tokens=2, num_beams=2, custom_generate=sc.run_ahead)
