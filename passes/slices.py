@@ -59,7 +59,7 @@ class Part:
         symbol = shapes.create_symbol(ROWS, source, DimDynamic.DYNAMIC)
         count = shapes.create_symintnode(symbol, hint=ROWS, source=source)
         tokens, *weights = self.inputs
-        # as Dynamo traces: else torch before 2.13 takes products apart in C++, which asks for sizes that are symbols
+        # as Dynamo traces: else torch 2.11 takes products apart in C++, which asks for sizes that are symbols
         with mode, enable_python_dispatcher():
             slice_ = torch.empty((1, count, tokens.shape[-1]), dtype=tokens.dtype, device=tokens.device)
             given = [slice_, *[torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device) for w in weights]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectral_compile.errors import Mistake
-from spectral_compile.outputs import cache_of
+from spectral_compile.outputs import cache_argument, cache_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -53,7 +53,8 @@ def run_ahead(
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache = cache_of(outputs)
-    returned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    asked_for = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    returned = cache is not None and asked_for
     waits = returned and not _can_crop(cache)
     with model._optimize_model_for_decode():
         while True:
@@ -126,8 +127,8 @@ def _told(answer: _Answer, streamer: Any) -> bool:
 
 
 def _can_crop(cache: Any) -> bool:
-    """Whether a step can be taken back: a window that has slid has lost what was before it."""
-    return cache is None or not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    """Whether a step can be taken back: a window that has slid, and a state, have lost what was before it."""
+    return cache.is_croppable and not any((*cache.is_sliding, *cache.is_linear))
 
 
 @dataclass
@@ -158,8 +159,5 @@ class _Kept:
     def output(self, sequences: torch.Tensor, cache: Any) -> Any:
         from transformers.generation.utils import GenerateDecoderOnlyOutput  # here, since to import it takes seconds
 
-        names = {x.name for x in fields(GenerateDecoderOnlyOutput)}
         held = {x.name: getattr(self, x.name) for x in fields(self)}
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences, **held, **{"cache" if "cache" in names else "past_key_values": cache}
-        )
+        return GenerateDecoderOnlyOutput(sequences=sequences, **held, **cache_argument(cache))

@@ -13,6 +13,7 @@ import spectral_compile as sc
 from spectral_compile import report
 from spectral_compile.errors import Mistake
 from spectral_compile.outputs import cache_argument, cache_of
+from tests.hybrids import HYBRIDS
 from tests.tiny import build, tokens
 
 OPTIONS = {"preset": "exact", "strict": True, "inner": "eager"}
@@ -145,6 +146,27 @@ def test_a_cache_that_cannot_take_a_step_back_is_never_a_step_ahead() -> None:
     want, got = both(model, prompt, eos_token_id=end, return_dict_in_generate=True)
     assert torch.equal(want.sequences, got.sequences)
     assert cache_of(want).get_seq_length() == cache_of(got).get_seq_length()
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "lfm2"])
+def test_a_state_is_no_step_ahead_of_its_text(name: str) -> None:
+    """A step that is too many cannot be taken out of it again."""
+    sc.reset()
+    torch.manual_seed(0)
+    model, prompt = HYBRIDS[name]().eval(), tokens(1, 40)
+    ends = StoppingCriteriaList([After(44)])  # a random model may make one token again and again
+    want, got = both(model, prompt, stopping_criteria=ends, return_dict_in_generate=True)
+    assert torch.equal(want.sequences, got.sequences) and got.sequences.shape[1] == 44
+    more = [
+        model.generate(out.sequences, max_new_tokens=8, do_sample=False, **cache_argument(cache_of(out))) for out in (want, got)
+    ]
+    assert torch.equal(*more), "a second turn"
+
+
+def test_a_text_without_a_cache_ends_where_it_would() -> None:
+    model, prompt = model_of(compressed=False), tokens(1, 40)
+    want, got = both(model, prompt, eos_token_id=end_of(model, prompt, 4), use_cache=False, return_dict_in_generate=True)
+    assert torch.equal(want.sequences, got.sequences) and cache_of(got) is None
 
 
 def test_a_streamer_that_would_be_given_nothing_is_refused() -> None:

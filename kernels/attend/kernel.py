@@ -46,9 +46,8 @@ from spectral_compile.kernels.digits import as_loaded
 from spectral_compile.kernels.rotary import TILE, tables
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 
-taken: Counter[str] = (
-    Counter()
-)  # calls of this process by form, "latent" or "rebuilt"; a CUDA graph that replays one makes none
+# calls of this process by form, "latent" or "rebuilt"; the replay of a CUDA graph is none
+taken: Counter[str] = Counter()
 
 
 @triton.jit(do_not_specialize=["splits", "exact_splits", "exact_parts", "exact_from", "places", "slots", "coders"])
@@ -254,7 +253,7 @@ def form_of(past: Past, scoring: Scoring, count: int, geometry: Geometry, plan: 
         exact_tokens=plan.exact_tile,
         stages=plan.stages,
         latent_out=latent_out,
-        recent_apart=latent is not None and latent.recent is not None,
+        recent_apart=bool(plan.apart),
         left=left,
         places=places,
     )

@@ -16,6 +16,7 @@ from spectral_compile.codec import PRESETS, Rotary
 from spectral_compile.errors import Mistake
 from spectral_compile.kernels.attend import kernel, plan
 from spectral_compile.kernels.attend.latent import plan as latent
+from spectral_compile.kernels.attend.latent.expansion import RUN
 from spectral_compile.kernels.attend.plan import AttendPlan, ProgramSize, multiprocessors
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 from tests.budget import FULL, combinations, examples
@@ -125,19 +126,22 @@ def test_it_is_taken_unasked_where_it_is_faster(preset: str, new: int, takes: bo
     assert kernel.latent_of(store.past, chunk) is None
 
 
+def hiding(hides: str, columns: int, window: int) -> dict[str, Any]:
+    """What ``assert_near`` is told to hide of so many tokens, three of them new."""
+    generator = torch.Generator().manual_seed(1)
+    if hides == "a window":
+        return {"sliding_window": window, "softcap": 2.0}
+    if hides == "padding":
+        return {"hidden": Hidden(visible=(torch.rand(1, columns + 1, generator=generator) < 0.6).to(torch.uint8))}
+    mask = torch.rand(1, 1, 3, columns, generator=generator) < 0.6
+    return {"hidden": Hidden(mask, torch.ones(1, columns, dtype=torch.bool))}
+
+
 @in_half
 @pytest.mark.parametrize("hides", ["a window", "padding", "a mask"])
 def test_it_sees_the_same_tokens(hides: str, dtype: torch.dtype, planned: dict[str, int]) -> None:
     store, step = filled("balanced", 64, past=149, new=3, head_group=1)
-    generator = torch.Generator().manual_seed(1)
-    if hides == "a window":
-        how: dict[str, Any] = {"sliding_window": 50, "softcap": 2.0}
-    elif hides == "padding":
-        how = {"hidden": Hidden(visible=(torch.rand(1, 153, generator=generator) < 0.6).to(torch.uint8))}
-    else:
-        mask = torch.rand(1, 1, 3, 152, generator=generator) < 0.6
-        how = {"hidden": Hidden(mask, torch.ones(1, 152, dtype=torch.bool))}
-    assert_near(store, step, 0.1, dtype, planned, **how)
+    assert_near(store, step, 0.1, dtype, planned, **hiding(hides, 152, window=50))
 
 
 @in_half
@@ -209,7 +213,7 @@ def test_many_tokens_far_from_their_reference(score: float, dtype: torch.dtype, 
 @in_half
 def test_a_run_longer_than_its_tables(dtype: torch.dtype, planned: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The slowest pairs are absorbed once a run: a split of more tokens takes several."""
-    store, step = random_store(4 * 768 + 100, 1.0, heads=1)
+    store, step = random_store(4 * RUN + 100, 1.0, heads=1)
     if DEVICE == "cpu":
         planned["splits"] = 1
     assert_near(store, step, 128**-0.5, dtype, planned)

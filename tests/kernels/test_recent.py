@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spectral_compile.kernels.attend.latent import plan as latent
-from spectral_compile.kernels.values import Chunk, Hidden
-from tests.kernels.test_latent import DTYPES, assert_near, in_half, planned
+from spectral_compile.kernels.values import Chunk
+from tests.kernels.test_latent import DTYPES, assert_near, hiding, in_half, planned
 from tests.stores import filled
 
 __all__ = ["planned"]
@@ -43,15 +43,7 @@ def test_they_are_as_near_as_rebuilt_keys(name: str, dtype: torch.dtype, planned
 @pytest.mark.parametrize("hides", ["a window", "padding", "a mask"])
 def test_the_same_ones_are_seen(hides: str, dtype: torch.dtype, planned: dict[str, int]) -> None:
     store, step = filled("compact", 64, past=115, new=3, head_group=1, recent_bits=8)
-    generator = torch.Generator().manual_seed(1)
-    if hides == "a window":
-        how: dict[str, Any] = {"sliding_window": 40, "softcap": 2.0}
-    elif hides == "padding":
-        how = {"hidden": Hidden(visible=(torch.rand(1, 119, generator=generator) < 0.6).to(torch.uint8))}
-    else:
-        mask = torch.rand(1, 1, 3, 118, generator=generator) < 0.6
-        how = {"hidden": Hidden(mask, torch.ones(1, 118, dtype=torch.bool))}
-    assert_near(store, step, 0.1, dtype, planned, **how)
+    assert_near(store, step, 0.1, dtype, planned, **hiding(hides, 118, window=40))
 
 
 @pytest.mark.parametrize(("how", "apart"), [({"recent_bits": 8}, True), ({}, False), ({"recent_bits": 8, "turned": 20}, False)])

@@ -17,7 +17,7 @@ import triton.language as tl
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.expansion import RUN, STRETCH
 from spectral_compile.kernels.attend.latent.left import for_lanes, leave_digits, leave_values, over_lanes, values_of
-from spectral_compile.kernels.attend.latent.mix import FAR, UP, mixed, parts_of, repeated, seen_of
+from spectral_compile.kernels.attend.latent.mix import FAR, UP, mixed, parts_of, repeated, row_of, seen_of
 from spectral_compile.kernels.attend.latent.operands import (
     absorbed_over_run,
     absorbed_over_stretch,
@@ -325,7 +325,7 @@ def attend_latent(
         again = tl.max(far.to(tl.int32), 0) > 0
         reference = tl.where(far, top, reference)
     u = quartet * 4 + tl.arange(0, 4)
-    row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+    row = row_of(u, head, G)
     first_at = row_group.to(tl.int64) * tl.num_programs(1) * F.queries
     at = (first_at + row) * splits + split
     live = u < n * G.query_heads
@@ -333,7 +333,7 @@ def attend_latent(
     tl.store(left.totals + at, over_lanes(total, WARPS), mask=live)
     if F.latent_out:
         u = quartet * 4 + c
-        row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+        row = row_of(u, head, G)
         to = left.sums + ((first_at + row) * splits + split) * F.left
         mass = for_lanes(over_lanes(mass, WARPS), WARPS)
         leave_digits(sums, mass, to, u < n * G.query_heads, queue, room, lane, own_warp, L)
@@ -341,7 +341,7 @@ def attend_latent(
         places = ()
         for i in tl.static_range(4):
             u = quartet * 4 + i
-            row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+            row = row_of(u, head, G)
             places = places + (left.sums + ((first_at + row) * splits + split) * F.left,)
         leave_values(out, places, lives, x, G, F, L)
 

@@ -1,4 +1,4 @@
-"""What coded and recent tokens share once they have scores: which of them are seen, and digits of values times weights."""
+"""What coded and recent tokens share: which of them are seen, digits of values times weights, and whose they are."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def repeated(x, COUNT: tl.constexpr):
     for _ in tl.static_range(COUNT):
         out = out + (x,)
     return out
+
+
+@warp.function
+def row_of(u, head, G: tl.constexpr):
+    """Which (query, head) pair of its group the u-th query of a KV head is, counted over the columns."""
+    return u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
 
 
 @warp.function

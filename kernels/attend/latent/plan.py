@@ -31,7 +31,6 @@ from spectral_compile.kernels.values import Chunk, Past
 
 QUERIES = 4  # of a quartet
 QUARTETS = 2  # of a KV head, up to which it is faster than to rebuild keys
-LANES = 32  # of a warp
 ALIGNED = 1024  # bytes, of operands in shared memory that lie as wgmma reads them (PTX ISA, "Shared Memory Matrix Layout")
 ROOM = 48 << 10  # bytes of shared memory that a program may reserve by name on any GPU
 RESIDENT = 8  # warps of as many registers as one may have, on a multiprocessor
@@ -165,7 +164,7 @@ class LatentPlan(NamedTuple):
             fast=fast,
             medium=medium,
             slow=slow,
-            columns=min(LANES * warps, triton.next_power_of_2(8 * eights)),
+            columns=min(warp.LANES.value * warps, triton.next_power_of_2(8 * eights)),
             between=between,
             apart=apart,
             full=all(first >= 0 and second >= 0 for first, second, _ in expansion.pairs),

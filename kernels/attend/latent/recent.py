@@ -11,7 +11,7 @@ import triton.language as tl
 
 from spectral_compile.kernels.attend.latent import warp
 from spectral_compile.kernels.attend.latent.left import for_lanes, leave_digits, over_lanes
-from spectral_compile.kernels.attend.latent.mix import FAR, UP, mixed, parts_of, repeated, seen_of
+from spectral_compile.kernels.attend.latent.mix import FAR, UP, mixed, parts_of, repeated, row_of, seen_of
 from spectral_compile.kernels.attend.latent.operands import power_below
 from spectral_compile.kernels.attend.latent.plan import SIXTEEN
 from spectral_compile.kernels.attend.parts import capped, own_tokens
@@ -206,13 +206,13 @@ def attend_recent(
             reference = tl.where(far, top, reference)
         first_at = row_group.to(tl.int64) * tl.num_programs(1) * F.queries
         u = own_quartet * 4 + tl.arange(0, 4)
-        row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+        row = row_of(u, head, G)
         live = u < n * G.query_heads
         own_at = (first_at + row) * splits + at
         tl.store(left.maxima + own_at, tl.where(top == float("-inf"), float("-inf"), reference), mask=live)
         tl.store(left.totals + own_at, over_lanes(total, WARPS), mask=live)
         u = own_quartet * 4 + c
-        row = u // G.query_heads * (G.heads * G.query_heads) + head * G.query_heads + u % G.query_heads
+        row = row_of(u, head, G)
         to = left.sums + ((first_at + row) * splits + at) * F.left
         mass = for_lanes(over_lanes(mass, WARPS), WARPS)
         tl.debug_barrier()  # other lanes' tokens are still read
