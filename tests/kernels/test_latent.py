@@ -68,7 +68,10 @@ def assert_near(store: PlainStore, step: Step, scale: float, dtype: torch.dtype,
     planned["latent"] = 1
     assert kernel.latent_of(store.past, chunk) is not None, "else both sides are the same form"
     assert store.ledger[:, 1].min() > 0, "of tokens that are not coded there is nothing to compare"
-    rebuilt, scored = errors(store, step, scale, dtype, planned, **how)
+    assert_no_worse(*errors(store, step, scale, dtype, planned, **how), dtype)
+
+
+def assert_no_worse(rebuilt: Tensor, scored: Tensor, dtype: torch.dtype) -> None:
     assert scored.square().mean().sqrt() <= max(WORSE * rebuilt.square().mean().sqrt(), ROUNDED[dtype])
     assert scored.max() <= 2 * max(rebuilt.max(), ROUNDED[dtype])  # of one query chance has a part
 
@@ -155,8 +158,13 @@ def test_a_store_of_several_bases_and_joint_heads(dtype: torch.dtype, planned: d
 @in_half
 @pytest.mark.parametrize("boost", [1.0, 3.0, 5.0])
 def test_large_queries_are_no_worse(boost: float, dtype: torch.dtype, planned: dict[str, int]) -> None:
-    store, step = random_store(300, boost)
-    assert_near(store, step, 128**-0.5, dtype, planned)
+    """Of eight queries the quotient of errors is .6 to 1.5, by chance; of 24 it is .9 to 1.1."""
+    store, step = random_store(200, boost)
+    size, found = step.query.square().mean().sqrt(), []
+    for seed in range(3):
+        step.query = size * torch.randn(step.query.shape, generator=torch.Generator().manual_seed(seed))
+        found.append(errors(store, step, 128**-0.5, dtype, planned))
+    assert_no_worse(*(torch.cat(x) for x in zip(*found, strict=True)), dtype)
 
 
 @in_half

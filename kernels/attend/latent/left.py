@@ -105,9 +105,8 @@ def values_of(sums, mass, out, store, where, head, tables, queue, room, x, G: tl
         size = warp.float_of(affine + code, real) * warp.float_of(affine + RANK + code, real)
         size = size * warp.float_of(tables.of_values.places + 8 * register + r, real)
         y = (_over_warps(room, lane, own_warp, first, L) - mass * middle) * size
-        warp.to_shared(tl.where(live, mixed + 16 * digit + 4 * c, room + L.room.spare), y.to(tl.int32, bitcast=True))
-        row = tl.maximum(code, 0) * G.width
-        warp.to_shared(tl.where(live, mixed + ROWS + 4 * digit, room + L.room.spare), row)
+        warp.to_shared(mixed + 16 * digit + 4 * c, y.to(tl.int32, bitcast=True), live)
+        warp.to_shared(mixed + ROWS + 4 * digit, tl.maximum(code, 0) * G.width, live)
     tl.debug_barrier()
     grown = ()
     for part in tl.static_range((G.dim + T - 1) // T):

@@ -29,9 +29,9 @@ def rows_to_shared(room, x, tables, G: tl.constexpr, L: tl.constexpr):
     for i in tl.static_range((SLOTS + T - 1) // T):
         slot = i * T + x
         code, _, middle, _ = warp.words_of(tables.of_keys + 4 * tl.minimum(slot, SLOTS - 1))
-        at = room + tl.where(slot < SLOTS, L.room.digits + 16 * slot, L.room.spare)
-        warp.to_shared(at, tl.maximum(code, 0) * G.width)
-        warp.to_shared(at + tl.where(slot < SLOTS, 8, 0), middle)
+        at = room + (L.room.digits + 16 * slot)
+        warp.to_shared(at, tl.maximum(code, 0) * G.width, slot < SLOTS)
+        warp.to_shared(at + 8, middle, slot < SLOTS)
     tl.debug_barrier()
 
 
@@ -67,9 +67,8 @@ def sizes_to_shared(room, x, sizes, L: tl.constexpr):
     unit = power_below((1.0 / tl.maximum(largest, 1e-30)) * (_LARGEST / 127))
     for i in tl.static_range(PARTS):
         slot = i * T + x
-        at = room + tl.where(slot < SLOTS, L.room.digits + 4 + 16 * slot, L.room.spare)
         size = sizes[3 * i] * sizes[3 * i + 1] * sizes[3 * i + 2]
-        warp.to_shared(at, (size * unit).to(tl.int32, bitcast=True))
+        warp.to_shared(room + (L.room.digits + 4 + 16 * slot), (size * unit).to(tl.int32, bitcast=True), slot < SLOTS)
     tl.debug_barrier()
     return unit
 
@@ -130,18 +129,17 @@ def basis_to_shared(room, x, numbers, L: tl.constexpr):
             middle1 += b1.to(tl.float16).to(tl.float32) * away
             slot = i * ROWS + row
             if WORDS % J > 0:
-                warp.to_shared(room + tl.where(live, slot * L.room.pitch + 4 * j, L.room.spare), warp.halves(b0, b1))
+                warp.to_shared(room + (slot * L.room.pitch + 4 * j), warp.halves(b0, b1), live)
             else:
                 warp.to_shared(room + (slot * L.room.pitch + 4 * j), warp.halves(b0, b1))
         middle0, middle1 = _over_half(middle0, ROWS, J) * (-1.0 / 1024), _over_half(middle1, ROWS, J) * (-1.0 / 1024)
         # four lanes have a constant: each half of the rows two, the second for what rounding takes away from the first
         rest0 = middle0 - middle0.to(tl.float16).to(tl.float32)
         rest1 = middle1 - middle1.to(tl.float16).to(tl.float32)
-        of_half = (L.constant + row // max(1, ROWS // 2) * 4) * L.room.pitch + 4 * j
-        at = room + tl.where(live, of_half, L.room.spare)
+        at = room + ((L.constant + row // max(1, ROWS // 2) * 4) * L.room.pitch + 4 * j)
         tl.debug_barrier()  # another lane has written zeros there
-        warp.to_shared(at, warp.halves(middle0, middle1))
-        warp.to_shared(at + tl.where(live, 2 * L.room.pitch, 0), warp.halves(rest0, rest1))
+        warp.to_shared(at, warp.halves(middle0, middle1), live)
+        warp.to_shared(at + 2 * L.room.pitch, warp.halves(rest0, rest1), live)
     if L.steps_held:
         warp.wait_for_copies(x, ALL_BUT_FETCHED)
     tl.debug_barrier()
@@ -227,8 +225,8 @@ def queries_to_shared(queries_room, room, lane, numbers, scale, positions, R: tl
                 warp.half_to_shared(to, (q0 * cos + q1 * sin) * w0)
                 warp.half_to_shared(to + 2 * PAIRS, (q1 * cos - q0 * sin) * w1)
             else:
-                warp.half_to_shared(tl.where(there, to, room + L.room.spare), (q0 * cos + q1 * sin) * w0)
-                warp.half_to_shared(tl.where(there, to + 2 * PAIRS, room + L.room.spare), (q1 * cos - q0 * sin) * w1)
+                warp.half_to_shared(to, (q0 * cos + q1 * sin) * w0, there)
+                warp.half_to_shared(to + 2 * PAIRS, (q1 * cos - q0 * sin) * w1, there)
 
 
 @warp.function

@@ -42,7 +42,6 @@ class Room(NamedTuple):
     """How the shared memory of a program is shared out, in bytes from its beginning: a basis, queries, tables, codes."""
 
     pitch: int  # of a row of it: eight rows begin at eight different banks
-    spare: int  # where what belongs nowhere goes
     queries: int
     digits: int  # what is known of each digit of a key
     steps: int  # where the tables of a run's stretches are, if they are there
@@ -54,12 +53,11 @@ class Room(NamedTuple):
     @classmethod
     def of(cls, eights: int, stages: int, registers: int, warps: int, stage: int, step_bytes: int, left: int) -> Room:
         pitch, queue = 32 * eights + 16, stages * stage
-        spare = 8 * registers * pitch
-        queries = -(-(spare + 4) // 128) * 128
+        queries = -(-8 * registers * pitch // 128) * 128
         digits = queries + max(warps * QUERIES * 32 * eights, 160 * left)  # and what a segment's values came to
         steps = digits + 16 * 8 * registers
         queues = steps + step_bytes
-        return cls(pitch, spare, queries, digits, steps, queues, queue, stages, _whole(queues + warps * queue))
+        return cls(pitch, queries, digits, steps, queues, queue, stages, _whole(queues + warps * queue))
 
 
 class Slices(NamedTuple):

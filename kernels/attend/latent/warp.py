@@ -313,19 +313,30 @@ def shared_byte(address):
 
 
 @function
-def to_shared(address, word):
-    """Write 32 bits to shared memory."""
+def to_shared(address, word, live=None):
+    """Write 32 bits to shared memory, where ``live``."""
     if INTERPRETED:
-        tl.store(_at(address, tl.int32), word)
-    else:
+        tl.store(_at(address, tl.int32), word, mask=live)
+    elif live is None:
         tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.b32 $0, $2;", "=r,r,r", [address, word], tl.int32, False, 1)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.b32 $0, $2; }",
+            "=r,r,r,r", [address, word, live.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
 
 
 @function
-def half_to_shared(address, x):
-    """Write one float32 to shared memory as float16."""
+def half_to_shared(address, x, live=None):
+    """Write one float32 to shared memory as float16, where ``live``."""
     if INTERPRETED:
-        tl.store(_at(address, tl.float16), x.to(tl.float16))
+        tl.store(_at(address, tl.float16), x.to(tl.float16), mask=live)
+    elif live is not None:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $3, 0; cvt.rn.f16.f32 h, $2;"
+            " @p st.shared.b16 [$1], h; mov.f32 $0, $2; }",
+            "=f,r,f,r", [address, x, live.to(tl.int32)], tl.float32, False, 1,
+        )  # fmt: skip
     else:
         tl.inline_asm_elementwise(
             "{ .reg .b16 h; cvt.rn.f16.f32 h, $2; st.shared.b16 [$1], h; mov.f32 $0, $2; }",
