@@ -20,12 +20,13 @@ def append(
     if chunk.columns == 1:
         writer.write(tiles_of(layout.block), keep=True)
         return
-    if chunk.columns:
-        writer.add_moment()
     rows = on_host(ledger)
+    first = chunk.columns > 0 and all(row.before == 0 for row in rows)
+    if chunk.columns:
+        writer.add_moment(first)
     if not layout.lossless:
         fit(writer, rows, token_weight)
-    # coding reads the places of recent tokens that new ones are then written to
-    writer.write(tiles_of(max(row.coded_after - row.coded for row in rows)), keep=False)
-    if chunk.columns:
+    tiles = tiles_of(max(row.coded_after - row.coded for row in rows))
+    writer.write(tiles, keep=first)
+    if chunk.columns and not first:  # coding reads the places of recent tokens that new ones are then written to
         writer.write(0, keep=True)

@@ -1,83 +1,173 @@
-"""Eigenvectors of many symmetric matrices at once, out of products and Cholesky factors, where eigh takes one after another."""
+"""Leading eigenvectors of symmetric matrices, one program each: products and Gram-Schmidt alone, so that nothing is waited for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import triton
+import triton.language as tl
 
-from spectral_compile.kernels.capture import capture
+from spectral_compile.kernels.arguments import LEAST
 
-_SHIFT = 1e-6  # of the trace: below it float32 sums of products hold little but noise, and may be indefinite
-_POWERS = (1, 2, 2, 2, 2)  # products with the matrix before each orthogonalisation; the error falls as 1 / sum squared
-_RIDGE = 1e-14  # of each squared length: above the rounding of float64, so that no factorisation can fail
-_RECORDED = 1 << 20  # numbers in the matrices of which a graph is kept: it keeps some fifty bytes for each
-_KEPT = 4  # graphs
-_graphs: dict[tuple[object, ...], tuple[Callable[[], None], torch.Tensor, torch.Tensor]] = {}
+PANEL: tl.constexpr = tl.constexpr(16)  # vectors that are made orthonormal together
+_SHIFT: tl.constexpr = tl.constexpr(1e-6)  # of the trace: below it sums of products hold little but noise
+_ROWS: tl.constexpr = tl.constexpr(32)  # of a product at a time, and of its sums
+_LEAST: tl.constexpr = tl.constexpr(1e-30)  # a squared length, and a trace, to divide by
+FURTHER = 4  # orthogonalisations after the first
+WARPS = 8  # of a program
+
+
+@triton.jit
+def _order(numbers, count, at, of, padded: tl.constexpr):
+    """Which place each of the numbers ``of`` at ``at`` has by falling size among ``count`` of them in memory."""
+    place = at * 0
+    for start in range(0, padded, 32):
+        other = start + tl.arange(0, 32)
+        x = tl.load(numbers + other, mask=other < count, other=float("-inf"))
+        before = (x[None, :] > of[:, None]) | ((x[None, :] == of[:, None]) & (other[None, :] < at[:, None]))
+        place += tl.sum((before & (other < count)[None, :]).to(tl.int32), 1)
+    return place
+
+
+@triton.jit
+def _times(x, a, out, rows, width, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """``out`` = ``x`` @ ``a``: of vectors [rows, width] and a symmetric matrix."""
+    for first in range(0, rows, _ROWS):
+        r = first + tl.arange(0, _ROWS)
+        for left in range(0, width, COLUMNS):
+            c = left + tl.arange(0, COLUMNS)
+            sums = tl.zeros([_ROWS, COLUMNS], tl.float32)
+            for start in range(0, width, _ROWS):
+                k = start + tl.arange(0, _ROWS)
+                of_x = tl.load(x + r[:, None] * width + k[None, :], mask=(r < rows)[:, None] & (k < width)[None, :], other=0.0)
+                of_a = tl.load(a + k[:, None] * width + c[None, :], mask=(k < width)[:, None] & (c < width)[None, :], other=0.0)
+                sums = tl.dot(of_x, of_a, sums, input_precision="tf32x3")
+            tl.store(out + r[:, None] * width + c[None, :], sums, mask=(r < rows)[:, None] & (c < width)[None, :])
+    tl.debug_barrier()
+
+
+@triton.jit
+def _orthonormalise(x, rows, width, WIDTH: tl.constexpr):
+    """Make vectors [rows, width] orthonormal, each against those before it, to the rounding of float32.
+
+    Block Gram-Schmidt, each block twice (Barlow and Smoktunowicz 2013, doi:10.1007/s00211-012-0496-2). Zeros stay zeros.
+    """
+    j, c = tl.arange(0, PANEL), tl.arange(0, WIDTH)
+    for first in range(0, rows, PANEL):
+        at = x + (first + j)[:, None] * width + c[None, :]
+        own = (first + j < rows)[:, None] & (c < width)[None, :]
+        y = tl.load(at, mask=own, other=0.0)
+        for _ in range(2):
+            for start in range(0, first, PANEL):
+                before = tl.load(x + (start + j)[:, None] * width + c[None, :], mask=(c < width)[None, :], other=0.0)
+                shares = tl.dot(y, tl.trans(before), input_precision="tf32x3")
+                y -= tl.dot(shares, before, input_precision="tf32x3")
+            for k in range(PANEL):
+                vector = tl.sum(tl.where(j[:, None] == k, y, 0.0), 0)
+                vector = vector * (1.0 / tl.sqrt(tl.maximum(tl.sum(vector * vector, 0), _LEAST)))
+                share = tl.sum(y * vector[None, :], 1)
+                y = tl.where(j[:, None] > k, y - share[:, None] * vector[None, :], y)
+                y = tl.where(j[:, None] == k, vector[None, :], y)
+        tl.store(at, y, mask=own)
+        tl.debug_barrier()
+
+
+@triton.jit
+def eigenvectors(a, x, y, numbers, rows, width, further, WIDTH: tl.constexpr):
+    """Leave orthonormal vectors [rows, width] near the leading eigenvectors of ``a`` in ``x``, and their energies in ``numbers``.
+
+    Subspace iteration (Golub and Van Loan, Matrix Computations, 8.2.4) from the rows of the matrix, those of the largest
+    channels first, ``further`` more times by two products. Eigenvectors with eigenvalues that differ by some per cent stay
+    mixed, which hardly costs transform coding anything; so do those with eigenvalues below ``_SHIFT``.
+
+    ``a``: float32 [width, width] with a trace of about one; ``y``: room as of ``x``; ``numbers``: room for ``width``. ``rows`` is
+    a multiple of ``PANEL``; those past ``width`` are zeros.
+    """
+    COLUMNS: tl.constexpr = min(128, WIDTH)
+    j, c = tl.arange(0, PANEL), tl.arange(0, WIDTH)
+    tl.store(numbers + c, tl.load(a + c * (width + 1), mask=c < width, other=0.0), mask=c < width)
+    tl.debug_barrier()
+    for first in range(0, rows, PANEL):
+        tl.store(x + (first + j)[:, None] * width + c[None, :], 0.0, mask=(first + j >= width)[:, None] & (c < width)[None, :])
+    for first in range(0, width, PANEL):
+        r = first + j
+        place = _order(numbers, width, r, tl.load(numbers + r, mask=r < width, other=0.0), WIDTH)
+        row = tl.load(a + r[:, None] * width + c[None, :], mask=(r < width)[:, None] & (c < width)[None, :], other=0.0)
+        tl.store(x + place[:, None] * width + c[None, :], row, mask=((r < width) & (place < rows))[:, None] & (c < width)[None, :])
+    tl.debug_barrier()
+    _orthonormalise(x, rows, width, WIDTH)
+    for _ in range(further):
+        _times(x, a, y, rows, width, WIDTH, COLUMNS)
+        _times(y, a, x, rows, width, WIDTH, COLUMNS)
+        _orthonormalise(x, rows, width, WIDTH)
+    _times(x, a, y, rows, width, WIDTH, COLUMNS)
+    for first in range(0, rows, PANEL):
+        at = (first + j)[:, None] * width + c[None, :]
+        vector = tl.load(x + at, mask=(c < width)[None, :], other=0.0)
+        energy = tl.sum(vector * tl.load(y + at, mask=(c < width)[None, :], other=0.0), 1)
+        tl.store(numbers + first + j, energy, mask=first + j < width)
+    tl.debug_barrier()
+
+
+@triton.jit
+def vectors_by_energy(x, numbers, first, rows, width, WIDTH: tl.constexpr):
+    """``PANEL`` of the vectors that ``eigenvectors`` has left, and the place of each by falling energy."""
+    r, c = first + tl.arange(0, PANEL), tl.arange(0, WIDTH)
+    held = (r < rows) & (r < width)
+    place = _order(numbers, tl.minimum(rows, width), r, tl.load(numbers + r, mask=held, other=0.0), WIDTH)
+    vectors = tl.load(x + r[:, None] * width + c[None, :], mask=held[:, None] & (c < width)[None, :], other=0.0)
+    return vectors, tl.where(held, place, width)
+
+
+@triton.jit
+def balance(a, width, WIDTH: tl.constexpr):
+    """Divide a matrix by its trace, and add ``_SHIFT`` to its diagonal."""
+    j, c = tl.arange(0, PANEL), tl.arange(0, WIDTH)
+    trace = tl.sum(tl.load(a + c * (width + 1), mask=c < width, other=0.0), 0)
+    tl.debug_barrier()
+    for first in range(0, width, PANEL):
+        r = first + j
+        at, own = a + r[:, None] * width + c[None, :], (r < width)[:, None] & (c < width)[None, :]
+        row = tl.load(at, mask=own, other=0.0) / tl.maximum(trace, 1.1754943508222875e-38)
+        tl.store(at, row + tl.where(r[:, None] == c[None, :], _SHIFT, 0.0), mask=own)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rows", "rank"])
+def _eigen_kernel(a, x, y, numbers, out, rows, rank, further, width: tl.constexpr, WIDTH: tl.constexpr):
+    """Of one matrix."""
+    matrix = tl.program_id(0).to(tl.int64)
+    a, x, y = a + matrix * width * width, x + matrix * rows * width, y + matrix * rows * width
+    numbers, c = numbers + matrix * width, tl.arange(0, WIDTH)
+    balance(a, width, WIDTH)
+    eigenvectors(a, x, y, numbers, rows, width, further, WIDTH)
+    for first in range(0, rows, PANEL):
+        vectors, place = vectors_by_energy(x, numbers, first, rows, width, WIDTH)
+        at = out + (matrix * rank + place)[:, None] * width + c[None, :]
+        tl.store(at, vectors, mask=(place < rank)[:, None] & (c < width)[None, :])
+
+
+class Room:
+    """What programs work in, of ``count`` matrices of ``width``, for up to ``rank`` eigenvectors."""
+
+    def __init__(self, count: int, width: int, rank: int, device: torch.device) -> None:
+        self.rows = triton.cdiv(rank, PANEL.value) * PANEL.value
+        self.a = torch.empty(count, width, width, dtype=torch.float32, device=device)
+        self.x, self.y = torch.empty(2, count, self.rows, width, dtype=torch.float32, device=device)
+        self.numbers = torch.empty(count, width, dtype=torch.float32, device=device)
 
 
 def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
     """Orthonormal columns near the ``rank`` leading eigenvectors, by falling energy, without waiting for the device.
 
-    Subspace iteration (Golub and Van Loan, Matrix Computations, 8.2.4), orthogonalised by shifted Cholesky QR (Fukaya et al.
-    2020, doi:10.1137/18M1218212). It starts from the Cholesky factor of the matrix, channels by falling energy: a factor spans
-    what the matrix does with the root of its condition. Eigenvectors with eigenvalues that differ by some per cent stay mixed,
-    which hardly costs transform coding anything; so do those with eigenvalues below ``_SHIFT``.
-
-    float32 [..., W, W], positive semidefinite up to ``_SHIFT`` -> float32 [..., W, rank].
+    float32 [..., W, W], positive semidefinite up to ``_SHIFT`` of its trace -> float32 [..., W, rank].
     """
-    width = gram.shape[-1]
-    found = (_recorded if gram.is_cuda else _leading)(gram.reshape(-1, width, width), rank)
-    return found.reshape(*gram.shape[:-1], rank)
-
-
-def _leading(gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """Of one matrix after another: float32 [N, W, W] -> float32 [N, W, rank]."""
-    a = gram.double()
-    trace = a.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    a = a / trace.clamp_min(torch.finfo(torch.float32).tiny)
-    diagonal = a.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(_SHIFT)
-    order = diagonal.argsort(-1, descending=True)[:, :, None]
-    a = a.gather(-2, order.expand_as(a)).gather(-1, order.mT.expand_as(a))
-    basis = torch.linalg.cholesky_ex(a).L[..., :rank]
-    for power in _POWERS:
-        for _ in range(power):
-            basis = a @ basis
-        basis = _orthonormal(basis)
-    energy = (basis * (a @ basis)).sum(-2, keepdim=True)
-    basis = basis.gather(-1, energy.argsort(-1, descending=True).expand_as(basis)).float()
-    return torch.empty_like(basis).scatter_(-2, order.expand_as(basis), basis)
-
-
-def _recorded(gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """``_leading`` as a CUDA graph: launched one by one, its some hundred kernels take the host longer than the device."""
-    key = (gram.shape, rank, gram.device, torch.cuda.current_stream(gram.device))
-    if gram.numel() > _RECORDED or torch.cuda.is_current_stream_capturing():
-        return _leading(gram, rank)
-    if key not in _graphs:
-        while len(_graphs) >= _KEPT:
-            del _graphs[next(iter(_graphs))]
-        _graphs[key] = _record(gram, rank)
-    replay, given, found = _graphs[key]
-    given.copy_(gram)
-    replay()
-    return found.clone()
-
-
-def _record(gram: torch.Tensor, rank: int) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor]:
-    """What replays the graph, and where that finds its matrices and leaves their eigenvectors."""
-    given, here, aside = gram.clone(), torch.cuda.current_stream(gram.device), torch.cuda.Stream(gram.device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        _leading(given, rank)  # libraries set themselves up in a first call, which must not be recorded
-    here.wait_stream(aside)
-    replay, found = capture(lambda: _leading(given, rank), gram.device)
-    return replay, given, found
-
-
-def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """The Q of a QR decomposition, as nearly as the columns' condition allows: float64 [N, W, rank]."""
-    products = columns.mT @ columns
-    products.diagonal(dim1=-2, dim2=-1).mul_(1 + _RIDGE)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(products).L, columns.mT, upper=False).mT
+    *shape, width = gram.shape[:-1]
+    out = gram.new_empty(*shape, rank, width)
+    if out.numel():
+        room = Room(gram[..., 0, 0].numel(), width, rank, gram.device)
+        room.a.copy_(gram.reshape(-1, width, width))
+        _eigen_kernel[(len(room.a),)](
+            room.a, room.x, room.y, room.numbers, out, room.rows, rank, FURTHER,
+            width=width, WIDTH=max(LEAST, triton.next_power_of_2(width)), num_warps=WARPS,
+        )  # fmt: skip
+    return out.mT

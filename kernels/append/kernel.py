@@ -20,7 +20,7 @@ from spectral_compile.kernels.values import Chunk
 # ``NAME: tl.constexpr = TUPLE.member`` stands wherever a shape, ``static_range`` or another function takes a member of a tuple:
 # Triton 3.6 has plain Python values there, and allows none.
 _TOKENS: tl.constexpr = tl.constexpr(32)  # that a program takes
-_SPAN = 512  # columns whose squared queries one program sums
+_SPAN = 128  # columns whose squared queries one program sums
 
 
 class Entering(NamedTuple):
@@ -55,15 +55,22 @@ def recent_size(code):
 
 
 @triton.jit
-def _tokens(entering, b, g, slots, live, before, n, G: tl.constexpr, KEYS: tl.constexpr):
-    """Tokens in these slots as joint channels [N, WIDTH]: what stood among the recent ones before, else out of the chunk."""
+def column_of(chunk, b, rank, fresh, n):
+    """In which column of the chunk its tokens stand."""
+    if chunk.index is not None:
+        rank = tl.load(chunk.index + b * (n + 1) + rank, mask=fresh, other=0)
+    return rank
+
+
+@triton.jit
+def tokens_in(entering, b, g, slots, live, before, n, c, G: tl.constexpr, KEYS: tl.constexpr):
+    """Joint channels ``c`` of tokens in these slots: what stood among the recent ones before, else out of the chunk."""
     chunk, store, places = entering.chunk, entering.store, entering.places
     new = chunk.key if KEYS else chunk.value
     exact = store.k_exact if KEYS else store.v_exact
     recent = store.k_recent if KEYS else store.v_recent
     sizes = store.k_sizes if KEYS else store.v_sizes
     strides = chunk.key_strides if KEYS else chunk.value_strides
-    c = tl.arange(0, G.WIDTH)
     real = c < G.width
     head, d = g * G.heads + c // G.dim, c % G.dim
     held = slots < tl.maximum(before - G.first_exact, 0)
@@ -75,20 +82,17 @@ def _tokens(entering, b, g, slots, live, before, n, G: tl.constexpr, KEYS: tl.co
     else:
         ring = ((b * G.kv_heads + head) * places + G.first_exact)[None, :] * G.dim + place * G.dim + d[None, :]
         old = tl.load(exact + ring, mask=kept, other=0.0)
-    rank = slots + G.first_exact - before
     fresh = live & (slots >= tl.maximum(before - G.first_exact, 0))
-    column = rank
-    if chunk.index is not None:
-        column = tl.load(chunk.index + b * (n + 1) + rank, mask=fresh, other=0)
+    column = column_of(chunk, b, slots + G.first_exact - before, fresh, n)
     at = b * strides.row + column[:, None] * strides.column + (head * strides.head + d)[None, :]
     x = tl.load(new + at, mask=fresh[:, None] & real[None, :], other=0.0).to(old.dtype)
     return tl.where(held[:, None], old, x)
 
 
 @triton.jit
-def _norm(x, G: tl.constexpr):
-    """Norm codes [N] of tokens [N, WIDTH], and the scales that they stand for; see ``codec.norm_code``."""
-    rms = tl.sqrt(tl.sum(x * x, 1) / G.width)
+def norm_of(squares, G: tl.constexpr):
+    """Norm codes [N] of tokens with these sums of squares, and the scales that they stand for; see ``codec.norm_code``."""
+    rms = tl.sqrt(squares / G.width)
     code = tl.floor(tl.log2(tl.maximum(rms, 1.1754943508222875e-38)) * 8 + 128.5)
     code = tl.minimum(tl.maximum(code, 0.0), 255.0)
     return code, tl.exp2((code - 128) / 8)
@@ -153,7 +157,7 @@ def _code(
         WIDTH: tl.constexpr = G.WIDTH
         x = x.to(tl.float32)
         if G.normalised and not KEYS:
-            code, size = _norm(x, G)
+            code, size = norm_of(tl.sum(x * x, 1), G)
             tl.store(store.v_norms + (b * G.groups + g) * coded_slots + slots, code.to(tl.uint8), mask=live)
             x = x / size[:, None]
         segment = tl.zeros([_TOKENS], tl.int32) - 1
@@ -272,10 +276,10 @@ def enter(
                 slots = coded + append_tile * _TOKENS + tl.arange(0, _TOKENS)
                 live = slots < coded_after
                 if side == 0:
-                    x = _tokens(entering, b, g, slots, live, before, n, G, True)
+                    x = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, G.WIDTH), G, True)
                     _code(x, store, b, g, slots, live, entering.coded_slots, segments, coder, coders, G, True, PRECISION)
                 else:
-                    x = _tokens(entering, b, g, slots, live, before, n, G, False)
+                    x = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, G.WIDTH), G, False)
                     _code(x, store, b, g, slots, live, entering.coded_slots, segments, coder, coders, G, False, PRECISION)
     else:
         if KEEP:
@@ -304,32 +308,6 @@ def _append_kernel(
     """One tile a program."""
     append_tile, row_group, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     enter(append_tile, row_group, side, 0, 1, entering, n, code_tiles, segments, G, CODE, KEEP, ONE, PRECISION)
-
-
-@triton.jit(do_not_specialize=["n", "offset", "count"])
-def _gather_kernel(entering, out, n, offset, count, sample, rows, G: tl.constexpr):
-    """``count`` of the tokens that this step codes, from the one at ``offset`` on; one in several where ``sample`` is not 0."""
-    tile, row_group, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, g = (row_group // G.groups).to(tl.int64), row_group % G.groups
-    before, coded, _after, coded_after = ledger_row(entering.ledger, b)
-    i = tile * _TOKENS + tl.arange(0, _TOKENS)
-    every = 1
-    if sample != 0:
-        every = tl.maximum((coded_after - coded) // sample, 1)
-    slots = coded + offset + i * every
-    live = (i < count) & (slots < coded_after)
-    c = tl.arange(0, G.WIDTH)
-    at = (((side * rows + b) * G.groups + g) * count + i) * G.width
-    mask = (i < count)[:, None] & (c < G.width)[None, :]
-    if side == 0:
-        k = _tokens(entering, b, g, slots, live, before, n, G, True)
-        tl.store(out + at[:, None] + c[None, :], k.to(out.dtype.element_ty), mask=mask)
-    else:
-        v = _tokens(entering, b, g, slots, live, before, n, G, False).to(tl.float32)
-        if G.normalised:
-            _, size = _norm(v, G)
-            v = v / size[:, None]
-        tl.store(out + at[:, None] + c[None, :], v.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -364,9 +342,10 @@ class ChunkWriter:
         self.geometry = Geometry.of(layout, chunk.query.shape[1])
         coded_slots, places = buffers.k_codes.shape[2], layout.first_exact + buffers.recent_slots(layout)
         self.entering = Entering(self.chunk, buffers, ledger, coded_slots, places)
+        self.precision = "tf32x3" if chunk.key.dtype == torch.float32 else "tf32"
 
-    def add_moment(self) -> None:
-        """Add the squared queries to ``moment``, in an order that is always the same."""
+    def add_moment(self, first: bool) -> None:
+        """Add the squared queries to ``moment``, which is nothing yet if ``first``, in an order that is always the same."""
         batch, _, count, dim = self.chunk.query.shape
         heads = self.layout.kv_heads
         spans = -(-count // _SPAN)
@@ -375,19 +354,10 @@ class ChunkWriter:
             self.chunk.query, self.valid, out, count, self.chunk.query_strides,
             0 if self.valid is None else self.valid.stride(0), G=self.geometry, SPAN=_SPAN,
         )  # fmt: skip
-        self.buffers.moment.add_(out.sum(0))
-
-    def gather(self, offset: int, count: int, sample: int = 0) -> torch.Tensor:
-        """Tokens that this step codes, [2, B, G, count, W] in the model's dtype: keys, and values over their norms.
-
-        They begin ``offset`` after the first one; past a row's last there are zeros. With ``sample`` > 0 a row gives about that
-        many, and less than twice as many, at even distances.
-        """
-        layout, batch = self.layout, len(self.ledger)
-        out = self.chunk.key.new_empty(2, batch, layout.groups, count, layout.width)
-        grid = (tiles_of(count), batch * layout.groups, 2)
-        _gather_kernel[grid](self.entering, out, self.count, offset, count, sample, batch, G=self.geometry)
-        return out
+        if first:
+            torch.sum(out, 0, out=self.buffers.moment)
+        else:
+            self.buffers.moment.add_(out.sum(0))
 
     def write(self, code_tiles: int, keep: bool) -> None:
         """Code up to ``code_tiles`` tiles a row, and keep what stays exact; both in one launch only for one column."""
@@ -397,7 +367,7 @@ class ChunkWriter:
             return
         _append_kernel[(tiles, len(self.ledger) * self.layout.groups, 2)](
             self.entering, self.count, code_tiles, self.buffers.starts.shape[1], G=self.geometry, CODE=code_tiles > 0,
-            KEEP=keep, ONE=one, PRECISION="tf32x3" if self.chunk.key.dtype == torch.float32 else "tf32", num_stages=2,
+            KEEP=keep, ONE=one, PRECISION=self.precision, num_stages=2,
         )  # fmt: skip
 
 

@@ -11,14 +11,17 @@ import triton.language as tl
 from spectral_compile.kernels.arguments import LEAST, Strides, as_bytes
 
 _TILE: tl.constexpr = tl.constexpr(64)  # queries, and keys, that a program takes at a time
+_RUN, _SPLITS = 1024, 16  # keys whose scores a program sums up at least, and programs that share all keys at most
 
 
 class Sampled(NamedTuple):
-    """Some queries of each row: ``query`` [B, Hq, m, padded D], the column and the token that each is, int64 [B, m]."""
+    """Queries [B, Hq, n, D], and of some of each row the column and the token that each is, int64 [B, m], or None at even
+    distances."""
 
     query: torch.Tensor
-    column: torch.Tensor
-    token: torch.Tensor
+    column: torch.Tensor | None
+    token: torch.Tensor | None
+    strides: Strides
 
 
 class Keys(NamedTuple):
@@ -42,23 +45,31 @@ class Sizes(NamedTuple):
 
 
 @triton.jit
-def _queries(sampled, i, b, row_head, S: tl.constexpr):
-    """Sampled queries [M, DIM] of one KV head, and their columns [M], -1 past the last."""
-    ROWS: tl.constexpr = S.query_heads * S.sample
-    live, at = i < ROWS, (row_head * ROWS + i)[:, None] * S.DIM + tl.arange(0, S.DIM)[None, :]
-    q = tl.load(sampled.query + at, mask=live[:, None], other=0.0)
-    return q, tl.load(sampled.column + b * S.sample + i % S.sample, mask=live, other=-1)
+def _queries(sampled, i, b, h, n, S: tl.constexpr):
+    """Sampled queries [M, DIM] of one KV head, and the column and the token of each, -1 past the last."""
+    live, d = i < S.query_heads * S.sample, tl.arange(0, S.DIM)
+    number = i % S.sample
+    if sampled.column is not None:
+        column = tl.load(sampled.column + b * S.sample + number, mask=live, other=0)
+        token = tl.load(sampled.token + b * S.sample + number, mask=live, other=0)
+    else:
+        column = tl.maximum((number + 1).to(tl.int64) * n // S.sample - 1, 0)
+        token = column
+    head = h * S.query_heads + i // S.sample
+    at = b * sampled.strides.row + head * sampled.strides.head + column * sampled.strides.column
+    q = tl.load(sampled.query + at[:, None] + d[None, :], mask=live[:, None] & (d < S.dim)[None, :], other=0.0)
+    return q, tl.where(live, column, -1), token
 
 
-@triton.jit(do_not_specialize=["n"])
-def _norms_kernel(sampled, keys, norms, n, scale, S: tl.constexpr, PRECISION: tl.constexpr):
-    """Logarithms of the sums that the scores of some queries are divided by; infinite where nothing is seen."""
-    row_head, d = tl.program_id(1).to(tl.int64), tl.arange(0, S.DIM)
+@triton.jit(do_not_specialize=["n", "run"])
+def _norms_kernel(sampled, keys, norms, n, run, scale, S: tl.constexpr, PRECISION: tl.constexpr):
+    """Logarithms of sums of exponentials of scores, of some queries over ``run`` keys; -inf where nothing is seen."""
+    row_head, d, split = tl.program_id(1).to(tl.int64), tl.arange(0, S.DIM), tl.program_id(2)
     b, h = row_head // S.kv_heads, row_head % S.kv_heads
     i = tl.program_id(0) * _TILE + tl.arange(0, _TILE)
-    q, at = _queries(sampled, i, b, row_head, S)
+    q, at, _ = _queries(sampled, i, b, h, n, S)
     highest, total = tl.full([_TILE], float("-inf"), tl.float32), tl.zeros([_TILE], tl.float32)
-    for start in range(0, tl.max(at, 0).to(tl.int32) + 1, _TILE):
+    for start in range(split * run, tl.minimum(tl.max(at, 0).to(tl.int32) + 1, (split + 1) * run), _TILE):
         c = start + tl.arange(0, _TILE)
         place = b * keys.strides.row + h * keys.strides.head + c[None, :] * keys.strides.column + d[:, None]
         k = tl.load(keys.key + place, mask=(c < n)[None, :] & (d < S.dim)[:, None], other=0.0)
@@ -70,12 +81,25 @@ def _norms_kernel(sampled, keys, norms, n, scale, S: tl.constexpr, PRECISION: tl
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp(highest - safe) + tl.sum(tl.exp(scores - safe[:, None]), 1)
         highest = new
-    found = tl.where(total > 0, highest + tl.log(tl.maximum(total, 1e-30)), float("inf"))
-    tl.store(norms + row_head * (S.query_heads * S.sample) + i, found, mask=i < S.query_heads * S.sample)
+    found = tl.where(total > 0, highest + tl.log(tl.maximum(total, 1e-30)), float("-inf"))
+    rows = S.query_heads * S.sample
+    tl.store(norms + (row_head * tl.num_programs(2) + split) * rows + i, found, mask=i < rows)
+
+
+@triton.jit
+def _norm_of(norms, i, splits, rows):
+    """What the scores of some queries are divided by, as a logarithm; infinite where nothing is seen."""
+    highest = tl.full([_TILE], float("-inf"), tl.float32)
+    for split in range(splits):
+        highest = tl.maximum(highest, tl.load(norms + split * rows + i, mask=i < rows, other=float("-inf")))
+    total, safe = tl.zeros([_TILE], tl.float32), tl.where(highest == float("-inf"), 0.0, highest)
+    for split in range(splits):
+        total += tl.exp(tl.load(norms + split * rows + i, mask=i < rows, other=float("-inf")) - safe)
+    return tl.where(total > 0, safe + tl.log(tl.maximum(total, 1e-30)), float("inf"))
 
 
 @triton.jit(do_not_specialize=["n"])
-def _weights_kernel(sampled, keys, norms, out, n, scale, S: tl.constexpr, PRECISION: tl.constexpr):
+def _weights_kernel(sampled, keys, norms, out, n, splits, scale, S: tl.constexpr, PRECISION: tl.constexpr):
     """What some tokens of one group get, mean over the queries that see them."""
     GROUPS: tl.constexpr = S.kv_heads // S.heads
     ROWS: tl.constexpr = S.query_heads * S.sample
@@ -92,9 +116,8 @@ def _weights_kernel(sampled, keys, norms, out, n, scale, S: tl.constexpr, PRECIS
         k = tl.load(keys.key + place, mask=(c < n)[:, None] & (d < S.dim)[None, :], other=0.0)
         for first in range(0, ROWS, _TILE):
             i = first + tl.arange(0, _TILE)
-            q, at = _queries(sampled, i, b, b * S.kv_heads + h, S)
-            token = tl.load(sampled.token + b * S.sample + i % S.sample, mask=i < ROWS, other=0)
-            norm = tl.load(norms + (b * S.kv_heads + h) * ROWS + i, mask=i < ROWS, other=float("inf"))
+            q, at, token = _queries(sampled, i, b, h, n, S)
+            norm = _norm_of(norms + (b * S.kv_heads + h) * splits * ROWS, i, splits, ROWS)
             seen = shown[:, None] & (c[:, None] <= at[None, :])
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             attention = tl.where(seen, tl.exp(scores - norm[None, :]) * (token + 1).to(tl.float32)[None, :], 0.0)
@@ -107,29 +130,30 @@ def token_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     valid: torch.Tensor | None,
-    column: torch.Tensor,
-    token: torch.Tensor,
+    column: torch.Tensor | None,
+    token: torch.Tensor | None,
     scale: float,
     head_group: int,
+    sample: int = 0,
 ) -> torch.Tensor:
-    """``reference.token_weights`` in two launches."""
-    key, valid = key if key.stride(3) == 1 else key.contiguous(), as_bytes(valid)
+    """``reference.token_weights`` in two launches; without columns ``sample`` queries at even distances are asked."""
+    sample = sample if column is None else column.shape[1]
+    query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     batch, kv_heads, count, dim = key.shape
-    query_heads, sample = query.shape[1] // kv_heads, column.shape[1]
-    padded = max(LEAST, triton.next_power_of_2(dim))
-    asked = query.gather(2, column[:, None, :, None].expand(-1, query.shape[1], -1, dim))
-    asked = torch.nn.functional.pad(asked, (0, padded - dim)).contiguous()
-    norms = torch.empty(batch, kv_heads, query_heads * sample, dtype=torch.float32, device=key.device)
+    query_heads, tile = query.shape[1] // kv_heads, _TILE.value
+    splits = min(_SPLITS, triton.cdiv(count, _RUN))
+    run = triton.cdiv(triton.cdiv(count, splits), tile) * tile
+    norms = torch.empty(batch, kv_heads, splits, query_heads * sample, dtype=torch.float32, device=key.device)
     out = torch.empty(batch, kv_heads // head_group, count, dtype=torch.float32, device=key.device)
-    sampled = Sampled(asked, column, token)
+    valid = as_bytes(valid)
+    sampled = Sampled(query, column, token, Strides.of(query))
     keys = Keys(key, valid, Strides.of(key), 0 if valid is None else valid.stride(0))
-    sizes = Sizes(kv_heads, head_group, query_heads, sample, dim, padded)
+    sizes = Sizes(kv_heads, head_group, query_heads, sample, dim, max(LEAST, triton.next_power_of_2(dim)))
     precision = "tf32x3" if key.dtype == torch.float32 else "tf32"
-    tile = _TILE.value
-    _norms_kernel[(triton.cdiv(query_heads * sample, tile), batch * kv_heads)](
-        sampled, keys, norms, count, scale, S=sizes, PRECISION=precision
+    _norms_kernel[(triton.cdiv(query_heads * sample, tile), batch * kv_heads, splits)](
+        sampled, keys, norms, count, run, scale, S=sizes, PRECISION=precision
     )
     _weights_kernel[(triton.cdiv(count, tile), batch * kv_heads // head_group)](
-        sampled, keys, norms, out, count, scale, S=sizes, PRECISION=precision
+        sampled, keys, norms, out, count, splits, scale, S=sizes, PRECISION=precision
     )
     return out

@@ -27,13 +27,21 @@ def importance(
     batch, heads, count, _ = query.shape
     if count < least:
         return key.new_zeros(batch, key.shape[1] // head_group, count, dtype=torch.float32)
-    shown = torch.ones(batch, count, dtype=torch.bool, device=key.device) if valid is None else valid
-    number = shown.cumsum(1) - 1  # which token a column is
     sample = -(-SAMPLE * key.shape[1] // (heads * head_group))
-    token = (torch.arange(1, sample + 1, device=key.device) * (number[:, -1:] + 1) // sample - 1).clamp(min=0)
-    column = torch.searchsorted(number, token).clamp(max=count - 1)
+    column, token = None, None
+    if valid is not None or not key.is_cuda:  # else kernels count for themselves
+        shown = torch.ones(batch, count, dtype=torch.bool, device=key.device) if valid is None else valid
+        column, token = _at_even_distances(sample, shown)
     if key.is_cuda:
         from spectral_compile.kernels.importance.kernel import token_weights  # Triton is there only where a GPU is
 
-        return token_weights(query, key, valid, column, token, scale, head_group)
+        return token_weights(query, key, valid, column, token, scale, head_group, sample)
+    assert column is not None and token is not None
     return reference.token_weights(query, key, valid, column, token, scale, head_group)
+
+
+def _at_even_distances(sample: int, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of ``sample`` queries of each row, int64 [B, m], and which of the row's tokens they are."""
+    number = valid.cumsum(1) - 1  # which token a column is
+    token = (torch.arange(1, sample + 1, device=valid.device) * (number[:, -1:] + 1) // sample - 1).clamp(min=0)
+    return torch.searchsorted(number, token).clamp(max=valid.shape[1] - 1), token

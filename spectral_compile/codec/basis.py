@@ -10,10 +10,10 @@ from torch import Tensor
 from .layout import Rotary, Tiers
 from .quantise import dequantise, quantise, search_step
 
-_LEAST_WEIGHT = 1e-3  # of a channel against the mean, so that it can be divided by
+LEAST_WEIGHT = 1e-3  # of a channel against the mean, so that it can be divided by
 SAMPLE = 1024  # steps are searched on this many tokens, or up to twice as many
 REFRESH = 2.0  # a new segment starts when its old basis loses this many times what a fresh one would, in keys or values
-_RANGE = (0.1, 50.0)  # of a token_weight against the mean: it is an estimate from a few queries, and others come later
+RANGE = (0.1, 50.0)  # of a token_weight against the mean: it is an estimate from a few queries, and others come later
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -60,13 +60,13 @@ def _gram(y: Tensor, token_scale: Tensor | None) -> Tensor:
 
 def even(weight: Tensor) -> Tensor:
     """Weights [..., W] with mean 1, and none so small that it could not be divided by."""
-    return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(_LEAST_WEIGHT)
+    return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(LEAST_WEIGHT)
 
 
 def token_scale(token_weight: Tensor, counted: Tensor | None = None) -> Tensor:
     """What to multiply each token by where a basis is chosen: the fourth root of its token_weight over the mean one.
 
-    The quotient is clamped to ``_RANGE``: without a floor the basis would lose all of what few queries have attended to yet.
+    The quotient is clamped to ``RANGE``: without a floor the basis would lose all of what few queries have attended to yet.
 
     token_weight: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean, by default all
     -> ``[..., n]``.
@@ -75,7 +75,7 @@ def token_scale(token_weight: Tensor, counted: Tensor | None = None) -> Tensor:
         mean = token_weight.mean(-1, keepdim=True)
     else:
         mean = (token_weight * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
-    return (token_weight / mean.clamp_min(_TINY)).clamp(*_RANGE) ** 0.25
+    return (token_weight / mean.clamp_min(_TINY)).clamp(*RANGE) ** 0.25
 
 
 def rounded(

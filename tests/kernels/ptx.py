@@ -58,9 +58,11 @@ STEPS = (
 def launch(step: Step) -> None:
     """What such a step launches."""
     from spectral_compile.codec import PRESETS, Rotary
+    from spectral_compile.kernels.append.fit import fit
     from spectral_compile.kernels.append.kernel import ChunkWriter
     from spectral_compile.kernels.attend.kernel import attend
     from spectral_compile.kernels.buffers import Capacity, allocate
+    from spectral_compile.kernels.ledger import LedgerRow
     from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
 
     count, turned = step.columns, step.turned
@@ -80,16 +82,15 @@ def launch(step: Step) -> None:
     writer.write(2, keep=False)
     writer.write(0, keep=True)
     if count > 1:
-        writer.add_moment()
+        writer.add_moment(False)
         if not layout.lossless:
-            writer.gather(0, 64)
+            fit(writer, [LedgerRow(190, 160, 190 + count, 224, 0, 0)], torch.ones(1, layout.groups, count))
 
 
 def launch_others() -> None:
     """The ledger, hidden tokens, token weights and steps."""
-    from spectral_compile.codec import PRESETS, Tiers
+    from spectral_compile.codec import PRESETS
     from spectral_compile.kernels.advance import kernel as advancing
-    from spectral_compile.kernels.append.steps import search_step
     from spectral_compile.kernels.importance.kernel import token_weights
 
     ledger, positions = torch.tensor([[190, 160, 190, 160, 0, 0]]), torch.zeros(1, 512, dtype=torch.int32)
@@ -105,7 +106,7 @@ def launch_others() -> None:
             query, key = (torch.zeros(1, heads, 600, 64, dtype=dtype) for heads in (8, 2))
             sampled = torch.zeros(1, 72, dtype=torch.int64)
             token_weights(query, key, valid, sampled, sampled, 0.1, 2)
-    search_step(torch.zeros(2, 64, 27), Tiers(3, 6, 18))
+            token_weights(query, key, valid, None, None, 0.1, 2, 72)
 
 
 def save(path: Path) -> None:

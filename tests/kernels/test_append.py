@@ -28,7 +28,9 @@ pytest.importorskip("triton")
 
 from spectral_compile.kernels.advance import kernel as advance_kernel
 from spectral_compile.kernels.append import device, fit
-from spectral_compile.kernels.append.steps import search_step
+from spectral_compile.kernels.append.basis import Fitted
+from spectral_compile.kernels.append.steps import Sampled, search
+from spectral_compile.kernels.arguments import Geometry
 
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
@@ -215,7 +217,7 @@ def test_coded_store(case: Case) -> None:
 
 @pytest.mark.parametrize("preset", ["balanced", "seed"])
 def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gram matrices are summed over some tokens at a time, and steps are searched on a sample."""
+    """Bases are computed for some segments at a time, and steps are searched on a sample."""
     monkeypatch.setattr(fit, "_AT_ONCE", 1000)
     layout = replace(PRESETS[preset], head_group=1, warmup=500, recent=16).layout(1, 16)
     case = Case(layout, torch.float32, 1, 1, [3000], preset == "balanced", False, False, 0)
@@ -225,11 +227,10 @@ def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatc
     device.append(chunk_of(step), store.ledger, store.buffers, layout)
     appending.append(chunk_of(step), store.ledger, expected, layout)
     assert torch.equal(store.buffers.starts, expected.starts)
-    if DEVICE == "cpu":  # the same solver: another one turns eigenvectors whose eigenvalues are nearly equal
-        for side in ("k_affine", "v_affine"):
-            torch.testing.assert_close(getattr(store.buffers, side), getattr(expected, side), rtol=0.02, atol=1e-3)
-    for coded in code(step, store.ledger, copied(store), layout):
-        assert lost(coded, store.buffers) <= 1.02 * lost(coded, expected) + 1e-4
+    for side in "kv":  # the values have no spectrum: of eigenvectors that are all alike some are missed
+        parts = [coded for coded in code(step, store.ledger, copied(store), layout) if coded.side == side]
+        ours, truth = (sum(lost(coded, buffers) for coded in parts) for buffers in (store.buffers, expected))
+        assert ours <= 1.02 * truth + 1e-4
 
 
 def test_other_tokens_begin_a_segment() -> None:
@@ -301,6 +302,10 @@ def test_steps_are_those_of_the_codec(count: int, bits: tuple[int, int, int], se
     tiers, generator = Tiers(*bits), torch.Generator().manual_seed(seed)
     x = torch.randn(2, 2, count, tiers.rank, generator=generator) * torch.logspace(1, -3, tiers.rank)
     x[0, :, count // 2 :] = 0
-    steps = search_step(x.to(DEVICE), tiers).cpu()
+    layout = replace(PRESETS["balanced"].layout(2, tiers.rank), key=tiers, value=tiers, head_group=1)
+    fitted = Fitted.blank(allocate(layout, 1, Capacity(1, 1, 1), torch.float32, DEVICE), 1)
+    sampled = Sampled(x.to(DEVICE), (x != 0).any(-1).to(DEVICE, torch.uint8), 1)
+    search(sampled, fitted, Geometry.of(layout, 2), 1.5)
+    steps = torch.stack([affine[0, :, 0, : tiers.rank] for affine in fitted[2:4]]).cpu() / 1.5
     expected = codec.search_step(x, tiers)
     torch.testing.assert_close(steps, expected, rtol=1e-5, atol=0)

@@ -1,6 +1,8 @@
-"""The eigenvectors that segments get on a GPU code as well as exact ones; the same function, on the CPU."""
+"""The eigenvectors that segments get on a GPU code as well as exact ones, in the interpreter where there is no GPU."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -8,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_compile.kernels.append.eigen import eigenbasis
 from tests.budget import combinations, examples
+from tests.tiny import DEVICE
+
+pytest.importorskip("triton")
+
+from spectral_compile.kernels.append import eigen
+
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
 
 FLOOR = 1e-5  # of the largest eigenvalue: below a tenth of it, eigenvectors may be mixed
 SPECTRA = {
@@ -22,6 +31,10 @@ SPECTRA = {
     "dominated": lambda t: torch.where(t > 0, 1e-4 / (1 + 100 * t), 1.0),
     "deficient": lambda t: torch.where(t < 0.2, 1 - t, 0.0),
 }
+
+
+def eigenbasis(gram: Tensor, rank: int) -> Tensor:
+    return eigen.eigenbasis(gram.to(DEVICE), rank).cpu()
 
 
 def with_spectrum(values: Tensor, count: int, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,27 +31,36 @@ def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Te
     return total.unflatten(0, (-1, head_group)).sum(1) / seen
 
 
+def counting(query: Tensor, key: Tensor, valid: Tensor | None, column: Tensor, token: Tensor, *rest: Any) -> Tensor:
+    """By kernels that find the queries themselves, as they do where nothing is padded."""
+    if valid is not None:
+        return kernel.token_weights(query, key, valid, column, token, *rest)
+    return kernel.token_weights(query, key, None, None, None, *rest, column.shape[1])
+
+
 @settings(max_examples=examples(12, full=25))
 @given(
     st.integers(1, 3),
     st.sampled_from([(1, 1, 1), (2, 2, 1), (4, 2, 2), (6, 3, 3)]),
     st.integers(1, 60),
     st.booleans(),
-    st.sampled_from([reference.token_weights, kernel.token_weights]),
+    st.sampled_from([reference.token_weights, kernel.token_weights, counting]),
+    st.sampled_from([1, 64, 1024]),
     st.integers(0, 2**31),
 )
 def test_it_is_the_mean_share_of_attention(
-    batch: int, heads: tuple[int, int, int], count: int, padded: bool, way: Callable[..., Tensor], seed: int
+    batch: int, heads: tuple[int, int, int], count: int, padded: bool, way: Callable[..., Tensor], run: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads, head_group = heads
     query = 2 * torch.randn(batch, q_heads, count, 8, generator=generator)
     key = torch.randn(batch, kv_heads, count, 8, generator=generator)
     valid = torch.rand(batch, count, generator=generator) < 0.7 if padded else None
-    device = DEVICE if way is kernel.token_weights else "cpu"
+    device = "cpu" if way is reference.token_weights else DEVICE
     given = [None if x is None else x.to(device) for x in (query, key, valid)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "token_weights", way)
+        patch.setattr(kernel, "_RUN", run)
         got = importance(*given, 0.3, head_group).cpu()
     assert got.shape == (batch, kv_heads // head_group, count)
     for row in range(batch):

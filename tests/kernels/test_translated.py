@@ -111,10 +111,12 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     """Launch what a step over 190 tokens of 2 KV heads launches on a GPU."""
     from spectral_compile.codec import PRESETS, Rotary
     from spectral_compile.kernels.advance import kernel as advance_kernel
+    from spectral_compile.kernels.append.fit import fit
     from spectral_compile.kernels.append.kernel import ChunkWriter
     from spectral_compile.kernels.attend.kernel import attend
     from spectral_compile.kernels.attend.plan import override
     from spectral_compile.kernels.buffers import Capacity, allocate
+    from spectral_compile.kernels.ledger import LedgerRow
     from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
 
     dtype = torch.bfloat16 if hidden in ("window", "in the latent") else torch.float32
@@ -137,11 +139,11 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     attend(chunk, past, scoring, Hidden(mask, columns, visible), enters=count == 1)
     if count > 1:
         writer = ChunkWriter(chunk, ledger, buffers, layout)
-        writer.add_moment()
+        writer.add_moment(False)
         writer.write(2, False)
         writer.write(0, True)
         if not layout.lossless:
-            writer.gather(0, 64)
+            fit(writer, [LedgerRow(190, 160, 190 + count, 224, 0, 0)], torch.ones(1, layout.groups, count))
 
 
 def main() -> None:
