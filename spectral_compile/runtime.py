@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import itemgetter
 from typing import Any
 
@@ -97,7 +98,8 @@ class BoundGraph:
         timeline = stores[0].timeline
         inputs = self._feed(arguments, stores, valid)
         if self.replay is None:
-            results = self.compiled(*inputs)
+            with self._layers_together():
+                results = self.compiled(*inputs)
         else:
             results = self.replay(
                 inputs, (timeline.batch, timeline.positions.shape[1], *[store.buffers_identity for store in stores])
@@ -109,6 +111,14 @@ class BoundGraph:
         if count != 1 or timeline.next_due <= timeline.length:
             self._settle(timeline, stores)
         return self._wrap(results, stores)
+
+    def _layers_together(self) -> AbstractContextManager[None]:
+        """On a GPU the layers of a short prompt wait for each other before they are coded."""
+        if self.plan.kind != "prefill" or self.plan.sites[0].device.type != "cuda":
+            return nullcontext()
+        from spectral_compile.kernels.append import together  # Triton is there only where a GPU is
+
+        return together.layers(len(self.plan.sites))
 
     def stay_dense(self, refusal: Refusal) -> None:
         """From now on run prompts densely, unless some step on their caches was compressed; warns, and records why."""

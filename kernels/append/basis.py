@@ -37,10 +37,15 @@ class Fitted(NamedTuple):
         return cls(buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine, buffers.starts.shape[1])
 
     @classmethod
-    def blank(cls, buffers: Buffers, parts: int) -> Fitted:
-        """Room for bases that a store may or may not take."""
+    def blank(cls, buffers: Buffers, batch: int, parts: int) -> Fitted:
+        """Room for bases of ``batch`` rows that stores like this may take."""
         kept = (buffers.k_basis, buffers.v_basis, buffers.k_affine, buffers.v_affine)
-        return cls(*(x.new_empty(*x.shape[:2], parts, *x.shape[3:]) for x in kept), parts)
+        return cls(*(x.new_empty(batch, x.shape[1], parts, *x.shape[3:]) for x in kept), parts)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Both bases, and both sides' affine numbers."""
+        return self.k_basis, self.v_basis, self.k_affine, self.v_affine
 
 
 class Pairs(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from spectral_compile.codec.layout import Layout
-from spectral_compile.kernels.append.fit import fit
+from spectral_compile.kernels.append.fit import fit, one_basis
 from spectral_compile.kernels.append.kernel import ChunkWriter, tiles_of
+from spectral_compile.kernels.append.together import waits
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.ledger import on_host
 from spectral_compile.kernels.values import Chunk
@@ -25,6 +26,8 @@ def append(
     if chunk.columns:
         writer.add_moment(first)
     if not layout.lossless:
+        if first and one_basis(layout, rows) and waits(writer, chunk.valid, rows, token_weight):
+            return
         fit(writer, rows, token_weight)
     tiles = tiles_of(max(row.coded_after - row.coded for row in rows))
     writer.write(tiles, keep=first)

@@ -10,7 +10,9 @@ from spectral_compile.kernels.arguments import LEAST
 
 PANEL: tl.constexpr = tl.constexpr(16)  # vectors that are made orthonormal together
 _SHIFT: tl.constexpr = tl.constexpr(1e-6)  # of the trace: below it sums of products hold little but noise
-_ROWS: tl.constexpr = tl.constexpr(32)  # of a product at a time, and of its sums
+_ROWS: tl.constexpr = tl.constexpr(32)  # of a product at a time
+_SUMMED: tl.constexpr = tl.constexpr(64)  # terms of its sums at a time
+_HELD: tl.constexpr = tl.constexpr(8192)  # numbers of earlier vectors that a panel is made orthogonal to at a time
 _LEAST: tl.constexpr = tl.constexpr(1e-30)  # a squared length, and a trace, to divide by
 FURTHER = 4  # orthogonalisations after the first
 WARPS = 8  # of a program
@@ -36,8 +38,8 @@ def _times(x, a, out, rows, width, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
         for left in range(0, width, COLUMNS):
             c = left + tl.arange(0, COLUMNS)
             sums = tl.zeros([_ROWS, COLUMNS], tl.float32)
-            for start in range(0, width, _ROWS):
-                k = start + tl.arange(0, _ROWS)
+            for start in range(0, width, _SUMMED):
+                k = start + tl.arange(0, _SUMMED)
                 of_x = tl.load(x + r[:, None] * width + k[None, :], mask=(r < rows)[:, None] & (k < width)[None, :], other=0.0)
                 of_a = tl.load(a + k[:, None] * width + c[None, :], mask=(k < width)[:, None] & (c < width)[None, :], other=0.0)
                 sums = tl.dot(of_x, of_a, sums, input_precision="tf32x3")
@@ -51,14 +53,16 @@ def _orthonormalise(x, rows, width, WIDTH: tl.constexpr):
 
     Block Gram-Schmidt, each block twice (Barlow and Smoktunowicz 2013, doi:10.1007/s00211-012-0496-2). Zeros stay zeros.
     """
-    j, c = tl.arange(0, PANEL), tl.arange(0, WIDTH)
+    BEFORE: tl.constexpr = max(PANEL, min(64, _HELD // WIDTH))
+    j, c, i = tl.arange(0, PANEL), tl.arange(0, WIDTH), tl.arange(0, BEFORE)
     for first in range(0, rows, PANEL):
         at = x + (first + j)[:, None] * width + c[None, :]
         own = (first + j < rows)[:, None] & (c < width)[None, :]
         y = tl.load(at, mask=own, other=0.0)
         for _ in range(2):
-            for start in range(0, first, PANEL):
-                before = tl.load(x + (start + j)[:, None] * width + c[None, :], mask=(c < width)[None, :], other=0.0)
+            for start in range(0, first, BEFORE):
+                earlier = (start + i < first)[:, None] & (c < width)[None, :]
+                before = tl.load(x + (start + i)[:, None] * width + c[None, :], mask=earlier, other=0.0)
                 shares = tl.dot(y, tl.trans(before), input_precision="tf32x3")
                 y -= tl.dot(shares, before, input_precision="tf32x3")
             for k in range(PANEL):
@@ -92,7 +96,9 @@ def eigenvectors(a, x, y, numbers, rows, width, further, WIDTH: tl.constexpr):
         r = first + j
         place = _order(numbers, width, r, tl.load(numbers + r, mask=r < width, other=0.0), WIDTH)
         row = tl.load(a + r[:, None] * width + c[None, :], mask=(r < width)[:, None] & (c < width)[None, :], other=0.0)
-        tl.store(x + place[:, None] * width + c[None, :], row, mask=((r < width) & (place < rows))[:, None] & (c < width)[None, :])
+        tl.store(
+            x + place[:, None] * width + c[None, :], row, mask=((r < width) & (place < rows))[:, None] & (c < width)[None, :]
+        )
     tl.debug_barrier()
     _orthonormalise(x, rows, width, WIDTH)
     for _ in range(further):

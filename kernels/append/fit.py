@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_compile import codec
+from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.append.basis import Fitted, bases
 from spectral_compile.kernels.append.gram import Parts, sums
 from spectral_compile.kernels.append.kernel import ChunkWriter
@@ -28,25 +29,32 @@ def fit(writer: ChunkWriter, rows: list[LedgerRow], token_weight: torch.Tensor |
     ]
     if not any(may):
         return
-    weight = token_weight if layout.token_weighted else None
     longest, anew = max(counts), all(coded == 0 for _, coded, *_ in rows)
-    if not layout.segment and anew and min(counts) > 0:  # as the host knows: a prompt waits for few launches
-        _fits(writer, Parts(0, 1, longest), counts, weight, Fitted.of(writer.buffers))
+    if one_basis(layout, rows):
+        fits(writer, Parts(0, 1, longest), counts, token_weight, Fitted.of(writer.buffers))
         writer.buffers.starts[:, 0] = columns_of(writer.ledger).coded
         return
     length, current = layout.segment or longest, _current(writer)
     run = max(1, _AT_ONCE // length)
     for first in range(0, -(-longest // length), run):
         parts = Parts(first, min(run, -(-longest // length) - first), length)
-        fitted = Fitted.blank(writer.buffers, parts.count)
-        _begin(writer, current, parts, fitted, _fits(writer, parts, counts, weight, fitted), anew)
+        fitted = Fitted.blank(writer.buffers, len(rows), parts.count)
+        _begin(writer, current, parts, fitted, fits(writer, parts, counts, token_weight, fitted), anew)
 
 
-def _fits(
+def one_basis(layout: Layout, rows: list[LedgerRow]) -> bool:
+    """Whether each row begins its first segment, for all that this step codes, as the host knows."""
+    return not layout.segment and all(row.coded == 0 and row.coded_after > 0 for row in rows)
+
+
+def fits(
     writer: ChunkWriter, parts: Parts, counts: list[int], token_weight: torch.Tensor | None, fitted: Fitted
 ) -> torch.Tensor:
-    """Write a basis and steps for each part to ``fitted``; its sums of products, float32 [2, B, G, parts, W, W]."""
-    gram = bases(writer, sums(writer, parts, token_weight), fitted)
+    """Write a basis and steps for each part to ``fitted``; its sums of products, float32 [2, B, G, parts, W, W].
+
+    ``counts`` are the tokens that rows code, such as occur; ``token_weight`` float32 [B, G, n] counts if the layout asks.
+    """
+    gram = bases(writer, sums(writer, parts, token_weight if writer.layout.token_weighted else None), fitted)
     search(analyse(writer, parts, counts, fitted), fitted, writer.geometry, writer.layout.margin)
     return gram
 
@@ -56,9 +64,7 @@ def _current(writer: ChunkWriter) -> torch.Tensor:
     return (writer.buffers.starts <= columns_of(writer.ledger).coded[:, None]).sum(1, keepdim=True) - 1
 
 
-def _begin(
-    writer: ChunkWriter, current: torch.Tensor, parts: Parts, fitted: Fitted, gram: torch.Tensor, anew: bool
-) -> None:
+def _begin(writer: ChunkWriter, current: torch.Tensor, parts: Parts, fitted: Fitted, gram: torch.Tensor, anew: bool) -> None:
     """Store the bases of ``parts`` of the coded tokens in rows where they begin a segment.
 
     ``current`` int64 [B, 1] is the segment that a row had before this step, and ``anew`` says that none had one.
@@ -80,7 +86,7 @@ def _begin(
     begins &= takes.gather(1, chosen)
     buffers.starts.copy_(torch.where(begins, first.gather(1, chosen), buffers.starts))
     row = torch.arange(len(rows.coded), device=buffers.starts.device)[:, None]
-    for buffer, x in zip(Fitted.of(buffers)[:4], fitted[:4], strict=True):
+    for buffer, x in zip(Fitted.of(buffers).tensors, fitted.tensors, strict=True):
         x = x.transpose(1, 2)[row, chosen].transpose(1, 2)  # [B, G, S, ...]
         buffer.copy_(torch.where(begins[:, None, :].reshape(len(row), 1, segments, *[1] * (x.ndim - 3)), x, buffer))
 
@@ -88,9 +94,9 @@ def _begin(
 def _serves(buffers: Buffers, current: torch.Tensor, gram: torch.Tensor, fitted: Fitted) -> torch.Tensor:
     """Whether the basis of a row's segment captures its tokens nearly as well as the new one: bool [B, 1]."""
     row, segment = torch.arange(len(current), device=current.device), current[:, 0].clamp(min=0)
-    serves, held = torch.ones_like(current, dtype=torch.bool), Fitted.of(buffers)
+    serves, held, new = torch.ones_like(current, dtype=torch.bool), Fitted.of(buffers).tensors, fitted.tensors
     for side, x in enumerate(gram[:, :, :, 0]):
         lost = codec.gram_residual(x, held[side].mT[row, :, segment], held[side + 2][row, :, segment])
-        least = codec.gram_residual(x, fitted[side].mT[:, :, 0], fitted[side + 2][:, :, 0])
+        least = codec.gram_residual(x, new[side].mT[:, :, 0], new[side + 2][:, :, 0])
         serves &= (lost <= codec.REFRESH * least).all(1, keepdim=True)
     return serves

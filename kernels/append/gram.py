@@ -137,7 +137,7 @@ def sums(writer: ChunkWriter, parts: Parts, token_weight: torch.Tensor | None) -
     block = min(128, geometry.WIDTH)
     blocks = (geometry.WIDTH // block) ** 2
     _sums_kernel[(parts.count * spans, batch * geometry.groups * blocks, 2)](
-        writer.entering, token_weight, out, writer.count, parts.first, parts.length, run, parts.count, spans, batch,
+        writer.entering, None if token_weight is None else token_weight.contiguous(), out, writer.count, parts.first, parts.length, run, parts.count, spans, batch,
         G=geometry, BLOCK=block, PRECISION=writer.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
     return Sums(out, spans)

@@ -11,7 +11,8 @@ import triton.language as tl
 from spectral_compile.kernels.arguments import LEAST, Strides, as_bytes
 
 _TILE: tl.constexpr = tl.constexpr(64)  # queries, and keys, that a program takes at a time
-_RUN, _SPLITS = 1024, 16  # keys whose scores a program sums up at least, and programs that share all keys at most
+_SPLITS: tl.constexpr = tl.constexpr(16)  # programs that share the keys of a prompt at most
+_RUN = 1024  # keys whose scores a program sums up at least
 
 
 class Sampled(NamedTuple):
@@ -89,12 +90,13 @@ def _norms_kernel(sampled, keys, norms, n, run, scale, S: tl.constexpr, PRECISIO
 @triton.jit
 def _norm_of(norms, i, splits, rows):
     """What the scores of some queries are divided by, as a logarithm; infinite where nothing is seen."""
-    highest = tl.full([_TILE], float("-inf"), tl.float32)
-    for split in range(splits):
-        highest = tl.maximum(highest, tl.load(norms + split * rows + i, mask=i < rows, other=float("-inf")))
-    total, safe = tl.zeros([_TILE], tl.float32), tl.where(highest == float("-inf"), 0.0, highest)
-    for split in range(splits):
-        total += tl.exp(tl.load(norms + split * rows + i, mask=i < rows, other=float("-inf")) - safe)
+    split = tl.arange(0, _SPLITS)
+    held = tl.load(
+        norms + split[:, None] * rows + i[None, :], mask=(split < splits)[:, None] & (i < rows)[None, :], other=float("-inf")
+    )
+    highest = tl.max(held, 0)
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp(held - safe[None, :]), 0)
     return tl.where(total > 0, safe + tl.log(tl.maximum(total, 1e-30)), float("inf"))
 
 
@@ -141,7 +143,7 @@ def token_weights(
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     batch, kv_heads, count, dim = key.shape
     query_heads, tile = query.shape[1] // kv_heads, _TILE.value
-    splits = min(_SPLITS, triton.cdiv(count, _RUN))
+    splits = min(_SPLITS.value, triton.cdiv(count, _RUN))
     run = triton.cdiv(triton.cdiv(count, splits), tile) * tile
     norms = torch.empty(batch, kv_heads, splits, query_heads * sample, dtype=torch.float32, device=key.device)
     out = torch.empty(batch, kv_heads // head_group, count, dtype=torch.float32, device=key.device)

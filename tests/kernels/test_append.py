@@ -27,7 +27,7 @@ from tests.tiny import DEVICE
 pytest.importorskip("triton")
 
 from spectral_compile.kernels.advance import kernel as advance_kernel
-from spectral_compile.kernels.append import device, fit
+from spectral_compile.kernels.append import device, fit, together
 from spectral_compile.kernels.append.basis import Fitted
 from spectral_compile.kernels.append.steps import Sampled, search
 from spectral_compile.kernels.arguments import Geometry
@@ -233,6 +233,44 @@ def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatc
         assert ours <= 1.02 * truth + 1e-4
 
 
+@pytest.mark.parametrize(("size", "padded"), [(2, False), (3, True)])
+def test_layers_that_wait_for_each_other_are_stored_as_each_alone(
+    size: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four layers on one ledger by ``size``, the last stack not full, one of another layout alone."""
+    first = replace(PRESETS["balanced"], head_group=1, warmup=20, recent=5, block=7).layout(2, 16)
+    case = Case(first, torch.float32, 2, 2, [60], padded, False, True, 1)
+    (step,) = steps(case)
+    layers = [Store(case) for _ in range(4)]
+    layers.insert(1, Store(replace(case, layout=replace(first, head_group=2))))
+    ledger, tokens = layers[0].ledger, torch.rand(5, 2, 2, 60, device=DEVICE)
+    advance_kernel.advance(ledger, layers[0].positions, None, step.valid, step.key, first)
+    monkeypatch.setattr(together, "multiprocessors", lambda device: size * 2 * 2 * 2)
+    expected = [copied(store) for store in layers]
+
+    def append_all(all_buffers: list[Buffers]) -> None:
+        for i, (store, buffers) in enumerate(zip(layers, all_buffers, strict=True)):
+            chunk = Chunk(step.query + i, step.key.roll(i, -1).clone(), step.value * (i + 1), step.valid)
+            device.append(chunk, ledger, buffers, store.layout, tokens[i][:, : store.layout.groups])
+            for x in chunk[:3]:
+                x.fill_(float("nan"))  # a compiled graph uses their memory for something else
+
+    with together.layers(5):
+        append_all([store.buffers for store in layers])
+        assert layers[1].buffers.starts[0, 0] == UNUSED, "it does not wait"
+    append_all(expected)
+    for store, buffers in zip(layers, expected, strict=True):
+        assert (store.buffers.starts[:, 0] == 0).all()
+        for name, a, b in zip(Buffers._fields, store.buffers, buffers, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_error_leaves_no_layer_waiting() -> None:
+    with pytest.raises(ZeroDivisionError), together.layers(3):
+        raise ZeroDivisionError
+    assert not together._waiting.layers and not together._waiting.stacks
+
+
 def test_other_tokens_begin_a_segment() -> None:
     """Only where the old basis no longer serves, row by row."""
     layout = replace(PRESETS["compact"], head_group=1, first_exact=1, recent=3, block=4, warmup=40).layout(1, 16)
@@ -303,9 +341,9 @@ def test_steps_are_those_of_the_codec(count: int, bits: tuple[int, int, int], se
     x = torch.randn(2, 2, count, tiers.rank, generator=generator) * torch.logspace(1, -3, tiers.rank)
     x[0, :, count // 2 :] = 0
     layout = replace(PRESETS["balanced"].layout(2, tiers.rank), key=tiers, value=tiers, head_group=1)
-    fitted = Fitted.blank(allocate(layout, 1, Capacity(1, 1, 1), torch.float32, DEVICE), 1)
+    fitted = Fitted.blank(allocate(layout, 1, Capacity(1, 1, 1), torch.float32, DEVICE), 1, 1)
     sampled = Sampled(x.to(DEVICE), (x != 0).any(-1).to(DEVICE, torch.uint8), 1)
     search(sampled, fitted, Geometry.of(layout, 2), 1.5)
-    steps = torch.stack([affine[0, :, 0, : tiers.rank] for affine in fitted[2:4]]).cpu() / 1.5
+    steps = torch.stack([affine[0, :, 0, : tiers.rank] for affine in fitted.tensors[2:]]).cpu() / 1.5
     expected = codec.search_step(x, tiers)
     torch.testing.assert_close(steps, expected, rtol=1e-5, atol=0)
