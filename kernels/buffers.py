@@ -76,23 +76,30 @@ def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype,
         codes, row_k, row_v, s_basis = torch.uint8, layout.key.row_bytes, layout.value.row_bytes, s
         norms = c if layout.normalised else 0
 
-    def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    return Buffers(
-        k_codes=zeros(batch, g, c, row_k, dtype=codes),
-        v_codes=zeros(batch, g, c, row_v, dtype=codes),
-        v_norms=zeros(batch, g, norms, dtype=torch.uint8),
-        k_basis=zeros(batch, g, s_basis, rk, w, dtype=torch.int8),
-        v_basis=zeros(batch, g, s_basis, rv, w, dtype=torch.int8),
-        k_affine=zeros(batch, g, s_basis, 2 * rk + w, dtype=torch.float32),
-        v_affine=zeros(batch, g, s_basis, 2 * rv + w, dtype=torch.float32),
-        k_exact=zeros(batch, h, e, d, dtype=dtype),
-        v_exact=zeros(batch, h, e, d, dtype=dtype),
-        k_recent=zeros(batch, h, in_bytes, d, dtype=torch.int8),
-        v_recent=zeros(batch, h, in_bytes, d, dtype=torch.int8),
-        k_sizes=zeros(batch, h, in_bytes, dtype=torch.uint8),
-        v_sizes=zeros(batch, h, in_bytes, dtype=torch.uint8),
+    buffers = Buffers(
+        k_codes=empty(batch, g, c, row_k, dtype=codes),
+        v_codes=empty(batch, g, c, row_v, dtype=codes),
+        v_norms=empty(batch, g, norms, dtype=torch.uint8),
+        k_basis=empty(batch, g, s_basis, rk, w, dtype=torch.int8),
+        v_basis=empty(batch, g, s_basis, rv, w, dtype=torch.int8),
+        k_affine=empty(batch, g, s_basis, 2 * rk + w, dtype=torch.float32),
+        v_affine=empty(batch, g, s_basis, 2 * rv + w, dtype=torch.float32),
+        k_exact=empty(batch, h, e, d, dtype=dtype),
+        v_exact=empty(batch, h, e, d, dtype=dtype),
+        k_recent=empty(batch, h, in_bytes, d, dtype=torch.int8),
+        v_recent=empty(batch, h, in_bytes, d, dtype=torch.int8),
+        k_sizes=empty(batch, h, in_bytes, dtype=torch.uint8),
+        v_sizes=empty(batch, h, in_bytes, dtype=torch.uint8),
         starts=torch.full((batch, s_basis), UNUSED, dtype=torch.int32, device=device),
-        moment=zeros(batch, h, d, dtype=torch.float32),
+        moment=empty(batch, h, d, dtype=torch.float32),
     )
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for x in buffers:
+        if x is not buffers.starts and x.numel():
+            by_dtype.setdefault(x.dtype, []).append(x)
+    for some in by_dtype.values():  # one launch each on a GPU, where a prompt waits for those of all layers
+        torch._foreach_zero_(some)
+    return buffers

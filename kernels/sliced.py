@@ -29,11 +29,13 @@ def _fake(x, weights, part, width, dtype) -> torch.Tensor:
 
 @operation(_fake)
 def sliced(x: torch.Tensor, weights: list[torch.Tensor], part: str, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """What ``PARTS[part]`` runs, of [..., C] and the weights, as [..., width] in ``dtype``.
+    """What ``PARTS[part]`` runs, of [..., C] and the weights, as [..., width] in ``dtype``; up to twice ``ROWS`` in one piece.
 
     A part takes contiguous [1, n, C] with n of two and more and returns a tuple of one [1, n, width].
     """
     tokens = x.reshape(1, -1, x.shape[-1])
+    if tokens.shape[1] <= 2 * ROWS:  # a short prompt waits for the host, which a slice costs as much as some layers' kernels
+        return PARTS[part].run(tokens.contiguous(), *weights)[0].view(*x.shape[:-1], width)
     out = x.new_empty((1, tokens.shape[1], width), dtype=dtype)
     count = -(-tokens.shape[1] // ROWS)
     for given, place in zip(tokens.tensor_split(count, 1), out.tensor_split(count, 1), strict=True):

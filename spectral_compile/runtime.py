@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from typing import Any
 
@@ -16,6 +16,7 @@ from spectral_compile.cache.store import SpectralStore
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.config import SpectralConfig
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.padding import unpadded
 from spectral_compile.plan import Plan
 from spectral_compile.replay import Replay
 from spectral_compile.report import GraphReport, Refusal, SpectralWarning, count_decode, record
@@ -98,7 +99,7 @@ class BoundGraph:
         timeline = stores[0].timeline
         inputs = self._feed(arguments, stores, valid)
         if self.replay is None:
-            with self._layers_together():
+            with self._prompt(timeline):
                 results = self.compiled(*inputs)
         else:
             results = self.replay(
@@ -112,13 +113,17 @@ class BoundGraph:
             self._settle(timeline, stores)
         return self._wrap(results, stores)
 
-    def _layers_together(self) -> AbstractContextManager[None]:
-        """On a GPU the layers of a short prompt wait for each other before they are coded."""
-        if self.plan.kind != "prefill" or self.plan.sites[0].device.type != "cuda":
-            return nullcontext()
-        from spectral_compile.kernels.append import together  # Triton is there only where a GPU is
+    @contextmanager
+    def _prompt(self, timeline: Timeline) -> Iterator[None]:
+        """What operations may know of a prompt: whether it is padded, and how many layers may be coded together."""
+        prompt = self.plan.kind == "prefill"
+        with ExitStack() as stack:
+            stack.enter_context(unpadded(prompt and not timeline.padded))
+            if prompt and self.plan.sites[0].device.type == "cuda":
+                from spectral_compile.kernels.append import together  # Triton is there only where a GPU is
 
-        return together.layers(len(self.plan.sites))
+                stack.enter_context(together.layers(len(self.plan.sites)))
+            yield
 
     def stay_dense(self, refusal: Refusal) -> None:
         """From now on run prompts densely, unless some step on their caches was compressed; warns, and records why."""

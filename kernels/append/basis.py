@@ -118,7 +118,7 @@ def _round(x, numbers, basis, affine, rows, rank, G: tl.constexpr):
 
 @triton.jit
 def _basis_kernel(
-    products, gram, a, x, y, numbers, moment, fitted, further, rows_k, rows_v, parts, spans, rows,
+    products, gram, room, moment, fitted, further, rows_k, rows_v, parts, spans, rows,
     G: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The basis of one part of one group, of one side."""
@@ -140,9 +140,9 @@ def _basis_kernel(
     basis += at * rank * G.width
     affine += at * (2 * rank + G.width)
     square = matrix * (G.width * G.width)
-    a, numbers = a + square, numbers + matrix * G.width
+    a, numbers = room.a + square, room.numbers + matrix * G.width
     most = tl.maximum(rows_k, rows_v)
-    x, y = x + matrix * most * G.width, y + matrix * most * G.width
+    x, y = room.x + matrix * most * G.width, room.y + matrix * most * G.width
     _weighted_sums(products + square * spans, gram + square, a, weight, affine + 2 * rank, spans, G)
     balance(a, G.width, WIDTH)
     eigenvectors(a, x, y, numbers, vectors, G.width, further, WIDTH)
@@ -154,11 +154,11 @@ def bases(writer: ChunkWriter, sums: Sums, fitted: Fitted) -> torch.Tensor:
     layout, geometry = writer.layout, writer.geometry
     *shape, spans, width, _ = sums.products.shape
     gram = torch.empty(*shape, width, width, dtype=torch.float32, device=sums.products.device)
-    room = eigen.Room(gram.numel() // width**2, width, max(layout.key.rank, layout.value.rank), gram.device)
+    room = eigen.Room.of(gram.numel() // width**2, width, max(layout.key.rank, layout.value.rank), gram.device)
     _, batch, groups, parts = shape
-    vectors = [triton.cdiv(tiers.rank, PANEL.value) * PANEL.value for tiers in (layout.key, layout.value)]
     _basis_kernel[(parts, batch * groups, 2)](
-        sums.products, gram, room.a, room.x, room.y, room.numbers, writer.buffers.moment, fitted, eigen.FURTHER, *vectors, parts,
-        spans, batch, G=geometry, P=Pairs.of(layout), num_warps=eigen.WARPS,
+        sums.products, gram, room, writer.buffers.moment, fitted, eigen.FURTHER,
+        eigen.padded(layout.key.rank), eigen.padded(layout.value.rank), parts, spans, batch,
+        G=geometry, P=Pairs.of(layout), num_warps=eigen.WARPS,
     )  # fmt: skip
     return gram

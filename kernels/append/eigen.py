@@ -1,6 +1,8 @@
-"""Leading eigenvectors of symmetric matrices, one program each: products and Gram-Schmidt alone, so that nothing is waited for."""
+"""Leading eigenvectors of symmetric matrices, a program each: products and Gram-Schmidt, so that nothing is waited for."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,7 +33,7 @@ def _order(numbers, count, at, of, padded: tl.constexpr):
 
 
 @triton.jit
-def _times(x, a, out, rows, width, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _times(x, a, out, rows, width, COLUMNS: tl.constexpr):
     """``out`` = ``x`` @ ``a``: of vectors [rows, width] and a symmetric matrix."""
     for first in range(0, rows, _ROWS):
         r = first + tl.arange(0, _ROWS)
@@ -77,14 +79,14 @@ def _orthonormalise(x, rows, width, WIDTH: tl.constexpr):
 
 @triton.jit
 def eigenvectors(a, x, y, numbers, rows, width, further, WIDTH: tl.constexpr):
-    """Leave orthonormal vectors [rows, width] near the leading eigenvectors of ``a`` in ``x``, and their energies in ``numbers``.
+    """Leave orthonormal vectors [rows, width] near leading eigenvectors of ``a`` in ``x``, and their energies in ``numbers``.
 
     Subspace iteration (Golub and Van Loan, Matrix Computations, 8.2.4) from the rows of the matrix, those of the largest
     channels first, ``further`` more times by two products. Eigenvectors with eigenvalues that differ by some per cent stay
     mixed, which hardly costs transform coding anything; so do those with eigenvalues below ``_SHIFT``.
 
-    ``a``: float32 [width, width] with a trace of about one; ``y``: room as of ``x``; ``numbers``: room for ``width``. ``rows`` is
-    a multiple of ``PANEL``; those past ``width`` are zeros.
+    ``a``: float32 [width, width] with a trace of about one; ``y``: room as of ``x``; ``numbers``: room for ``width``.
+    ``rows`` is a multiple of ``PANEL``; those past ``width`` are zeros.
     """
     COLUMNS: tl.constexpr = min(128, WIDTH)
     j, c = tl.arange(0, PANEL), tl.arange(0, WIDTH)
@@ -102,10 +104,10 @@ def eigenvectors(a, x, y, numbers, rows, width, further, WIDTH: tl.constexpr):
     tl.debug_barrier()
     _orthonormalise(x, rows, width, WIDTH)
     for _ in range(further):
-        _times(x, a, y, rows, width, WIDTH, COLUMNS)
-        _times(y, a, x, rows, width, WIDTH, COLUMNS)
+        _times(x, a, y, rows, width, COLUMNS)
+        _times(y, a, x, rows, width, COLUMNS)
         _orthonormalise(x, rows, width, WIDTH)
-    _times(x, a, y, rows, width, WIDTH, COLUMNS)
+    _times(x, a, y, rows, width, COLUMNS)
     for first in range(0, rows, PANEL):
         at = (first + j)[:, None] * width + c[None, :]
         vector = tl.load(x + at, mask=(c < width)[None, :], other=0.0)
@@ -138,28 +140,38 @@ def balance(a, width, WIDTH: tl.constexpr):
     tl.debug_barrier()
 
 
+class Room(NamedTuple):
+    """What programs work in, of some matrices [W, W] and up to so many eigenvectors each, a multiple of ``PANEL``."""
+
+    a: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+    numbers: torch.Tensor
+
+    @classmethod
+    def of(cls, count: int, width: int, rank: int, device: torch.device) -> Room:
+        x, y = torch.empty(2, count, padded(rank), width, dtype=torch.float32, device=device)
+        a, numbers = (torch.empty(count, *shape, dtype=torch.float32, device=device) for shape in ((width, width), (width,)))
+        return cls(a, x, y, numbers)
+
+
+def padded(rank: int) -> int:
+    """How many vectors are looked for where ``rank`` are wanted."""
+    return triton.cdiv(rank, PANEL.value) * PANEL.value
+
+
 @triton.jit(do_not_specialize=["rows", "rank"])
-def _eigen_kernel(a, x, y, numbers, out, rows, rank, further, width: tl.constexpr, WIDTH: tl.constexpr):
+def _eigen_kernel(room, out, rows, rank, further, width: tl.constexpr, WIDTH: tl.constexpr):
     """Of one matrix."""
     matrix = tl.program_id(0).to(tl.int64)
-    a, x, y = a + matrix * width * width, x + matrix * rows * width, y + matrix * rows * width
-    numbers, c = numbers + matrix * width, tl.arange(0, WIDTH)
+    a, x, y = room.a + matrix * width * width, room.x + matrix * rows * width, room.y + matrix * rows * width
+    numbers, c = room.numbers + matrix * width, tl.arange(0, WIDTH)
     balance(a, width, WIDTH)
     eigenvectors(a, x, y, numbers, rows, width, further, WIDTH)
     for first in range(0, rows, PANEL):
         vectors, place = vectors_by_energy(x, numbers, first, rows, width, WIDTH)
         at = out + (matrix * rank + place)[:, None] * width + c[None, :]
         tl.store(at, vectors, mask=(place < rank)[:, None] & (c < width)[None, :])
-
-
-class Room:
-    """What programs work in, of ``count`` matrices of ``width``, for up to ``rank`` eigenvectors."""
-
-    def __init__(self, count: int, width: int, rank: int, device: torch.device) -> None:
-        self.rows = triton.cdiv(rank, PANEL.value) * PANEL.value
-        self.a = torch.empty(count, width, width, dtype=torch.float32, device=device)
-        self.x, self.y = torch.empty(2, count, self.rows, width, dtype=torch.float32, device=device)
-        self.numbers = torch.empty(count, width, dtype=torch.float32, device=device)
 
 
 def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
@@ -170,10 +182,10 @@ def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
     *shape, width = gram.shape[:-1]
     out = gram.new_empty(*shape, rank, width)
     if out.numel():
-        room = Room(gram[..., 0, 0].numel(), width, rank, gram.device)
+        room = Room.of(gram[..., 0, 0].numel(), width, rank, gram.device)
         room.a.copy_(gram.reshape(-1, width, width))
         _eigen_kernel[(len(room.a),)](
-            room.a, room.x, room.y, room.numbers, out, room.rows, rank, FURTHER,
+            room, out, padded(rank), rank, FURTHER,
             width=width, WIDTH=max(LEAST, triton.next_power_of_2(width)), num_warps=WARPS,
         )  # fmt: skip
     return out.mT

@@ -1,4 +1,4 @@
-"""Bases of the segments that a step begins, for all rows, groups and both sides at once, from sums of products of their tokens."""
+"""Bases of the segments that a step begins, for all rows, groups and both sides at once."""
 
 from __future__ import annotations
 

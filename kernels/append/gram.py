@@ -21,7 +21,7 @@ _HIGHEST: tl.constexpr = tl.constexpr(RANGE[1])
 
 
 class Parts(NamedTuple):
-    """Which of the tokens that a step codes a basis each is chosen for: ``count`` parts of ``length``, from number ``first`` on."""
+    """Tokens that a step codes, for which a basis each is chosen: ``count`` parts of ``length``, from number ``first`` on."""
 
     first: int
     count: int
@@ -124,7 +124,7 @@ def _sums_kernel(
 
 
 def sums(writer: ChunkWriter, parts: Parts, token_weight: torch.Tensor | None) -> Sums:
-    """Sums of products of channels, of each token times its ``codec.token_scale`` if ``token_weight`` float32 [B, G, n] is there.
+    """Sums of products of channels, each token times its ``codec.token_scale`` if there is float32 ``token_weight`` [B, G, n].
 
     Nothing is waited for, and what is summed in which order depends on shapes alone.
     """
@@ -136,8 +136,10 @@ def sums(writer: ChunkWriter, parts: Parts, token_weight: torch.Tensor | None) -
     out = torch.empty(shape, dtype=torch.float32, device=writer.chunk.key.device)
     block = min(128, geometry.WIDTH)
     blocks = (geometry.WIDTH // block) ** 2
+    if token_weight is not None:
+        token_weight = token_weight.contiguous()
     _sums_kernel[(parts.count * spans, batch * geometry.groups * blocks, 2)](
-        writer.entering, None if token_weight is None else token_weight.contiguous(), out, writer.count, parts.first, parts.length, run, parts.count, spans, batch,
+        writer.entering, token_weight, out, writer.count, parts.first, parts.length, run, parts.count, spans, batch,
         G=geometry, BLOCK=block, PRECISION=writer.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
     return Sums(out, spans)

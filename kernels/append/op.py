@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_compile.codec.layout import Layout
+from spectral_compile.kernels import padding
 from spectral_compile.kernels.append import reference
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
@@ -17,6 +18,7 @@ def append(
     chunk: Chunk, ledger: torch.Tensor, buffers: Buffers, layout: Layout, token_weight: torch.Tensor | None = None
 ) -> None:
     """See ``reference.append``; on a GPU ``device.append`` does the same."""
+    chunk = chunk._replace(valid=padding.asked(chunk.valid))
     if chunk.key.is_cuda:
         from spectral_compile.kernels.append import device  # Triton is there only where a GPU is
 

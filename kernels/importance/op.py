@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spectral_compile.kernels import padding
 from spectral_compile.kernels.importance import reference
 from spectral_compile.kernels.operation import operation
 
@@ -25,6 +26,7 @@ def importance(
     all of a prompt of fewer than ``least`` columns.
     """
     batch, heads, count, _ = query.shape
+    valid = padding.asked(valid)
     if count < least:
         return key.new_zeros(batch, key.shape[1] // head_group, count, dtype=torch.float32)
     sample = -(-SAMPLE * key.shape[1] // (heads * head_group))

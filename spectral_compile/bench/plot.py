@@ -100,12 +100,22 @@ def _host(axes: Any, rows: list[Row]) -> None:
     better(axes, (0.82, 0.5), (0.95, 0.5))
 
 
+def _waits(axes: Any, rows: list[Row]) -> None:
+    """Milliseconds to the first token by variant and prompt."""
+    colours = [OURS if row["variant"] == SPECTRAL else GREY for row in rows]
+    names = [f"{row['geometry']}, {tokens(row['cached'])}, {row['variant']}" for row in rows]
+    axes.barh(names, [row["first_ms"] for row in rows], color=colours)
+    axes.set(title="first token", xlabel="ms, median", xlim=(0, 1.3 * max((row["first_ms"] for row in rows), default=1.0)))
+    better(axes, (0.82, 0.5), (0.95, 0.5))
+
+
 PANELS: dict[str, Callable[[Any, list[Row]], None]] = {
     "attention": _attention,
     "encode": _encode,
     "generate": _generate,
     "steady": _steady,
     "host": _host,
+    "waits": _waits,
 }
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
 from typer import Option
 
-from spectral_compile.bench import attention, encode, generation, host
+from spectral_compile.bench import attention, encode, generation, host, waits
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
 from spectral_compile.bench.plot import draw
 from spectral_compile.cli.console import need_matplotlib, output, phases
@@ -45,6 +45,7 @@ PARTS = {
     "generate": Part(generation.measurements, generation.derive, generation.show),
     "steady": Part(generation.steady_measurements, generation.steady_derive, generation.steady_show),
     "host": Part(host.measurements, host.derive, host.show),
+    "waits": Part(waits.measurements, waits.derive, waits.show),
 }
 
 
@@ -73,7 +74,8 @@ def bench(
     geometry: Annotated[
         str | None,
         Option(
-            help=f"Sizes, by comma: {', '.join(GEOMETRIES)}", show_default="llama-3-8b; steady and host: smollm2; tiny on a CPU"
+            help=f"Sizes, by comma: {', '.join(GEOMETRIES)}",
+            show_default="llama-3-8b; steady and host: smollm2; waits: qwen3-0.6b; tiny on a CPU",
         ),
     ] = None,
     pairs: Annotated[
@@ -92,7 +94,7 @@ def bench(
         int | None, Option(min=1, help="generate: tokens of a prompt at a time (prefill_chunk_size)", show_default="all")
     ] = None,
     new_tokens: Annotated[
-        int | None, Option(min=2, help="generate: tokens to generate", show_default=by_device("new_tokens"))
+        int | None, Option(min=2, help="generate and waits: tokens to generate", show_default=by_device("new_tokens"))
     ] = None,
     steady_tokens: Annotated[
         int | None, Option(min=2, help="steady: tokens to generate", show_default=by_device("steady_tokens"))

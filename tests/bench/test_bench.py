@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from spectral_compile.bench import attention, generation, host, measure
+from spectral_compile.bench import attention, generation, host, measure, waits
 from spectral_compile.bench.measure import GEOMETRIES, Settings, build, one_line, tidy
 from spectral_compile.bench.store import Layer, draw
 from spectral_compile.cli import bench, console
@@ -165,6 +165,19 @@ def test_the_host_part_times_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.exit_code == 0, made.output
     for title in ("inductor, growing cache", "spectral, no CUDA graphs"):
         assert "error" not in next(line for line in made.stdout.splitlines() if title in line)
+
+
+def test_the_waits_part_times_first_tokens_and_both_loops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(waits, "VARIANTS", ("eager", "spectral"))
+    monkeypatch.setattr(waits, "CALLS", 1)
+    made = invoke(*TINY, "--parts", "waits", "--new-tokens", 3, "--json", tmp_path / "out.json")
+    assert made.exit_code == 0, made.output
+    dense, spectral = json.loads((tmp_path / "out.json").read_text())["parts"]["waits"]
+    assert dense["error"] is None and spectral["error"] is None and "ahead_ms" not in dense
+    assert min(spectral["first_ms"], spectral["step_ms"], spectral["ahead_ms"]) > 0
+    assert spectral["first_over_dense"] == pytest.approx(spectral["first_ms"] / dense["first_ms"])
+    assert spectral["step_busy_ms"] is None and spectral["step_over_busy"] is None
+    assert spectral["sites"]["prefill"] == spectral["sites"]["decode"] == [2, 2]
 
 
 def test_a_measurement_that_fails_is_a_cell_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,32 +5,37 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_compile import codec
 from spectral_compile.codec import PRESETS, Layout, Rotary, Tiers
-from spectral_compile.kernels import dense
+from spectral_compile.kernels import dense, padding
 from spectral_compile.kernels.advance import reference as advancing
 from spectral_compile.kernels.append import reference as appending
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 from spectral_compile.kernels.ledger import columns_of, rows_of
 from spectral_compile.kernels.values import Chunk
-from tests.budget import examples
+from tests.budget import FULL, examples
+from tests.kernels.test_attend import Real, smollm2_tokens
 from tests.tiny import DEVICE
 
 pytest.importorskip("triton")
 
 from spectral_compile.kernels.advance import kernel as advance_kernel
 from spectral_compile.kernels.append import device, fit, together
+from spectral_compile.kernels.append import kernel as append_kernel
 from spectral_compile.kernels.append.basis import Fitted
 from spectral_compile.kernels.append.steps import Sampled, search
 from spectral_compile.kernels.arguments import Geometry
+from spectral_compile.kernels.importance.kernel import token_weights
+from spectral_compile.kernels.importance.op import importance
 
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
@@ -233,19 +238,19 @@ def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatc
         assert ours <= 1.02 * truth + 1e-4
 
 
-@pytest.mark.parametrize(("size", "padded"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, True)])
 def test_layers_that_wait_for_each_other_are_stored_as_each_alone(
-    size: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+    batch: int, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four layers on one ledger by ``size``, the last stack not full, one of another layout alone."""
+    """Three layers on one ledger, by two, and one of another layout between them."""
     first = replace(PRESETS["balanced"], head_group=1, warmup=20, recent=5, block=7).layout(2, 16)
-    case = Case(first, torch.float32, 2, 2, [60], padded, False, True, 1)
+    case = Case(first, torch.float32, batch, 2, [60], padded, False, True, 1)
     (step,) = steps(case)
-    layers = [Store(case) for _ in range(4)]
+    layers = [Store(case) for _ in range(3)]
     layers.insert(1, Store(replace(case, layout=replace(first, head_group=2))))
-    ledger, tokens = layers[0].ledger, torch.rand(5, 2, 2, 60, device=DEVICE)
+    ledger, tokens = layers[0].ledger, torch.rand(4, batch, 2, 60, device=DEVICE)
     advance_kernel.advance(ledger, layers[0].positions, None, step.valid, step.key, first)
-    monkeypatch.setattr(together, "multiprocessors", lambda device: size * 2 * 2 * 2)
+    monkeypatch.setattr(together, "multiprocessors", lambda device: 2 * (2 * batch * 2))
     expected = [copied(store) for store in layers]
 
     def append_all(all_buffers: list[Buffers]) -> None:
@@ -255,7 +260,7 @@ def test_layers_that_wait_for_each_other_are_stored_as_each_alone(
             for x in chunk[:3]:
                 x.fill_(float("nan"))  # a compiled graph uses their memory for something else
 
-    with together.layers(5):
+    with together.layers(4):
         append_all([store.buffers for store in layers])
         assert layers[1].buffers.starts[0, 0] == UNUSED, "it does not wait"
     append_all(expected)
@@ -263,6 +268,56 @@ def test_layers_that_wait_for_each_other_are_stored_as_each_alone(
         assert (store.buffers.starts[:, 0] == 0).all()
         for name, a, b in zip(Buffers._fields, store.buffers, buffers, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 12, 29] if FULL else [12])
+def test_real_keys_and_values_lose_what_they_lose_with_eigh(smollm2: Real, number: int) -> None:
+    seen = smollm2_tokens(smollm2, 1100, number)
+    frequencies = tuple(smollm2[0].config.rope_parameters["rope_theta"] ** (-2 * i / 64) for i in range(32))
+    layout = replace(PRESETS["balanced"], warmup=256).layout(3, 64, Rotary(frequencies))
+    store = Store(Case(layout, torch.float32, 1, 3, [1100], False, False, True, 0))
+    step = Step(*(x.to(DEVICE) for x in (seen.query, seen.key, seen.value)), None, None)
+    advance_kernel.advance(store.ledger, store.positions, None, None, step.key, layout)
+    expected, weights = copied(store), importance(step.query, step.key, None, 0.125, layout.head_group)
+    device.append(chunk_of(step), store.ledger, store.buffers, layout, weights)
+    appending.append(chunk_of(step), store.ledger, expected, layout, weights)
+    for coded in code(step, store.ledger, copied(store), layout):
+        assert lost(coded, store.buffers) <= 1.02 * lost(coded, expected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of PyTorch that a GPU would run kernels for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith(("empty", "new_empty")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_of_a_prompt_is_at_most_ten_launches(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was 350 on a GPU, by a host that takes longer for them than a small model's layers do."""
+    layout = replace(PRESETS["balanced"], warmup=20, recent=5).layout(2, 16)
+    case = Case(layout, torch.float32, 1, 2, [60], False, False, True, 1)
+    store, (step,) = Store(case), steps(case)
+    step.valid = torch.ones(1, 60, dtype=torch.bool, device=DEVICE)  # as ``generate`` passes it where nothing is padded
+    advance_kernel.advance(store.ledger, store.positions, None, step.valid, step.key, layout)
+    kernels: list[str] = []
+    run = lambda self, *args, **kwargs: kernels.append(self.fn.__name__)  # noqa: E731
+    monkeypatch.setattr(type(append_kernel._append_kernel), "run", run)
+    with padding.unpadded(not padded), Operations() as operations:
+        valid = padding.asked(step.valid)
+        weights = token_weights(step.query, step.key, None, None, None, 0.1, layout.head_group, 576)
+        device.append(chunk_of(step)._replace(valid=valid), store.ledger, store.buffers, layout, weights)
+    launched = kernels + [name for name in operations.names if name != "_local_scalar_dense"]
+    assert len(kernels) == 8, kernels
+    assert (len(launched) <= 10) == (not padded), launched
 
 
 def test_an_error_leaves_no_layer_waiting() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.budget import combinations, examples
+from tests.budget import FULL, combinations, examples
 from tests.tiny import DEVICE
 
 pytest.importorskip("triton")
@@ -73,19 +73,21 @@ def assert_codes_as_well(gram: Tensor, basis: Tensor) -> None:
     assert (lost <= 2e-3 * exact.sum(-1)).all()
 
 
-@pytest.mark.parametrize(("spectrum", "width"), combinations(list(SPECTRA), [64, 128, 192, 256]))
+@pytest.mark.parametrize(
+    ("spectrum", "width"), combinations(list(SPECTRA), [64, 128, 192, 256] if FULL or DEVICE == "cuda" else [40, 96])
+)
 def test_codes_as_well_as_eigh(spectrum: str, width: int) -> None:
     gram = with_spectrum(SPECTRA[spectrum](torch.arange(width, dtype=torch.float64) / width), 2, seed=width)
-    for rank in (width // 2, width):
+    for rank in (width // 2, width) if FULL or DEVICE == "cuda" else (2 * width // 3,):
         basis = eigenbasis(gram, rank)
         assert not_orthonormal(basis) < 1e-5
         assert_codes_as_well(gram, basis)
 
 
 @given(
-    st.lists(st.integers(1, 3), max_size=3),
+    st.lists(st.integers(1, 2), max_size=2),
     st.integers(1, 80),
-    st.sampled_from([8, 33, 64]),
+    st.sampled_from([8, 33, 64] if FULL else [8, 20, 33]),
     st.floats(0, 1),
     st.sampled_from([1e-30, 1.0, 1e30]),
     st.integers(0, 2**31),
@@ -100,7 +102,7 @@ def test_any_tokens(shape: list[int], tokens: int, width: int, share: float, fac
         assert_codes_as_well(gram, basis)
 
 
-@given(st.sampled_from([16, 64, 128]), st.floats(0, 12), st.integers(0, 2**31))
+@given(st.sampled_from([16, 64, 128] if FULL else [16, 40]), st.floats(0, 12), st.integers(0, 2**31))
 @settings(max_examples=examples(10, full=30))
 def test_columns_fall(width: int, decades: float, seed: int) -> None:
     gram = with_spectrum(torch.logspace(0, -decades, width, dtype=torch.float64), 2, seed)
@@ -108,9 +110,10 @@ def test_columns_fall(width: int, decades: float, seed: int) -> None:
     assert (held.diff(dim=-1) < 1e-6).all()
 
 
-@given(st.integers(2, 9), st.integers(0, 2**31))
+@given(st.integers(2, 7), st.integers(0, 2**31))
 @settings(max_examples=examples(10, full=30))
 def test_distinct_eigenvectors_are_found(width: int, seed: int) -> None:
+    """Down to 4**-6 of the largest eigenvalue, where rounding of float32 turns them by 1e-3."""
     gram = with_spectrum(4.0 ** -torch.arange(width, dtype=torch.float64), 1, seed)
     basis, exact = eigenbasis(gram, width), torch.linalg.eigh(gram).eigenvectors.flip(-1)
     torch.testing.assert_close((basis.mT @ exact).abs(), torch.eye(width)[None], atol=1e-3, rtol=0)
