@@ -35,7 +35,8 @@ def sliced(x: torch.Tensor, weights: list[torch.Tensor], part: str, width: int, 
     """
     tokens = x.reshape(1, -1, x.shape[-1])
     if tokens.shape[1] <= 2 * ROWS:  # a short prompt waits for the host, which a slice costs as much as some layers' kernels
-        return PARTS[part].run(tokens.contiguous(), *weights)[0].view(*x.shape[:-1], width)
+        whole = PARTS[part].run(tokens.contiguous(), *weights)[0]
+        return whole.to(dtype, memory_format=torch.contiguous_format).view(*x.shape[:-1], width)
     out = x.new_empty((1, tokens.shape[1], width), dtype=dtype)
     count = -(-tokens.shape[1] // ROWS)
     for given, place in zip(tokens.tensor_split(count, 1), out.tensor_split(count, 1), strict=True):
