@@ -105,7 +105,7 @@ def _weighted_sums(products, gram, a, weight, affine, spans, G: tl.constexpr):
 
 @triton.jit
 def _round(x, numbers, basis, affine, rows, rank, G: tl.constexpr):
-    """Write the eigenvectors in int8 with a scale each; see ``codec.rounded``."""
+    """Write the eigenvectors in int8 with a scale each; see ``codec.fit``."""
     c = tl.arange(0, G.WIDTH)
     for first in range(0, rows, PANEL):
         vectors, place = vectors_by_energy(x, numbers, first, rows, G.width, G.WIDTH)

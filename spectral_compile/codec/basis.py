@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,11 @@ def fit(
     weight = even(weight)
     y = x * weight[..., None, :]
     vectors = torch.linalg.eigh(_gram(y, token_scale)).eigenvectors.flip(-1)[..., : tiers.rank]
-    return rounded(vectors, y[..., :: max(1, y.shape[-2] // SAMPLE), :], weight, tiers, margin)
+    scale = torch.linalg.vector_norm(vectors, torch.inf, -2) / 127
+    basis = (vectors / scale[..., None, :]).round().to(torch.int8)
+    sample = y[..., :: max(1, y.shape[-2] // SAMPLE), :]
+    step = margin * search_step(_analyse(sample, _matrix(basis, scale)), tiers)
+    return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
 
 
 def _gram(y: Tensor, token_scale: Tensor | None) -> Tensor:
@@ -63,38 +65,15 @@ def even(weight: Tensor) -> Tensor:
     return (weight / weight.mean(-1, keepdim=True).clamp_min(_TINY)).clamp_min(LEAST_WEIGHT)
 
 
-def token_scale(token_weight: Tensor, counted: Tensor | None = None) -> Tensor:
+def token_scale(token_weight: Tensor) -> Tensor:
     """What to multiply each token by where a basis is chosen: the fourth root of its token_weight over the mean one.
 
     The quotient is clamped to ``RANGE``: without a floor the basis would lose all of what few queries have attended to yet.
 
-    token_weight: float32 ``[..., n]``, not negative; counted: bool ``[..., n]``, tokens that make up the mean, by default all
-    -> ``[..., n]``.
+    token_weight: float32 ``[..., n]``, not negative -> ``[..., n]``.
     """
-    if counted is None:
-        mean = token_weight.mean(-1, keepdim=True)
-    else:
-        mean = (token_weight * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
+    mean = token_weight.mean(-1, keepdim=True)
     return (token_weight / mean.clamp_min(_TINY)).clamp(*RANGE) ** 0.25
-
-
-def rounded(
-    vectors: Tensor,
-    sample: Tensor,
-    weight: Tensor,
-    tiers: Tiers,
-    margin: float,
-    search: Callable[[Tensor, Tiers], Tensor] = search_step,
-) -> tuple[Tensor, Tensor]:
-    """The basis and the steps that ``fit`` gives, from eigenvectors and from a sample of the weighted tokens.
-
-    vectors: float32 ``[..., W, R]``; sample: float32 ``[..., n, W]``; weight: float32 ``[..., W]``, made ``even``; ``search``
-    computes ``search_step``.
-    """
-    scale = torch.linalg.vector_norm(vectors, torch.inf, -2) / 127
-    basis = (vectors / scale[..., None, :]).round().to(torch.int8)
-    step = margin * search(_analyse(sample, _matrix(basis, scale)), tiers)
-    return basis, torch.cat([step, scale, weight.expand(*step.shape[:-1], -1)], dim=-1)
 
 
 def encode(x: Tensor, basis: Tensor, affine: Tensor, tiers: Tiers) -> Tensor:

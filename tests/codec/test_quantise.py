@@ -223,10 +223,10 @@ def test_key_weight_without_rope_or_queries() -> None:
 
 
 def test_loudness_is_the_fourth_root_within_bounds() -> None:
-    token_weight = torch.tensor([[16.0, 1.0, 0.0, 1e9, 3.0]])
-    counted = torch.tensor([[True, True, False, False, False]])
-    expected = torch.tensor([[16 / 8.5, 1 / 8.5, 0.1, 50.0, 3 / 8.5]]) ** 0.25
-    torch.testing.assert_close(token_scale(token_weight, counted), expected)
+    expected = torch.tensor([[16 / 5, 1 / 5, 0.1, 3 / 5]]) ** 0.25
+    torch.testing.assert_close(token_scale(torch.tensor([[16.0, 1.0, 0.0, 3.0]])), expected)
+    one_of_many = token_scale(torch.tensor([[1e9] + 99 * [1.0]]))
+    torch.testing.assert_close(one_of_many, torch.tensor([[50.0] + 99 * [0.1]]) ** 0.25)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
