@@ -12,7 +12,6 @@ from spectral_compile.codec.basis import LEAST_WEIGHT
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.append import eigen
 from spectral_compile.kernels.append.eigen import PANEL, balance, eigenvectors, vectors_by_energy
-from spectral_compile.kernels.append.gram import Sums
 from spectral_compile.kernels.append.kernel import ChunkWriter
 from spectral_compile.kernels.buffers import Buffers
 
@@ -149,15 +148,18 @@ def _basis_kernel(
     _round(x, numbers, basis, affine, vectors, rank, G)
 
 
-def bases(writer: ChunkWriter, sums: Sums, fitted: Fitted) -> torch.Tensor:
-    """Write to ``fitted`` all but the steps; the sums of each part as a whole, unweighted: float32 [2, B, G, parts, W, W]."""
+def bases(writer: ChunkWriter, products: torch.Tensor, fitted: Fitted) -> torch.Tensor:
+    """Write to ``fitted`` all but the steps, of what ``gram.sums`` has left.
+
+    Returns the sums of each part as a whole, unweighted: float32 [2, B, G, parts, W, W].
+    """
     layout, geometry = writer.layout, writer.geometry
-    *shape, spans, width, _ = sums.products.shape
-    gram = torch.empty(*shape, width, width, dtype=torch.float32, device=sums.products.device)
+    *shape, spans, width, _ = products.shape
+    gram = torch.empty(*shape, width, width, dtype=torch.float32, device=products.device)
     room = eigen.Room.of(gram.numel() // width**2, width, max(layout.key.rank, layout.value.rank), gram.device)
     _, batch, groups, parts = shape
     _basis_kernel[(parts, batch * groups, 2)](
-        sums.products, gram, room, writer.buffers.moment, fitted, eigen.FURTHER,
+        products, gram, room, writer.buffers.moment, fitted, eigen.FURTHER,
         eigen.padded(layout.key.rank), eigen.padded(layout.value.rank), parts, spans, batch,
         G=geometry, P=Pairs.of(layout), num_warps=eigen.WARPS,
     )  # fmt: skip

@@ -16,7 +16,10 @@ from spectral_compile.kernels.values import Chunk
 def append(
     chunk: Chunk, ledger: torch.Tensor, buffers: Buffers, layout: Layout, token_weight: torch.Tensor | None = None
 ) -> None:
-    """``reference.append`` in Triton. One column is one launch that waits for nothing; more columns, or none, may wait."""
+    """``reference.append`` in Triton. One column is one launch that waits for nothing; more columns, or none, may wait.
+
+    Within ``together.layers`` a short prompt may be stored later, when that ends at the latest.
+    """
     writer = ChunkWriter(chunk, ledger, buffers, layout)
     if chunk.columns == 1:
         writer.write(tiles_of(layout.block), keep=True)

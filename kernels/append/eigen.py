@@ -8,14 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_compile.kernels.arguments import LEAST
-
 PANEL: tl.constexpr = tl.constexpr(16)  # vectors that are made orthonormal together
 _SHIFT: tl.constexpr = tl.constexpr(1e-6)  # of the trace: below it sums of products hold little but noise
 _ROWS: tl.constexpr = tl.constexpr(32)  # of a product at a time
 _SUMMED: tl.constexpr = tl.constexpr(64)  # terms of its sums at a time
 _HELD: tl.constexpr = tl.constexpr(8192)  # numbers of earlier vectors that a panel is made orthogonal to at a time
-_LEAST: tl.constexpr = tl.constexpr(1e-30)  # a squared length, and a trace, to divide by
+_LEAST: tl.constexpr = tl.constexpr(1e-30)  # a squared length to divide by
 FURTHER = 4  # orthogonalisations after the first
 WARPS = 8  # of a program
 
@@ -158,34 +156,3 @@ class Room(NamedTuple):
 def padded(rank: int) -> int:
     """How many vectors are looked for where ``rank`` are wanted."""
     return triton.cdiv(rank, PANEL.value) * PANEL.value
-
-
-@triton.jit(do_not_specialize=["rows", "rank"])
-def _eigen_kernel(room, out, rows, rank, further, width: tl.constexpr, WIDTH: tl.constexpr):
-    """Of one matrix."""
-    matrix = tl.program_id(0).to(tl.int64)
-    a, x, y = room.a + matrix * width * width, room.x + matrix * rows * width, room.y + matrix * rows * width
-    numbers, c = room.numbers + matrix * width, tl.arange(0, WIDTH)
-    balance(a, width, WIDTH)
-    eigenvectors(a, x, y, numbers, rows, width, further, WIDTH)
-    for first in range(0, rows, PANEL):
-        vectors, place = vectors_by_energy(x, numbers, first, rows, width, WIDTH)
-        at = out + (matrix * rank + place)[:, None] * width + c[None, :]
-        tl.store(at, vectors, mask=(place < rank)[:, None] & (c < width)[None, :])
-
-
-def eigenbasis(gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """Orthonormal columns near the ``rank`` leading eigenvectors, by falling energy, without waiting for the device.
-
-    float32 [..., W, W], positive semidefinite up to ``_SHIFT`` of its trace -> float32 [..., W, rank].
-    """
-    *shape, width = gram.shape[:-1]
-    out = gram.new_empty(*shape, rank, width)
-    if out.numel():
-        room = Room.of(gram[..., 0, 0].numel(), width, rank, gram.device)
-        room.a.copy_(gram.reshape(-1, width, width))
-        _eigen_kernel[(len(room.a),)](
-            room, out, padded(rank), rank, FURTHER,
-            width=width, WIDTH=max(LEAST, triton.next_power_of_2(width)), num_warps=WARPS,
-        )  # fmt: skip
-    return out.mT

@@ -52,7 +52,7 @@ def fits(
 ) -> torch.Tensor:
     """Write a basis and steps for each part to ``fitted``; its sums of products, float32 [2, B, G, parts, W, W].
 
-    ``counts`` are the tokens that rows code, such as occur; ``token_weight`` float32 [B, G, n] counts if the layout asks.
+    ``counts`` are those of the tokens that some row codes; ``token_weight`` float32 [B, G, n] counts if the layout asks.
     """
     gram = bases(writer, sums(writer, parts, token_weight if writer.layout.token_weighted else None), fitted)
     search(analyse(writer, parts, counts, fitted), fitted, writer.geometry, writer.layout.margin)

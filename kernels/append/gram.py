@@ -28,13 +28,6 @@ class Parts(NamedTuple):
     length: int
 
 
-class Sums(NamedTuple):
-    """float32 [2, B, G, parts, spans, W, W]: of keys, then values over their norms, of some of the tokens of a part each."""
-
-    products: torch.Tensor
-    spans: int
-
-
 @triton.jit
 def _mean_weight(weights, chunk, b, first, count, n):
     """The mean weight of ``count`` tokens of a chunk, from number ``first`` on."""
@@ -123,10 +116,11 @@ def _sums_kernel(
         )  # fmt: skip
 
 
-def sums(writer: ChunkWriter, parts: Parts, token_weight: torch.Tensor | None) -> Sums:
+def sums(writer: ChunkWriter, parts: Parts, token_weight: torch.Tensor | None) -> torch.Tensor:
     """Sums of products of channels, each token times its ``codec.token_scale`` if there is float32 ``token_weight`` [B, G, n].
 
-    Nothing is waited for, and what is summed in which order depends on shapes alone.
+    Nothing is waited for, and what is summed in which order depends on shapes alone. float32 [2, B, G, parts, spans, W, W]: of
+    keys, then of values over their norms, each span over some of the tokens of a part.
     """
     geometry, batch = writer.geometry, len(writer.ledger)
     matrices = 2 * batch * geometry.groups * parts.count
@@ -142,4 +136,4 @@ def sums(writer: ChunkWriter, parts: Parts, token_weight: torch.Tensor | None) -
         writer.entering, token_weight, out, writer.count, parts.first, parts.length, run, parts.count, spans, batch,
         G=geometry, BLOCK=block, PRECISION=writer.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
-    return Sums(out, spans)
+    return out

@@ -23,7 +23,7 @@ TOKENS = 8192  # of all rows of a prompt whose keys and values are kept until so
 
 class _Waiting(threading.local):
     layers = 0  # that may wait for each other in the call that this thread is in
-    stacks: dict[Layout, _Stack]
+    stacks: dict[tuple[Layout, torch.dtype], _Stack]
 
 
 _waiting = _Waiting()
@@ -50,18 +50,19 @@ def waits(writer: ChunkWriter, valid: torch.Tensor | None, rows: list[LedgerRow]
     size = multiprocessors(writer.chunk.key.device) // (2 * batch * layout.groups)
     if min(size, _waiting.layers) < 2 or batch * writer.count > TOKENS:
         return False
-    if layout not in _waiting.stacks:
-        _waiting.stacks[layout] = _Stack(min(size, _waiting.layers), writer, valid, rows, token_weight)
-    stack = _waiting.stacks[layout]
+    alike = layout, writer.chunk.key.dtype
+    if alike not in _waiting.stacks:
+        _waiting.stacks[alike] = _Stack(min(size, _waiting.layers), writer, valid, rows, token_weight)
+    stack = _waiting.stacks[alike]
     stack.add(writer, token_weight)
     if stack.full:
         stack.store()
-        del _waiting.stacks[layout]
+        del _waiting.stacks[alike]
     return True
 
 
 class _Stack:
-    """What some layers of one layout leave of a prompt."""
+    """What some layers of one layout and dtype leave of a prompt."""
 
     def __init__(
         self,

@@ -320,6 +320,20 @@ def test_a_layer_of_a_prompt_is_at_most_ten_launches(padded: bool, monkeypatch: 
     assert (len(launched) <= 10) == (not padded), launched
 
 
+def test_layers_of_other_dtypes_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layout, but keys of one in the memory of the other would be rounded."""
+    layout = replace(PRESETS["balanced"], head_group=1, warmup=20, recent=5, block=7).layout(2, 16)
+    monkeypatch.setattr(together, "multiprocessors", lambda device: 1000)
+    cases = [Case(layout, dtype, 1, 1, [60], False, False, False, 1) for dtype in (torch.bfloat16, torch.float32)]
+    pairs = [(Store(case), steps(case)[0]) for case in cases]
+    with together.layers(2):
+        for store, step in pairs:
+            advance_kernel.advance(store.ledger, store.positions, None, None, step.key, layout)
+            device.append(chunk_of(step), store.ledger, store.buffers, layout)
+        assert len(together._waiting.stacks) == 2
+        assert all(stack.keys.dtype == dtype for (_, dtype), stack in together._waiting.stacks.items())
+
+
 def test_an_error_leaves_no_layer_waiting() -> None:
     with pytest.raises(ZeroDivisionError), together.layers(3):
         raise ZeroDivisionError

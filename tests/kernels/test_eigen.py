@@ -15,7 +15,11 @@ from tests.tiny import DEVICE
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from spectral_compile.kernels.append import eigen
+from spectral_compile.kernels.arguments import LEAST
 
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
@@ -33,8 +37,32 @@ SPECTRA = {
 }
 
 
+@triton.jit(do_not_specialize=["rows", "rank"])
+def _eigen_kernel(room, out, rows, rank, further, width: tl.constexpr, WIDTH: tl.constexpr):
+    """Of one matrix."""
+    matrix = tl.program_id(0).to(tl.int64)
+    a, x, y = room.a + matrix * width * width, room.x + matrix * rows * width, room.y + matrix * rows * width
+    numbers, c = room.numbers + matrix * width, tl.arange(0, WIDTH)
+    eigen.balance(a, width, WIDTH)
+    eigen.eigenvectors(a, x, y, numbers, rows, width, further, WIDTH)
+    for first in range(0, rows, eigen.PANEL):
+        vectors, place = eigen.vectors_by_energy(x, numbers, first, rows, width, WIDTH)
+        at = out + (matrix * rank + place)[:, None] * width + c[None, :]
+        tl.store(at, vectors, mask=(place < rank)[:, None] & (c < width)[None, :])
+
+
 def eigenbasis(gram: Tensor, rank: int) -> Tensor:
-    return eigen.eigenbasis(gram.to(DEVICE), rank).cpu()
+    """Orthonormal columns near the ``rank`` leading eigenvectors, by falling energy: [..., W, W] -> [..., W, rank]."""
+    *shape, width = gram.shape[:-1]
+    out = torch.empty(*shape, rank, width, device=DEVICE)
+    if out.numel():
+        room = eigen.Room.of(gram[..., 0, 0].numel(), width, rank, out.device)
+        room.a.copy_(gram.reshape(-1, width, width))
+        _eigen_kernel[(len(room.a),)](
+            room, out, eigen.padded(rank), rank, eigen.FURTHER,
+            width=width, WIDTH=max(LEAST, triton.next_power_of_2(width)), num_warps=eigen.WARPS,
+        )  # fmt: skip
+    return out.mT.cpu()
 
 
 def with_spectrum(values: Tensor, count: int, seed: int) -> Tensor:
