@@ -103,10 +103,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A row to come: what it is of, and what measures its figures."""
+    """A row to come: what it is of, and what measures its figures; the next one may use what it leaves compiled, or not."""
 
     labels: Row
     run: Callable[[], Row]
+    leaves: bool = False
 
     def row(self) -> Row:
         """Labels, figures, the ``seconds`` that it took, and the ``error`` that there is instead of figures, or None."""
@@ -116,8 +117,9 @@ class Measurement:
         except Exception as error:
             figures = {"error": one_line(error)}
         finally:
-            with suppress(RuntimeError):  # a GPU that an earlier error has broken
-                tidy()
+            if not self.leaves:
+                with suppress(RuntimeError):  # a GPU that an earlier error has broken
+                    tidy()
         return {**self.labels, **figures, "seconds": time.perf_counter() - started}
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from spectral_compile.ahead import run_ahead
 from spectral_compile.backend import reset
@@ -32,59 +32,110 @@ from spectral_compile.bench.measure import (
 )
 
 DEFAULT = ("qwen3-0.6b",)
-VARIANTS = ("inductor", "static", SPECTRAL)
-CALLS = 7  # of which the median is shown
+CALLS = (2, 7)  # to a median, at least and at most
+SPENT = 5.0  # seconds of calls to a median
 
 
 def measurements(settings: Settings) -> list[Measurement]:
-    """For each geometry and prompt each variant."""
+    """For each geometry and variant each prompt, of one model that is compiled once."""
     return [
         Measurement(
-            {"geometry": name, "cached": cached, "variant": variant},
-            partial(waits, GEOMETRIES[name], settings, cached, variant),
+            {"geometry": name, "variant": variant, "cached": cached},
+            partial(waits, compiled, settings, cached, variant),
+            leaves=cached != settings.cached[-1],
         )
         for name in settings.geometries or DEFAULT
+        for variant in settings.variants
+        for compiled in [Compiled(GEOMETRIES[name], settings, variant)]
         for cached in settings.cached
-        for variant in VARIANTS
     ]
 
 
-def waits(geometry: Geometry, settings: Settings, cached: int, variant: str) -> Row:
+class Compiled:
+    """A model with random weights that is built and compiled when it is first asked for."""
+
+    def __init__(self, geometry: Geometry, settings: Settings, variant: str) -> None:
+        self.geometry, self.settings, self.variant = geometry, settings, variant
+        self.made: tuple[PreTrainedModel, dict[str, Any]] | None = None
+
+    def get(self) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model, and what ``generate`` must be told."""
+        if self.made is None:
+            reset()
+            model = build(self.geometry, self.settings)
+            self.made = model, prepare(model, self.settings, self.variant, {})
+        return self.made
+
+    def done(self) -> None:
+        """Free its weights."""
+        self.made = None
+
+
+def waits(compiled: Compiled, settings: Settings, cached: int, variant: str) -> Row:
     """Times of ``generate`` once all is compiled, and how long the GPU was busy meanwhile."""
-    reset()
-    model = build(geometry, settings)
-    prompt = random_prompt(geometry.vocabulary, settings, cached)
-    how = prepare(model, settings, variant, {})
+    model, how = compiled.get()
+    try:
+        return _waits(model, how, settings, cached, variant)
+    finally:
+        if cached == settings.cached[-1]:
+            compiled.done()
+
+
+def _waits(model: PreTrainedModel, how: dict[str, Any], settings: Settings, cached: int, variant: str) -> Row:
+    prompt = random_prompt(model.config.vocab_size, settings, cached)
     for _ in range(2):
-        Run.of(model, prompt, 4, how)
-    first = median(Run.of(model, prompt, 2, how).first for _ in range(CALLS))
-    of_first, of_steps = (_busy(model, prompt, count, how) for count in (1, 1 + settings.new_tokens))
+        began = Run.of(model, prompt, 4, how)
+    calls = min(max(int(SPENT / began.first), CALLS[0]), CALLS[1])
+    first = median(Run.of(model, prompt, 2, how).first for _ in range(calls))
+    of_first, of_all = (_busy(model, prompt, count, how) for count in (1, 1 + settings.new_tokens))
     row = {
         "first_ms": 1e3 * first,
         "first_busy_ms": of_first[0],
         "first_kernels": of_first[1],
-        "step_ms": _step(model, prompt, settings, how),
-        "step_busy_ms": None if of_first[0] is None else (of_steps[0] - of_first[0]) / settings.new_tokens,
+        "step_ms": _step(model, prompt, settings.new_tokens, how, calls),
+        "step_busy_ms": None if of_first[0] is None else (of_all[0] - of_first[0]) / settings.new_tokens,
     }
     if variant == SPECTRAL:
-        row["ahead_ms"] = _step(model, prompt, settings, {**how, "custom_generate": run_ahead})
-        row["sites"] = matched_sites(Run.of(model, prompt, 2, how).cache)
+        row["ahead_ms"] = _step(model, prompt, settings.new_tokens, {**how, "custom_generate": run_ahead}, calls)
+        row["sites"] = matched_sites(began.cache)
     return row
 
 
-def _step(model: PreTrainedModel, prompt: torch.Tensor, settings: Settings, how: dict[str, Any]) -> float:
-    """Milliseconds of a step: what a text of many new tokens takes longer than one of few, with nothing that asks for each."""
+class Marks(StoppingCriteria):
+    """When the device was done with the first and with the last token that it was asked about; it never stops a text.
 
-    def seconds(count: int) -> float:
-        wait(prompt.device)
-        started = time.perf_counter()
-        _generate(model, prompt, count, how)
-        wait(prompt.device)
-        return time.perf_counter() - started
+    On a GPU nothing waits: an event is recorded after each token.
+    """
 
-    few, many = 2, 2 + settings.new_tokens
-    seconds(many)  # steps are recorded as CUDA graphs
-    return 1e3 * median(seconds(many) - seconds(few) for _ in range(3)) / settings.new_tokens
+    def __init__(self, prompt: torch.Tensor) -> None:
+        self.on_gpu = prompt.device.type == "cuda"
+        self.marks: list[Any] = []
+        self.going = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+        return self.going
+
+    def milliseconds(self) -> float:
+        """Of a step, mean over all but the first."""
+        first, last, steps = self.marks[0], self.marks[-1], len(self.marks) - 1
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return first.elapsed_time(last) / steps
+        return 1e3 * (last - first) / steps
+
+
+def _step(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, how: dict[str, Any], calls: int) -> float:
+    """Milliseconds of a step after the first token, where nothing asks for each: the least of a few texts."""
+    texts = [Marks(prompt) for _ in range(1 + min(calls, 3))]  # in the first one steps are recorded as CUDA graphs
+    for marks in texts:
+        _generate(model, prompt, 1 + new_tokens, {**how, "stopping_criteria": StoppingCriteriaList([marks])})
+    return min(marks.milliseconds() for marks in texts[1:])
 
 
 def _busy(model: PreTrainedModel, prompt: torch.Tensor, count: int, how: dict[str, Any]) -> tuple[Any, Any]:
@@ -123,7 +174,7 @@ def derive(rows: list[Row]) -> None:
 
 
 def show(rows: list[Row]) -> Table:
-    labels = [Column("geometry", "geometry"), Column("cached", "prompt"), Column("variant", "variant")]
+    labels = [Column("geometry", "geometry"), Column("variant", "variant"), Column("cached", "prompt")]
     figures = [
         Column("first_ms", "first token, ms", fixed(2)),
         Column("first_over_dense", "over dense", times),
@@ -134,5 +185,5 @@ def show(rows: list[Row]) -> Table:
         Column("step_busy_ms", "GPU busy", fixed(3)),
         Column("step_over_busy", "step over busy", times),
     ]
-    caption = f"The first token is the median of {CALLS} calls; the GPU is watched in calls of their own."
+    caption = f"The first token is the median of {CALLS[0]} to {CALLS[1]} calls; the GPU is watched in calls of their own."
     return table("What is waited for, greedy, random weights, batch 1", rows, labels, figures, caption)

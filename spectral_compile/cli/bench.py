@@ -89,7 +89,7 @@ def bench(
         str | None,
         Option(help="Lengths of prompts, by comma; steady and host take the first", show_default=by_device("cached")),
     ] = None,
-    variants: Annotated[str, Option(help="generate: by comma")] = ",".join(generation.VARIANTS),
+    variants: Annotated[str, Option(help="generate and waits: by comma")] = ",".join(generation.VARIANTS),
     chunk: Annotated[
         int | None, Option(min=1, help="generate: tokens of a prompt at a time (prefill_chunk_size)", show_default="all")
     ] = None,

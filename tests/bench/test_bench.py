@@ -168,12 +168,14 @@ def test_the_host_part_times_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_waits_part_times_first_tokens_and_both_loops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(waits, "VARIANTS", ("eager", "spectral"))
-    monkeypatch.setattr(waits, "CALLS", 1)
-    made = invoke(*TINY, "--parts", "waits", "--new-tokens", 3, "--json", tmp_path / "out.json")
+    monkeypatch.setattr(waits, "CALLS", (1, 1))
+    asked = ("--new-tokens", 3, "--variants", "eager,spectral", "--cached", "1300,1400", "--json", tmp_path / "out.json")
+    made = invoke(*TINY, "--parts", "waits", *asked)
     assert made.exit_code == 0, made.output
-    dense, spectral = json.loads((tmp_path / "out.json").read_text())["parts"]["waits"]
-    assert dense["error"] is None and spectral["error"] is None and "ahead_ms" not in dense
+    rows = json.loads((tmp_path / "out.json").read_text())["parts"]["waits"]
+    assert [row["error"] for row in rows] == [None] * 4 and [row["cached"] for row in rows] == [1300, 1400] * 2
+    dense, spectral = rows[0], rows[2]
+    assert "ahead_ms" not in dense
     assert min(spectral["first_ms"], spectral["step_ms"], spectral["ahead_ms"]) > 0
     assert spectral["first_over_dense"] == pytest.approx(spectral["first_ms"] / dense["first_ms"])
     assert spectral["step_busy_ms"] is None and spectral["step_over_busy"] is None
