@@ -10,6 +10,11 @@ from pathlib import Path
 from spectral_compile.errors import Mistake
 
 
+def cache_folder() -> Path:
+    """Where what was made or fetched once is kept: ``$SPECTRAL_CACHE`` or ``~/.cache/spectral-compile``."""
+    return Path(os.environ.get("SPECTRAL_CACHE") or Path.home() / ".cache" / "spectral-compile")
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file; ``Mistake`` where there is none."""
     try:

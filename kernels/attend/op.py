@@ -7,6 +7,7 @@ import torch
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.append.op import append
 from spectral_compile.kernels.attend import extend, reference
+from spectral_compile.kernels.attend.native import attend as native
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.operation import operation
 from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
@@ -45,6 +46,8 @@ def attend_(
     hidden, scoring = Hidden(mask, columns, visible), Scoring(scale, sliding_window, softcap, sink_score)
     if extend.takes(query, hidden, scoring):
         out = extend.attend(chunk, past, scoring.scale, visible)
+    elif native.takes(chunk, layout):
+        out = native.attend(chunk, past, scoring, hidden)
     elif not query.is_cuda:
         out = reference.attend(chunk, past, scoring, hidden)
     else:

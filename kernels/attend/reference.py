@@ -9,7 +9,7 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import dense
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.kernels.ledger import rows_of
+from spectral_compile.kernels.ledger import LedgerRow, rows_of
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
 
 
@@ -23,7 +23,8 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     ledger, positions, buffers, layout = past
     batch, q_heads, count, dim = query.shape
     out = query.new_zeros(batch, count, q_heads, dim).transpose(1, 2)
-    for row, (before, coded, after, *_) in enumerate(rows_of(ledger)):
+    for row, counts in enumerate(rows_of(ledger)):
+        before, coded, after = counts[:3]
         keep = torch.ones(count, dtype=torch.bool, device=query.device) if valid is None else valid[row]
         where = positions[row, :after]
         chunk_k, chunk_v = dense.rotate(key[row][:, keep], where[before:], layout.rotary), value[row][:, keep]
@@ -42,11 +43,7 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
             k = dense.rotate(k, where[layout.first_exact + slots.start : layout.first_exact + slots.stop], layout.rotary)
             scores[..., layout.first_exact + slots.start : layout.first_exact + slots.stop] = q @ k.float().mT
 
-        allowed = _allowed(row, before, after, keep, hidden, scoring.sliding_window)
-        if hidden.visible is not None:
-            shown = torch.ones(after, dtype=torch.bool, device=query.device)
-            shown[:before] = hidden.visible[row, :before] != 0
-            allowed = allowed & shown
+        allowed = allowed_of(row, counts, keep, hidden, scoring.sliding_window)
         if scoring.softcap:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         scores = scores.unflatten(1, (-1, count)).masked_fill(~allowed, float("-inf"))
@@ -66,9 +63,21 @@ def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_
     return out
 
 
-def _allowed(row: int, before: int, after: int, keep: torch.Tensor, hidden: Hidden, sliding_window: int) -> torch.Tensor:
-    """Which stored tokens each query of the chunk may see: bool, broadcastable to [Hq / H, n, after]."""
-    token = torch.arange(after, device=keep.device)
+def allowed_of(row: int, counts: LedgerRow, keep: torch.Tensor, hidden: Hidden, sliding_window: int) -> torch.Tensor:
+    """Which stored tokens each query of the chunk may see: bool, broadcastable to [Hq / H, n, after].
+
+    ``keep`` bool [n] are the columns that are no padding.
+    """
+    allowed = _not_masked(row, counts, keep, hidden, sliding_window)
+    if hidden.visible is None:
+        return allowed
+    shown = torch.ones(counts.after, dtype=torch.bool, device=keep.device)
+    shown[: counts.before] = hidden.visible[row, : counts.before] != 0
+    return allowed & shown
+
+
+def _not_masked(row: int, counts: LedgerRow, keep: torch.Tensor, hidden: Hidden, sliding_window: int) -> torch.Tensor:
+    token = torch.arange(counts.after, device=keep.device)
     if hidden.mask is not None:
         seen = hidden.mask[min(row, hidden.mask.shape[0] - 1)]
         count = seen.shape[-1] - len(keep)  # columns of the past
@@ -78,7 +87,7 @@ def _allowed(row: int, before: int, after: int, keep: torch.Tensor, hidden: Hidd
         if seen.shape[0] > 1:
             raise NotImplementedError("a mask that differs between heads cannot be attended to")
         return seen[..., chosen]
-    own = before + keep.cumsum(0) - 1  # the token that each query is
+    own = counts.before + keep.cumsum(0) - 1  # the token that each query is
     allowed = token[None] <= own[:, None]
     return allowed & (token[None] > own[:, None] - sliding_window) if sliding_window else allowed
 
