@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
 from spectral_compile.passes.constants import CONSTANT, constant, name_of
@@ -85,39 +85,45 @@ def evaluate(size: Any, symbols: dict[Any, int]) -> Any:
     return int(size.node.expr.xreplace(symbols)) if isinstance(size, torch.SymInt) else int(size)
 
 
+def _order(graph: Graph, inputs: list[Node], output: Node, written: dict[int | None, list[Node]]) -> list[Node]:
+    """What has to be run for ``output`` where ``inputs`` are given, in the order of the graph."""
+
+    def writes_to(node: Node) -> list[Node]:
+        return [write for write in written.get(memory(node), ()) if write < output]
+
+    order, stack = [], [output, *filter(begins_or_ends_vmap, graph.nodes)]
+    stack += [write for at in inputs for write in writes_to(at) if at < write]
+    seen = set(inputs)
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        order.append(at)
+        if not is_size(at):
+            stack += [*at.all_input_nodes, *writes_to(at)]
+    return sorted(order)
+
+
 class _Run(Interpreter):
-    """Evaluates single nodes on demand, in float32 where the model computes in half precision."""
+    """Evaluates some nodes of a graph, in float32 where the model computes in half precision."""
 
     def __init__(
         self,
         gm: GraphModule,
-        known: dict[Node, Any],
         values: Callable[[Node], Any],
         numbers: dict[int, int],
         written: dict[int | None, list[Node]],
         device: torch.device | None,
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.env, self.values, self.numbers, self.written, self.device = dict(known), values, numbers, written, device
+        self.values, self.numbers, self.written, self.device = values, numbers, written, device
 
-    def fetch(self, node: Node) -> Any:
-        order, stack = [], [node, *filter(begins_or_ends_vmap, self.module.graph.nodes)]
-        stack += [write for at in self.env for write in self._writes(at, node) if at < write]
-        seen = set(self.env)
-        while stack:
-            at = stack.pop()
-            if at in seen:
-                continue
-            seen.add(at)
-            order.append(at)
-            if not is_size(at):
-                stack += [*at.all_input_nodes, *self._writes(at, node)]
-        for at in sorted(order):
+    def evaluate(self, order: list[Node], known: dict[Node, Any]) -> None:
+        """Fill ``env`` with the values of ``order``, given those that are ``known``."""
+        self.env = dict(known)
+        for at in order:
             self.env[at] = self._leaf(at) if at.op == "placeholder" or is_size(at) else self.run_node(at)
-        return self.env[node]
-
-    def _writes(self, at: Node, before: Node) -> list[Node]:
-        return [write for write in self.written.get(memory(at), ()) if write < before]
 
     def _leaf(self, node: Node) -> Any:
         if memory(node) in self.written:
@@ -150,22 +156,26 @@ def lift(
     values: Callable[[Node], Any] = real_value,
     numbers: dict[int, int] | None = None,
     device: torch.device | None = None,
+    written: dict[int | None, list[Node]] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """The function from ``inputs`` to ``output`` that the graph computes.
 
     Placeholders that are no input take what ``values`` gives for them: by default what they had while tracing. ``numbers``
-    stand in for constants of the graph, such as sizes, and ``device`` for that of every tensor. The function raises
-    ``Unliftable``, or whatever the operations raise.
+    stand in for constants of the graph, such as sizes, ``device`` for that of every tensor, and ``written`` are the ``writes``
+    of the graph, for whoever knows them. The function raises ``Unliftable``, or whatever the operations raise.
     """
-
-    written = writes(gm.graph)
+    written = writes(gm.graph) if written is None else written
+    order = _order(gm.graph, inputs, output, written)
+    runner = _Run(gm, values, numbers or {}, written, device)
 
     def run(*given: Any) -> torch.Tensor:
         level = _vmaps()
         try:
             with torch.no_grad():
-                return _Run(gm, dict(zip(inputs, given, strict=True)), values, numbers or {}, written, device).fetch(output)
+                runner.evaluate(order, dict(zip(inputs, given, strict=True)))
+                return runner.env[output]
         finally:
+            runner.env = {}
             while _vmaps() > level:  # what failed in a vmap has not ended it
                 torch._C._functorch._vmap_decrement_nesting()
 

@@ -15,16 +15,17 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_flatten
 
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.kernels.dense import rotate
 from spectral_compile.passes.constants import PLANES, planes_equal
 from spectral_compile.passes.lift import Unliftable, arguments_of, computed_from, hint, is_size, lift
-from spectral_compile.passes.trace import Site, Trace, fake, is_call, is_float
+from spectral_compile.passes.trace import Site, Trace, call_name, fake, is_call, is_float
 from spectral_compile.passes.writes import memory, writes
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _FEW = 64
 _SEVERAL = 8
 _LONGEST = 64  # nodes between a key and the projection that it comes from
 _BARRIER = ("linear", "matmul", "addmm", "mm", "bmm", "embedding", "scaled_dot_product_attention", "conv1d", "einsum")
+_VIEWS = ("unsqueeze", "squeeze", "view", "reshape", "transpose", "to", "expand", "contiguous")
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError)  # of a piece of a graph that is run by itself
 
 
@@ -63,7 +65,7 @@ def match_rope(trace: Trace) -> None:
     take one of several equal rows of positions may be added. Constants that were read are noted in the ``meta`` of
     placeholders.
     """
-    known: dict[tuple[tuple[Node, ...], bool], Rotary | str] = {}
+    known: dict[tuple[Any, bool], Rotary | str] = {}
     written, positions = writes(trace.gm.graph), None
     for site in trace.matched:
         site.stored_key = site.edge.new[0]
@@ -79,7 +81,7 @@ def match_rope(trace: Trace) -> None:
             elif any(found.source < write for write in written.get(memory(found.source), ())):
                 rotary = "they are rotated in place"
             else:
-                rotary = _rotation(trace, site, found, known)
+                rotary = _rotation(trace, site, found, written, known)
         if isinstance(found, _Found) and isinstance(rotary, Rotary):
             positions = found.ids
             log.debug("%s: keys are stored before RoPE, at %s; positions are %s", site.where, site.stored_key, positions)
@@ -98,20 +100,25 @@ def match_rope(trace: Trace) -> None:
 
 
 def _rotation(
-    trace: Trace, site: Site, found: _Found, known: dict[tuple[tuple[Node, ...], bool], Rotary | str]
+    trace: Trace,
+    site: Site,
+    found: _Found,
+    written: dict[int | None, list[Node]],
+    known: dict[tuple[Any, bool], Rotary | str],
 ) -> Rotary | str:
     """The rotation between what was found and the key, which ``site`` is then given, or why there is none.
 
-    ``known`` holds what angles came to, of keys [B, H, T, D] and of [B, T, H, D].
+    ``known`` holds what angles came to, by how they are computed, of keys [B, H, T, D] and of [B, T, H, D].
     """
     source, angles, ids = found
     dim, reason = hint(fake(source).shape[3]), ""
+    computed = tuple(_computation(angle, written) for angle in angles)
     for tokens_first in _orders(site, source):
-        turn = _turn(trace, site, source, ids, tokens_first)
-        if (angles, tokens_first) not in known:
-            known[angles, tokens_first] = _probe(turn, dim)
-            log.debug("angles %s come to %s", angles, known[angles, tokens_first])
-        rotary = known[angles, tokens_first]
+        turn = _turn(trace, site, found, written, tokens_first)
+        if (computed, tokens_first) not in known:
+            known[computed, tokens_first] = _probe(turn, dim)
+            log.debug("angles %s come to %s", angles, known[computed, tokens_first])
+        rotary = known[computed, tokens_first]
         if isinstance(rotary, Rotary) and not _agrees(turn, rotary, dim):
             rotary = "what is done to the keys is no rotation"
         if isinstance(rotary, Rotary):
@@ -231,9 +238,19 @@ def _one_of(ids: Node) -> Node:
     return first
 
 
-def _turn(trace: Trace, site: Site, source: Node, ids: Node, tokens_first: bool) -> _Turn:
+def _computation(node: Node, written: dict[int | None, list[Node]]) -> Any:
+    """What tells ``node`` from others: of a view how it is made, since each layer has its own views of the same tensor."""
+    if not is_call(node, *_VIEWS) or memory(node) in written:
+        return node
+    leaves, structure = tree_flatten((node.args, node.kwargs))
+    parts = (_computation(leaf, written) if isinstance(leaf, Node) else leaf for leaf in leaves)
+    return call_name(node), str(structure), *parts
+
+
+def _turn(trace: Trace, site: Site, found: _Found, written: dict[int | None, list[Node]], tokens_first: bool) -> _Turn:
     """``turn(x [n, D], positions [n]) -> [n, D]``: what the graph does to keys ``x`` at these positions."""
-    run = lift(trace.gm, [source, ids], site.edge.new[0], device=torch.device("cpu"))
+    ids = found.ids
+    run = lift(trace.gm, [found.source, ids], site.edge.new[0], device=torch.device("cpu"), written=written)
     batch, heads, tokens, dim = hint(fake(site.edge.new[0]).shape)
     *planes, rows, _ = hint(fake(ids).shape)
 
