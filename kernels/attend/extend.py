@@ -19,7 +19,7 @@ from spectral_compile.kernels.ledger import on_host
 from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
 
 LEAST = 512  # queries for which decoding costs less than rebuilding keys tile by tile
-AT_ONCE = 8192  # tokens that are dense at a time
+AT_ONCE = 16384  # tokens that are dense at a time
 
 
 def takes(query: torch.Tensor, hidden: Hidden, scoring: Scoring) -> bool:
@@ -36,11 +36,13 @@ def attend(chunk: Chunk, past: Past, scale: float, visible: torch.Tensor | None 
     ledger, positions, _, layout = past
     batch, heads, count, dim = query.shape
     out = query.new_zeros(batch, count, heads, dim).transpose(1, 2)
+    if query.is_cuda:
+        from spectral_compile.kernels.attend.join import join  # Triton is there only where a GPU is
     for row, (before, coded, after, *_) in enumerate(on_host(ledger)):
         q, at = query[row], positions[row, before:after]
         if valid is None or after - before == count:
             mixed, total = _attention(q, dense.rotate(key[row], at, layout.rotary), value[row], scale, causal=True)
-            mixed = mixed.float()
+            mixed, total = mixed.float(), total.contiguous()
         else:
             tokens = valid[row].nonzero()[:, 0]
             k, v = dense.rotate(key[row][:, tokens], at, layout.rotary), value[row][:, tokens]
@@ -55,8 +57,11 @@ def attend(chunk: Chunk, past: Past, scale: float, visible: torch.Tensor | None 
             if k.shape[1] == 0:
                 continue
             more, more_total = _attention(q, k, v, scale)
-            mixed.lerp_(more.float(), (more_total - total).sigmoid()[..., None])
-            total = total.logaddexp(more_total)
+            if query.is_cuda:
+                join(mixed, total, more, more_total)
+            else:
+                mixed.lerp_(more.float(), (more_total - total).sigmoid()[..., None])
+                total = total.logaddexp(more_total)
         out[row] = mixed.to(query.dtype)
     return out
 
@@ -73,7 +78,7 @@ def _decoded(
         return x if kept is None else x[:, kept]
 
     positions, buffers, layout = past.positions[row], past.buffers, past.layout
-    dtype, first = buffers.k_exact.dtype, min(before, layout.first_exact)
+    first = min(before, layout.first_exact)
     if before > coded:
         at = torch.cat((positions[:first], positions[first + coded : before]))
         k, v = (dense.not_coded(row, side, before, coded, buffers, layout) for side in ("k", "v"))
@@ -82,10 +87,22 @@ def _decoded(
     for segment, slots in dense.spans(row, coded, buffers, layout):
         for start in range(slots.start, slots.stop, AT_ONCE):
             some = slice(start, min(start + AT_ONCE, slots.stop))
-            k, v = (dense.decode(row, segment, some, side, buffers, layout).to(dtype) for side in ("k", "v"))
             here = slice(first + some.start, first + some.stop)
+            k, v = _of_segment(row, segment, some, past)
             kept = None if shown is None else shown[here]
-            yield chosen(dense.rotate(k, positions[here], layout.rotary), kept), chosen(v, kept)
+            yield chosen(k, kept), chosen(v, kept)
+
+
+def _of_segment(row: int, segment: int, slots: slice, past: Past) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (rotated) and values [H, n, D] of coded tokens of one segment, in the model's dtype."""
+    positions, buffers, layout = past.positions[row], past.buffers, past.layout
+    if positions.is_cuda and not layout.lossless:
+        from spectral_compile.kernels.attend.rebuild import rebuild
+
+        return rebuild(row, segment, slots, past)
+    k, v = (dense.decode(row, segment, slots, side, buffers, layout).to(buffers.k_exact.dtype) for side in ("k", "v"))
+    at = positions[layout.first_exact + slots.start : layout.first_exact + slots.stop]
+    return dense.rotate(k, at, layout.rotary), v
 
 
 def _attention(

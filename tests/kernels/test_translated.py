@@ -113,8 +113,10 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
     from spectral_compile.kernels.advance import kernel as advance_kernel
     from spectral_compile.kernels.append.fit import fit
     from spectral_compile.kernels.append.kernel import ChunkWriter
+    from spectral_compile.kernels.attend.join import join
     from spectral_compile.kernels.attend.kernel import attend
     from spectral_compile.kernels.attend.plan import override
+    from spectral_compile.kernels.attend.rebuild import rebuild
     from spectral_compile.kernels.buffers import Capacity, allocate
     from spectral_compile.kernels.ledger import LedgerRow
     from spectral_compile.kernels.values import Chunk, Hidden, Past, Scoring
@@ -144,6 +146,8 @@ def step(preset: str, turned: int, count: int, hidden: str) -> None:
         writer.write(0, True)
         if not layout.lossless:
             fit(writer, [LedgerRow(190, 160, 190 + count, 224, 0, 0)], torch.ones(1, layout.groups, count))
+            key, value = rebuild(0, 0, slice(0, 160), past)
+            join(key.float(), torch.zeros(2, 160), value, torch.zeros(2, 160))
 
 
 def main() -> None:
