@@ -96,6 +96,7 @@ class Settings:
     inner: str
     seed: int
     columns: int = 1  # of a step of attention
+    layers: int | None = None  # of a model, for the first minute; None: all
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)

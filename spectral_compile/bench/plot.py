@@ -102,10 +102,19 @@ def _host(axes: Any, rows: list[Row]) -> None:
 
 def _waits(axes: Any, rows: list[Row]) -> None:
     """Milliseconds to the first token by variant and prompt."""
+    _by_variant(axes, rows, "first_ms", "first token", "ms, median")
+
+
+def _second(axes: Any, rows: list[Row]) -> None:
+    """Seconds to the first token of a second process by variant."""
+    _by_variant(axes, rows, "second_first_token_s", "first token of a second process", "s")
+
+
+def _by_variant(axes: Any, rows: list[Row], figure: str, title: str, unit: str) -> None:
     colours = [OURS if row["variant"] == SPECTRAL else GREY for row in rows]
     names = [f"{row['geometry']}, {tokens(row['cached'])}, {row['variant']}" for row in rows]
-    axes.barh(names, [row["first_ms"] for row in rows], color=colours)
-    axes.set(title="first token", xlabel="ms, median", xlim=(0, 1.3 * max((row["first_ms"] for row in rows), default=1.0)))
+    axes.barh(names, [row[figure] for row in rows], color=colours)
+    axes.set(title=title, xlabel=unit, xlim=(0, 1.3 * max((row[figure] for row in rows), default=1.0)))
     better(axes, (0.82, 0.5), (0.95, 0.5))
 
 
@@ -116,6 +125,7 @@ PANELS: dict[str, Callable[[Any, list[Row]], None]] = {
     "steady": _steady,
     "host": _host,
     "waits": _waits,
+    "second": _second,
 }
 
 

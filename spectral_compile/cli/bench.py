@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
 from typer import Option
 
-from spectral_compile.bench import attention, encode, generation, host, waits
+from spectral_compile.bench import attention, encode, generation, host, second, waits
 from spectral_compile.bench.measure import GEOMETRIES, Measurement, Row, Settings, tidy
 from spectral_compile.bench.plot import draw
 from spectral_compile.cli.console import need_matplotlib, output, phases
@@ -46,6 +46,7 @@ PARTS = {
     "steady": Part(generation.steady_measurements, generation.steady_derive, generation.steady_show),
     "host": Part(host.measurements, host.derive, host.show),
     "waits": Part(waits.measurements, waits.derive, waits.show),
+    "second": Part(second.measurements, second.derive, second.show),
 }
 
 
@@ -75,7 +76,7 @@ def bench(
         str | None,
         Option(
             help=f"Sizes, by comma: {', '.join(GEOMETRIES)}",
-            show_default="llama-3-8b; steady and host: smollm2; waits: qwen3-0.6b; tiny on a CPU",
+            show_default="llama-3-8b; steady and host: smollm2; waits and second: qwen3-0.6b; tiny on a CPU",
         ),
     ] = None,
     pairs: Annotated[
@@ -84,12 +85,13 @@ def bench(
     presets: Annotated[
         str, Option(help="Codecs, by comma, named as for eval; the parts with a whole model take the first")
     ] = "balanced,seed",
+    layers: Annotated[int | None, Option(min=1, help="second: of the model", show_default="all")] = None,
     columns: Annotated[int, Option(min=1, help="attention: of a step, such as 4 in speculative decoding")] = 1,
     cached: Annotated[
         str | None,
-        Option(help="Lengths of prompts, by comma; steady and host take the first", show_default=by_device("cached")),
+        Option(help="Lengths of prompts, by comma; steady, host and second take the first", show_default=by_device("cached")),
     ] = None,
-    variants: Annotated[str, Option(help="generate and waits: by comma")] = ",".join(generation.VARIANTS),
+    variants: Annotated[str, Option(help="generate, waits and second: by comma")] = ",".join(generation.VARIANTS),
     chunk: Annotated[
         int | None, Option(min=1, help="generate: tokens of a prompt at a time (prefill_chunk_size)", show_default="all")
     ] = None,
@@ -138,6 +140,7 @@ def bench(
         inner=sizes.inner,
         seed=seed,
         columns=columns,
+        layers=layers,
     )
     with mistakes(ValueError):
         for preset in settings.presets:

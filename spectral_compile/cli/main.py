@@ -10,6 +10,7 @@ import spectral_compile
 from spectral_compile.cli import bench, calibrate, demo, doctor, generate
 from spectral_compile.cli.console import Commands
 from spectral_compile.cli.eval import evaluate
+from spectral_compile.cli.warm import warm
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo.demo)
@@ -18,6 +19,7 @@ app.command("eval")(evaluate)
 app.command("calibrate")(calibrate.calibrate_model)
 app.command()(bench.bench)
 app.command()(doctor.doctor)
+app.command()(warm)
 
 
 def show_version(wanted: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from spectral_compile.bench import attention, generation, host, measure, waits
+from spectral_compile.bench import attention, generation, host, measure, second, waits
 from spectral_compile.bench.measure import GEOMETRIES, Settings, build, one_line, tidy
 from spectral_compile.bench.store import Layer, draw
 from spectral_compile.cli import bench, console
@@ -307,3 +307,20 @@ def test_a_repeated_step_gives_the_same(preset: str) -> None:
     layer.begin_step(step["key"])
     assert torch.equal(layer.attend(step), layer.attend(step))
     assert layer.timeline.ledger[:, 1].min() > 0
+
+
+def test_the_second_part_times_whole_processes(tmp_path: Path) -> None:
+    made = invoke(*TINY, "--parts", "second", "--variants", "spectral", "--json", tmp_path / "out.json")
+    assert made.exit_code == 0, made.output
+    (row,) = json.loads((tmp_path / "out.json").read_text())["parts"]["second"]
+    assert row["error"] is None, row["error"]
+    for process in ("first", "second"):
+        model, first, last = (row[f"{process}_{what}_s"] for what in ("model", "first_token", "last_token"))
+        assert 0 < model < first < last
+    assert row["over_dense"] is None
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, inner="no compiler", cached=(64,))
+    with pytest.raises(RuntimeError, match="no compiler"):
+        second.processes("tiny", settings, "spectral")

@@ -41,6 +41,7 @@ ROWS = {
     ],
     "host": [row(cached=4096, variant=v, milliseconds=1.0) for v in ("spectral, CUDA graphs", "inductor, growing cache")],
     "waits": [row(cached=4096, variant=v, first_ms=9.0) for v in ("spectral", "inductor")],
+    "second": [row(cached=4096, variant=v, second_first_token_s=9.0) for v in ("spectral", "inductor")],
 }  # fmt: skip
 
 

@@ -1,0 +1,38 @@
+"""How long a process takes to its first token: ``python -m spectral_compile.bench.process`` with JSON for an argument."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+STARTED = time.perf_counter()  # before PyTorch and transformers, whose import a user waits for
+
+
+def main(given: str) -> None:
+    """Build, compile and generate as ``asked``, and print JSON: seconds to the model, to the first token and to the last."""
+    import torch
+    import transformers
+
+    from spectral_compile.bench.generation import Run, prepare, random_prompt
+    from spectral_compile.bench.measure import GEOMETRIES, Settings, build, wait
+
+    transformers.logging.set_verbosity_error()
+    asked = json.loads(given)
+    names = ("presets", "new_tokens", "inner", "seed")
+    settings = Settings(
+        geometries=None, pairs=(), cached=(), variants=(), chunk=None, steady_tokens=0,
+        dtype=getattr(torch, asked["dtype"]), device=torch.device(asked["device"]), **{name: asked[name] for name in names},
+    )  # fmt: skip
+    geometry = GEOMETRIES[asked["geometry"]]
+    model = build(geometry, settings, asked["layers"])
+    prompt = random_prompt(geometry.vocabulary, settings, asked["cached"])
+    how = prepare(model, settings, asked["variant"], {})
+    wait(settings.device)
+    built = time.perf_counter() - STARTED
+    run = Run.of(model, prompt, settings.new_tokens, how)
+    print(json.dumps({"model_s": built, "first_token_s": built + run.first, "last_token_s": time.perf_counter() - STARTED}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
