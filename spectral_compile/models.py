@@ -29,8 +29,10 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SECONDS = 5  # to wait for an answer from a network
 
 
-def load(model: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in ``dtype``, ready for inference, and its tokenizer.
+def load(
+    model: str | None = None, dtype: torch.dtype = torch.bfloat16, **how: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in ``dtype``, ready for inference, and its tokenizer; ``how`` are more arguments of ``from_pretrained``.
 
     ``model`` is a transformers id or folder; None is SmolLM2-135M-Instruct, fetched and converted once into
     ``$SPECTRAL_CACHE`` or ``~/.cache/spectral-compile``. ``Mistake`` where there is no such model, or not all of it.
@@ -38,7 +40,7 @@ def load(model: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple
     with cannot_load(model):
         source = locate(model)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        return AutoModelForCausalLM.from_pretrained(**source, dtype=dtype).eval(), tokenizer
+        return AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **how).eval(), tokenizer
 
 
 def cannot_load(model: str | None) -> AbstractContextManager[None]:

@@ -10,12 +10,12 @@ STARTED = time.perf_counter()  # before PyTorch and transformers, whose import a
 
 
 def main(given: str) -> None:
-    """Build, compile and generate as ``asked``, and print JSON: seconds to the model, to the first token and to the last."""
+    """Build, compile and generate as asked; print JSON: seconds to the model, to the first and last token, or the error."""
     import torch
     import transformers
 
     from spectral_compile.bench.generation import Run, prepare, random_prompt
-    from spectral_compile.bench.measure import GEOMETRIES, Settings, build, wait
+    from spectral_compile.bench.measure import GEOMETRIES, Settings, build, one_line, wait
 
     transformers.logging.set_verbosity_error()
     asked = json.loads(given)
@@ -27,10 +27,14 @@ def main(given: str) -> None:
     geometry = GEOMETRIES[asked["geometry"]]
     model = build(geometry, settings, asked["layers"])
     prompt = random_prompt(geometry.vocabulary, settings, asked["cached"])
-    how = prepare(model, settings, asked["variant"], {})
-    wait(settings.device)
-    built = time.perf_counter() - STARTED
-    run = Run.of(model, prompt, settings.new_tokens, how)
+    try:
+        how = prepare(model, settings, asked["variant"], {})
+        wait(settings.device)
+        built = time.perf_counter() - STARTED
+        run = Run.of(model, prompt, settings.new_tokens, how)
+    except Exception as error:
+        print(json.dumps({"error": one_line(error)}))
+        return
     print(json.dumps({"model_s": built, "first_token_s": built + run.first, "last_token_s": time.perf_counter() - STARTED}))
 
 

@@ -57,8 +57,11 @@ def _process(asked: dict[str, Any], environment: dict[str, str]) -> dict[str, fl
     command = [sys.executable, "-W", "ignore", "-m", "spectral_compile.bench.process", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"the process failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"the process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    if "error" in seconds:
+        raise RuntimeError(seconds["error"])
+    return seconds
 
 
 def derive(rows: list[Row]) -> None:

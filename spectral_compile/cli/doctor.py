@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from spectral_compile import models
 from spectral_compile.cli.console import output, phases
+from spectral_compile.cli.memory import Fit, Shape, parse_bytes
 from spectral_compile.cli.options import compile_line, parse_options, parse_pairs
 from spectral_compile.cli.sizes import pays_from, stored, summed, when_it_pays
 from spectral_compile.codec.layout import Layout
@@ -39,13 +40,18 @@ def doctor(
     tokens: Annotated[int, Option(min=1, max=10**12, help="Cached tokens that bytes are given for")] = 32768,
     preset: Annotated[str, Option(help="Codec: quality, balanced, compact, seed or exact")] = "balanced",
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of the dense cache")] = "bfloat16",
+    memory: Annotated[str | None, Option(help="Say whether all fits into it, such as 8GiB", show_default="not asked")] = None,
+    weights: Annotated[
+        Literal["16", "8", "4"] | None, Option(help="Bits of linear weights, for --memory", show_default="as configured")
+    ] = None,
     options: Annotated[list[str] | None, Option(help="key=value, of SpectralConfig or Inductor; repeatable")] = None,
     json_: Annotated[bool, Option("--json", help="Print JSON instead of tables, in bytes and with names of modules")] = False,
 ) -> None:
-    """Show layer by layer what would be compressed, and why not. Exit code 1 if nothing would be.
+    """Show layer by layer what would be compressed, and why not. Exit code 1 if nothing would be, or all does not fit.
 
     The model is built from its configuration alone, with random weights and a small vocabulary.
     """
+    room = parse_bytes(memory) if memory else None
     given = {"preset": preset, **parse_pairs(options or [])}
     config = parse_options({"preset": preset}, options or [])
     screen, kind = Console(stderr=True), getattr(torch, dtype)
@@ -56,13 +62,17 @@ def doctor(
         display.update(task, description="tracing")
         found = examine(built, options=vars(config) | {"inner": "eager"}, input_ids=torch.ones(1, PROMPT, dtype=torch.int64))
         weighed = Weighed.of(built, found, kind, config.headroom)
+        fit = room and fit_of(model, weighed, room, tokens, None if weights in (None, "16") else int(weights))
     out, title = output(), model or models.DEFAULT
     if json_:
         facts = {"model": title, "dtype": dtype, "options": given, "compile": compile_line(given)}
         graphs = [{"kind": graph.kind, "sites": graph.sites, "matched": graph.matched} for graph in found]
+        facts |= {"fit": {**asdict(fit), "fits": fit.fits}} if fit else {}
         print(json.dumps({**facts, "graphs": graphs, **weighed.summary(tokens)}, indent=1, default=str))
     if weighed.decode is None:
         raise Refused(f"nothing would be compressed: {first_refusal(found)}")
+    if fit and not fit.fits:
+        raise Refused(f"{fit}: {advice(fit)}")
     if json_:
         return
     out.print(weighed.table(tokens, title))
@@ -71,6 +81,21 @@ def doctor(
         out.print(str(graph).splitlines()[0].partition(" (")[0], markup=False)
     out.print(when_it_pays(weighed.layouts, kind, config.headroom), soft_wrap=True)
     out.print(f"compile with: {compile_line(given)}", markup=False, soft_wrap=True)
+    if fit:
+        out.print(str(fit), markup=False, soft_wrap=True)
+
+
+def fit_of(model: str | None, weighed: Weighed, memory: int, tokens: int, bits: int | None = None) -> Fit:
+    """Whether the model, its cache of ``tokens`` tokens and what it works with fit into ``memory`` bytes."""
+    dense, compressed = weighed.total(tokens)
+    return Fit.of(Shape.of(model, weighed.dtype, bits), memory, tokens, compressed, dense)
+
+
+def advice(fit: Fit) -> str:
+    """What makes less of what is most."""
+    if fit.weights > fit.cache:
+        return "load the weights in fewer bits (--weights 4), or take a smaller model"
+    return "ask for fewer tokens (--tokens), or for a preset with fewer bytes (--preset compact)"
 
 
 def sketch(model: str | None, dtype: torch.dtype) -> PreTrainedModel:

@@ -70,12 +70,13 @@ def test_batches_have_lines_of_their_own(figure: Figure) -> None:
 
 
 def test_only_dense_caches_are_grey(figure: Figure) -> None:
-    for axes in figure.axes[:-2]:
+    for axes in figure.axes[:-3]:
         lines = {str(line.get_label()): to_hex(line.get_color()) for line in axes.lines}
         assert len(lines) > 1
         for name, colour in lines.items():
             assert (colour == to_hex(GREY)) == any(dense in name for dense in (GQA, DENSE, "static"))
-    assert [to_hex(bar.get_facecolor()) == to_hex(GREY) for bar in figure.axes[-1].patches] == [False, True]
+    for axes in figure.axes[-3:]:
+        assert [to_hex(bar.get_facecolor()) == to_hex(GREY) for bar in axes.patches] == [False, True]
 
 
 def test_lengths_are_ticks_that_one_can_read(figure: Figure) -> None:
