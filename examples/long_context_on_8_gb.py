@@ -17,17 +17,15 @@ from spectral_compile.cli.memory import Fit, binary, parse_bytes
 from spectral_compile.cli.session import Clock
 from spectral_compile.explain import examine
 
-HEADROOM = 1024  # tokens that a cache on a GPU has room for beside the prompt
 
-
-def plan(model: str | None, memory: int, tokens: int, bits: int | None) -> Fit:
+def plan(model: str | None, memory: int, tokens: int, bits: int) -> Fit:
     """How all of it fits, before any weight is loaded."""
     built = sketch(model, torch.bfloat16)
     found = examine(built, options={"inner": "eager"}, input_ids=torch.ones(1, 24, dtype=torch.int64))
-    return fit_of(model, Weighed.of(built, found, torch.bfloat16, HEADROOM), memory, tokens, bits)
+    return fit_of(model, Weighed.of(built, found, torch.bfloat16, None), memory, tokens, bits)
 
 
-def load(model: str | None, device: torch.device, bits: int | None) -> PreTrainedModel:
+def load(model: str | None, device: torch.device, bits: int) -> PreTrainedModel:
     """The model, its linear weights in 4 bits if ``bits`` is 4."""
     how: dict[str, Any] = {}
     if bits == 4:
@@ -68,14 +66,14 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--inner", default="inductor")
     asked = parser.parse_args(given)
-    device, bits = models.device_of(None), 4 if asked.bits == 4 else None
-    fit = plan(asked.model, parse_bytes(asked.memory), asked.tokens, bits)
+    device = models.device_of(None)
+    fit = plan(asked.model, parse_bytes(asked.memory), asked.tokens, asked.bits)
     print(fit)
     if not fit.fits:
         raise SystemExit(1)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, fit.memory / torch.cuda.get_device_properties(device).total_memory))
-    run(load(asked.model, device, bits), fit, asked.new_tokens, asked.inner)
+    run(load(asked.model, device, asked.bits), fit, asked.new_tokens, asked.inner)
 
 
 if __name__ == "__main__":

@@ -45,28 +45,28 @@ def _rotated(k, cos, sin, A: tl.constexpr):
 
 
 @triton.jit
-def _unit(affine, G: tl.constexpr, A: tl.constexpr):
-    """What keys are counted in, and queries times, so that whatever a model's keys are they fit float16.
+def unit_of(affine, SIDE: tl.constexpr, A: tl.constexpr):
+    """What keys are counted in, and queries times, so that whatever a model's keys are they fit float16; or values.
 
     Of no coefficient codes stand for much more than of the first, and the columns of a basis are orthonormal.
     """
     unit = 1.0
     if A.of_keys == tl.float16:
-        LARGEST: tl.constexpr = 128 if G.k.tiers[0] > 0 else 8 if G.k.tiers[1] > 0 else 2
+        LARGEST: tl.constexpr = 128 if SIDE.tiers[0] > 0 else 8 if SIDE.tiers[1] > 0 else 2
         unit = tl.maximum(tl.load(affine), 1e-30) * (LARGEST / _REACH)
     return unit
 
 
 @triton.jit
 def key_basis(store, at, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr):
-    """Matrices from digits to keys times their weights, in ``_unit``s: of each head, each part of its RoPE pairs and what is
-    not rotated, each row field."""
+    """Matrices from digits to keys times their weights, in units of ``unit_of``: of each head, each part of its RoPE pairs and
+    what is not rotated, each row field."""
     K: tl.constexpr = G.k
     SCALED: tl.constexpr = A.keys_scaled
     HEADS: tl.constexpr = G.heads
     PARTS: tl.constexpr = R.parts
     basis, affine = store.k_basis + at * (G.width * G.k.rank), store.k_affine + at * (2 * G.k.rank + G.width)
-    gain = 1.0 / _unit(affine, G, A)
+    gain = 1.0 / unit_of(affine, K, A)
     out = ()
     for h in tl.static_range(HEADS):
         for i in tl.static_range(PARTS):
@@ -172,7 +172,7 @@ def attend_coded(
                 latent = latent + (tl.zeros([M, V.fields[i].padded * (16 // V.fields[i].bits)], tl.float32),)
             affine_at = store.k_affine + at * (2 * G.k.rank + G.width)
             weights_at = affine_at + 2 * G.k.rank + head * G.dim  # equal in the two channels of a pair
-            unit = _unit(affine_at, G, A)
+            unit = unit_of(affine_at, K, A)
             r1, r2 = (), ()
             for i in tl.static_range(PARTS):
                 half = i * R.AT_ONCE + p

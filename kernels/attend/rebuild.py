@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from spectral_compile.kernels.arguments import Geometry
+from spectral_compile.kernels.attend.coded import unit_of
 from spectral_compile.kernels.attend.plan import Arithmetic, Rope, keys_in
 from spectral_compile.kernels.digits import digits, load, matrix
 from spectral_compile.kernels.rotary import TILE, sincos, tables
@@ -16,24 +17,13 @@ from spectral_compile.kernels.values import Past
 
 _CHANNELS = 64  # of a program, which it makes for ``_TILES`` tiles of tokens, so that it prepares its part of the basis once
 _TILES = 8
-_REACH: tl.constexpr = tl.constexpr(2048.0)  # of the first coefficient in float16; channels of 192 such ones end at 28378
-
-
-@triton.jit
-def _unit(affine, S: tl.constexpr, A: tl.constexpr):
-    """What channels are counted in while they are in float16, which then holds those of any model."""
-    unit = 1.0
-    if A.of_keys == tl.float16:
-        LARGEST: tl.constexpr = 128 if S.tiers[0] > 0 else 8 if S.tiers[1] > 0 else 2
-        unit = tl.maximum(tl.load(affine), 1e-30) * (LARGEST / _REACH)
-    return unit
 
 
 @triton.jit
 def _to_channels(basis, affine, channels, live, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr):
-    """The matrix from digits to channels times their weights, in ``_unit``s."""
+    """The matrix from digits to channels times their weights, in units of ``unit_of``."""
     SCALED: tl.constexpr = A.keys_scaled
-    return matrix(basis, affine, channels, live, 1.0 / _unit(affine, S, A), G.width, S, A.of_keys, SCALED)
+    return matrix(basis, affine, channels, live, 1.0 / unit_of(affine, S, A), G.width, S, A.of_keys, SCALED)
 
 
 @triton.jit
@@ -44,7 +34,7 @@ def _rebuilt(codes, to_channels, affine, slots, ok, channels, live, S: tl.conste
     out = tl.zeros([slots.shape[0], channels.shape[0]], tl.float32)
     for i in tl.static_range(len(S.fields)):
         out = tl.dot(x[i], to_channels[i], out, input_precision=A.precision)
-    return out * (_unit(affine, S, A) / tl.load(affine + 2 * S.rank + channels, mask=live, other=1.0))[None, :]
+    return out * (unit_of(affine, S, A) / tl.load(affine + 2 * S.rank + channels, mask=live, other=1.0))[None, :]
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from typer import Argument, Option
 
 from spectral_compile import models
+from spectral_compile.cache.timeline import HEADROOM
 from spectral_compile.cli.console import output, phases
 from spectral_compile.cli.memory import Fit, Shape, parse_bytes
 from spectral_compile.cli.options import compile_line, parse_options, parse_pairs
@@ -62,7 +63,7 @@ def doctor(
         display.update(task, description="tracing")
         found = examine(built, options=vars(config) | {"inner": "eager"}, input_ids=torch.ones(1, PROMPT, dtype=torch.int64))
         weighed = Weighed.of(built, found, kind, config.headroom)
-        fit = room and fit_of(model, weighed, room, tokens, None if weights in (None, "16") else int(weights))
+        fit = room and fit_of(model, weighed, room, tokens, int(weights) if weights else None)
     out, title = output(), model or models.DEFAULT
     if json_:
         facts = {"model": title, "dtype": dtype, "options": given, "compile": compile_line(given)}
@@ -86,8 +87,8 @@ def doctor(
 
 
 def fit_of(model: str | None, weighed: Weighed, memory: int, tokens: int, bits: int | None = None) -> Fit:
-    """Whether the model, its cache of ``tokens`` tokens and what it works with fit into ``memory`` bytes."""
-    dense, compressed = weighed.total(tokens)
+    """Whether the model, its cache of ``tokens`` tokens and what it works with fit into ``memory`` bytes, of a GPU."""
+    dense, compressed = replace(weighed, headroom=weighed.headroom or HEADROOM["cuda"]).total(tokens)
     return Fit.of(Shape.of(model, weighed.dtype, bits), memory, tokens, compressed, dense)
 
 

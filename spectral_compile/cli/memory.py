@@ -44,19 +44,21 @@ class Shape:
 
     @classmethod
     def of(cls, model: str | None, dtype: torch.dtype, bits: int | None) -> Shape:
-        """Of a model by id or folder, none of whose weights is read; ``bits`` of linear weights, None as it is configured."""
+        """Of a model by id or folder, none of whose weights is read.
+
+        Linear weights, but for the last one, have ``bits``: 4 and 8 of bitsandbytes, 16 of ``dtype``, None as configured.
+        """
         with models.cannot_load(model):
             config = AutoConfig.from_pretrained(**models.locate(model))
-            bits = bits or _configured(config)
+            bits = _configured(config) if bits is None else bits
             with torch.device("meta"):
                 made = AutoModelForCausalLM.from_config(config, dtype=dtype)
         head = made.get_output_embeddings()  # which stays as it is where others are packed
         linear = [layer.weight.numel() for layer in made.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
-        packed = 0 if bits is None else sum(linear)
+        packed = sum(linear) if bits in (4, 8) else 0
         whole = sum(weight.numel() for weight in made.parameters()) - packed
-        weights = whole * dtype.itemsize
-        if bits is not None:
-            weights += packed * bits // 8 + (4 * packed // BLOCK if bits == 4 else 0)
+        scales = 4 * packed // BLOCK if bits == 4 else 0
+        weights = whole * dtype.itemsize + packed * (bits or 0) // 8 + scales
         text = made.config.get_text_config()
         heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // heads

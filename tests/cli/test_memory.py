@@ -69,6 +69,14 @@ def test_weights_in_4_bits_are_as_bitsandbytes_has_them(llama: str) -> None:
     assert Shape.of(llama, torch.bfloat16, None).weights == 2 * (linear + others)
 
 
+def test_a_checkpoint_says_itself_how_its_weights_are_packed(tmp_path: Path, llama: str) -> None:
+    config = LlamaConfig(**LLAMA)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    weights = {bits: Shape.of(str(tmp_path), torch.bfloat16, bits).weights for bits in (None, 4, 8, 16)}
+    assert weights[None] == weights[4] < weights[8] < weights[16] == Shape.of(llama, torch.bfloat16, None).weights
+
+
 def test_what_a_prompt_works_with_is_near_what_was_measured(llama: str) -> None:
     """On an H200, of four layers, beyond weights and cache; bytes in MiB."""
     shape = Shape.of(llama, torch.bfloat16, None)

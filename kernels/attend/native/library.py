@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,19 +28,19 @@ MISSING = (
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, or None and a warning where there is no compiler, or none that makes it."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = shlex.split(os.environ.get("CC", "")) or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
     try:
-        if compiler is None:
-            raise FileNotFoundError
         return ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError):
         warnings.warn(MISSING, stacklevel=2)
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """The file of this source, compiler and processor; compiled if there is none yet."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    if not compiler:
+        raise FileNotFoundError
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(SOURCE.read_bytes() + version + _processor().encode() + repr((FLAGS, WISHES)).encode())
     try:
         folder = cache_folder()
@@ -52,7 +53,7 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / file.name
         for wish in WISHES:
-            done = subprocess.run([compiler, *FLAGS, *wish, str(SOURCE), "-o", str(made), "-lm"], capture_output=True)
+            done = subprocess.run([*compiler, *FLAGS, *wish, str(SOURCE), "-o", str(made), "-lm"], capture_output=True)
             if done.returncode == 0:
                 break
         done.check_returncode()
