@@ -170,7 +170,7 @@ def varying(examples: list[Any], batch: int | torch.SymInt = 1) -> str | None:
 def moving_and_staying(plan: Plan) -> tuple[list[int], list[int]]:
     """Which inputs lie elsewhere at every call, and which hardly ever do: weights, by Dynamo's word, and the timeline.
 
-    Buffers of stores are neither: ``SpectralStore.buffers_identity`` tells by one comparison whether they are still the same.
+    Buffers of stores are neither: ``SpectralStore.placement`` tells by one comparison whether they are still the same.
     """
     move: list[int] = []
     stay: list[int] = []

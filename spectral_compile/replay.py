@@ -33,8 +33,8 @@ class Replay:
     def __call__(self, inputs: Sequence[Any], rest: tuple[Hashable, ...]) -> Sequence[Any]:
         """What the step returns for ``inputs``.
 
-        ``rest`` is equal in two calls if the inputs at neither ``move`` nor ``stay`` are the same buffers, and if the sizes of
-        those at ``stay`` are the same.
+        ``rest`` is equal in two calls if the inputs at neither ``move`` nor ``stay`` lie at the same addresses, in the same
+        shapes, and if the sizes of those at ``stay`` are the same.
         """
         moved = [inputs[i] for i in self.move]
         layouts = [(x.shape, _strides(x)) if isinstance(x, torch.Tensor) else x for x in moved]

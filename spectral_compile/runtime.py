@@ -102,9 +102,7 @@ class BoundGraph:
             with self._prompt(timeline):
                 results = self.compiled(*inputs)
         else:
-            results = self.replay(
-                inputs, (timeline.batch, timeline.positions.shape[1], *[store.buffers_identity for store in stores])
-            )
+            results = self.replay(inputs, (timeline.batch, timeline.positions.shape[1], *[store.placement for store in stores]))
         timeline.enter(count, valid)
         if count == 1 and timeline.catch_up():
             for store in stores:

@@ -13,6 +13,10 @@ from transformers import DynamicCache
 
 import spectral_compile as sc
 from spectral_compile import backend, replay, report
+from spectral_compile.cache.store import SpectralStore
+from spectral_compile.cache.timeline import Timeline
+from spectral_compile.codec import PRESETS
+from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.replay import Replay
 from tests.budget import examples
 from tests.tiny import GREEDY, WINDOWS, build, tokens
@@ -175,3 +179,17 @@ def test_strides_that_lead_nowhere_make_no_new_recording(recorder: Recorder) -> 
         (result,) = run([x[:, :1], weight, 0], "size")
         torch.testing.assert_close(result, x[:, :1] * weight)
     assert report.recordings() == 1 and recorder.replayed == 4
+
+
+def test_a_placement_is_that_of_memory_and_not_of_tensors() -> None:
+    """A new cache whose buffers lie where those of an old one lay is served by its recording; anything else is not."""
+    layout = PRESETS["balanced"].layout(2, 64, None)
+    timeline = Timeline(layout, 1, 40, 40, CPU, 8)
+    one, other = (SpectralStore(layout, timeline, torch.float32) for _ in range(2))
+    assert one.placement == one.placement != other.placement
+    again = SpectralStore(layout, timeline, torch.float32, Buffers(*(x.view(x.shape) for x in one.buffers)))
+    assert again.placement == one.placement
+    again.buffers = again.buffers._replace(k_exact=again.buffers.k_exact[:, :, :-1])
+    assert again.placement != one.placement, "of another shape"
+    again.buffers = one.buffers._replace(v_sizes=one.buffers.v_sizes.clone(), moment=one.buffers.moment.clone())
+    assert again.placement != one.placement, "some of it lies elsewhere"

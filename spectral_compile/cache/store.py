@@ -6,6 +6,7 @@ forks it before appending, so that two generations never see each other's tokens
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,12 @@ from spectral_compile.kernels.ledger import columns_of, rows_of
 from spectral_compile.kernels.values import Chunk
 
 _PREFIXES = 16  # weak references that a store keeps before it drops those that are dead
+
+
+@functools.lru_cache(maxsize=1024)
+def _placed(places: tuple[tuple[int, torch.Size], ...]) -> object:
+    """One object for the same addresses and shapes, which takes less to compare."""
+    return object()
 
 
 class SpectralStore:
@@ -52,9 +59,18 @@ class SpectralStore:
     @buffers.setter
     def buffers(self, buffers: Buffers) -> None:
         self._buffers = buffers
-        # Stands for these buffers and no others, so that a recorded CUDA graph knows by one comparison whether they are those
-        # that it reads. An ``id`` of theirs would not do: once they are freed, other buffers may get it.
-        self.buffers_identity = object()
+        self._placement: object = None
+
+    @property
+    def placement(self) -> object:
+        """Stands for where the buffers lie, and their shapes: a recorded CUDA graph knows by one comparison what it reads.
+
+        Those of a new cache often lie where those of an old one lay, as PyTorch hands out what it has been given back: a
+        recording then serves both, and a text does not wait 50 ms for one of its own.
+        """
+        if self._placement is None:
+            self._placement = _placed(tuple((x.data_ptr(), x.shape) for x in self._buffers))
+        return self._placement
 
     @property
     def device(self) -> torch.device:
