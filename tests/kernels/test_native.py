@@ -120,12 +120,15 @@ def test_a_step_over_a_real_cache(smollm2: Real) -> None:
     assert_same(store, step, 0.125)
 
 
-def test_results_are_in_the_dtype_of_the_query() -> None:
-    store, step = filled("balanced", 64, past=190, new=1)
-    half = replace(step, **{name: getattr(step, name).bfloat16() for name in ("query", "key", "value")})
-    store.buffers = store.buffers.cast(torch.bfloat16, store.layout)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recent_bits", [8, 16])
+def test_results_are_in_the_dtype_of_the_query(dtype: torch.dtype, recent_bits: int) -> None:
+    store, step = filled("balanced", 64, past=190, new=1, recent_bits=recent_bits)
+    half = replace(step, **{name: getattr(step, name).to(dtype) for name in ("query", "key", "value")})
+    store.buffers = store.buffers.cast(dtype, store.layout)
+    assert native.takes(half.chunk, store.layout)
     got = native.attend(half.chunk, store.past, Scoring(0.1))
-    assert got.dtype == torch.bfloat16
+    assert got.dtype == dtype
     torch.testing.assert_close(got.float(), store.attend(step, 0.1), atol=2e-2, rtol=2e-2)
 
 

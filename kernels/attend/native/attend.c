@@ -41,7 +41,7 @@ typedef struct {
 
 typedef struct {
     int64_t rows, groups, heads, dim, queries, columns, segments, pairs, splits;  // heads of a group, queries of a head
-    int64_t slots, first, exact_places, ring, exact_bits;  // exact_bits: 32, 16 (float16) or -16 (bfloat16)
+    int64_t slots, first, exact_places, ring, exact_bits;  // exact_bits: 32, or 16 of bfloat16
     int64_t position_stride, allowed_row, allowed_column;  // strides
     double scaling, softcap;
     Side key, value;
@@ -328,8 +328,6 @@ static void load(const Step *all, const Side *side, int64_t row, int64_t head, i
     const int64_t from = (kv * all->exact_places + place) * dim;
     if (all->exact_bits == 32) {
         memcpy(out, (const float *)side->exact + from, sizeof(float) * dim);
-    } else if (all->exact_bits == 16) {
-        for (int64_t c = 0; c < dim; c++) out[c] = ((const _Float16 *)side->exact)[from + c];
     } else {
         for (int64_t c = 0; c < dim; c++) {
             union { uint32_t bits; float value; } wide = {.bits = (uint32_t)((const uint16_t *)side->exact)[from + c] << 16};

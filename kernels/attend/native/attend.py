@@ -15,13 +15,13 @@ from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past,
 
 MOST = 16  # columns of a chunk: of more, products by a library cost less than scores one by one
 TILE = 64  # tokens, as in ``attend.c``
-BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: -16}  # how ``attend.c`` tells dtypes of exact tokens apart
+BITS = {torch.float32: 32, torch.bfloat16: 16}  # of exact tokens, as ``attend.c`` reads them
 
 
 def takes(chunk: Chunk, layout: Layout) -> bool:
-    """Whether a chunk has few columns of a dtype that is known, its store is coded, and there is a C compiler."""
-    known = chunk.key.device.type == "cpu" and chunk.key.dtype in BITS
-    return known and 0 < chunk.columns <= MOST and not layout.lossless and library() is not None
+    """Whether a chunk has few columns, its store is coded, and there is a C compiler."""
+    here = chunk.key.device.type == "cpu" and 0 < chunk.columns <= MOST
+    return here and not layout.lossless and library() is not None
 
 
 def attend(chunk: Chunk, past: Past, scoring: Scoring, hidden: Hidden = NOTHING_HIDDEN) -> torch.Tensor:
@@ -93,6 +93,8 @@ def _run(
     out, log_sum = torch.empty_like(asking), asking.new_empty(batch, heads, queries)
     frequencies, table, order = _pairs(layout.rotary, dim)
     tiles = -(-int(counts[:, 1].max()) // TILE)
+    if buffers.k_exact.dtype not in BITS:  # float16, which not every C compiler knows
+        buffers = buffers.cast(torch.float32, layout)
     alive = [positions.contiguous(), *(x.contiguous() for x in buffers)]  # whose addresses are handed over
     positions, held = alive[0], type(buffers)(*alive[1:])
 
