@@ -20,7 +20,7 @@
 #endif
 #define TILE 64            // tokens
 #define STRIP (2 * LANES)  // channels of a product at a time
-#define ROWS 4             // tokens of a product at a time: with STRIP, 8 sums, 2 rows of the basis and a broadcast
+#define ROWS (LANES / 2)   // tokens of a product at a time: half of the 16 registers, or of 32 with AVX-512, hold its sums
 
 typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
@@ -134,13 +134,13 @@ static void product(const float *restrict x, int64_t n, int64_t rank, const floa
             vector low[ROWS] = {{0}}, high[ROWS] = {{0}};
             for (int64_t r = 0; r < rank; r++) {
                 const vector a = *(const vector *)(basis + r * STRIP), b = *(const vector *)(basis + r * STRIP + LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int64_t i = 0; i < ROWS; i++) {
                     low[i] += x[(t + i) * rank + r] * a;
                     high[i] += x[(t + i) * rank + r] * b;
                 }
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int64_t i = 0; i < ROWS; i++) {
                 *(vector *)(out + (t + i) * width + w) = low[i];
                 *(vector *)(out + (t + i) * width + w + LANES) = high[i];
