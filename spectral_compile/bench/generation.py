@@ -33,7 +33,7 @@ from spectral_compile.bench.measure import (
     times,
     wait,
 )
-from spectral_compile.evaluation.contenders import options_of, require_matched
+from spectral_compile.evaluation.contenders import preset_options, require_matched
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.outputs import cache_of
 from spectral_compile.report import recordings as recorded_steps
@@ -133,7 +133,7 @@ def prepare(model: PreTrainedModel, settings: Settings, variant: str, options: d
     if variant == "inductor":
         model.compile(backend=settings.inner)
     elif variant == SPECTRAL:
-        given = {**(options_of(settings.presets[0]) or {}), "strict": True, "inner": settings.inner, **options}
+        given = {**preset_options(settings.presets[0]), "strict": True, "inner": settings.inner, **options}
         model.compile(backend=spectral_backend, options=given)
     return {}
 

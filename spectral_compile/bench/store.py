@@ -12,7 +12,7 @@ from spectral_compile.cache.store import SpectralStore
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec.layout import Layout
 from spectral_compile.config import SpectralConfig
-from spectral_compile.evaluation.contenders import options_of
+from spectral_compile.evaluation.contenders import preset_options
 from spectral_compile.kernels.buffers import UNUSED
 
 DECAY = 0.75  # channel i of the spectrum has a standard deviation of (i + 1) ** -DECAY
@@ -58,7 +58,7 @@ class Layer:
 
     def __init__(self, geometry: Geometry, settings: Settings, preset: str, batch: int, count: int) -> None:
         """Empty, with room for a prompt of ``count`` columns in each of ``batch`` rows."""
-        self.layout: Layout = SpectralConfig.parse(options_of(preset)).layout(
+        self.layout: Layout = SpectralConfig.parse(preset_options(preset)).layout(
             geometry.kv_heads, geometry.head_dim, geometry.rotary
         )
         self.timeline = Timeline(self.layout, batch, count, count, settings.device)

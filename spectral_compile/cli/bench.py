@@ -26,7 +26,7 @@ from spectral_compile.cli.options import count, parse_pairs
 from spectral_compile.codec import PRESETS
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, mistakes
-from spectral_compile.evaluation.contenders import options_of, split
+from spectral_compile.evaluation.contenders import preset_options, split
 from spectral_compile.files import check_writable, write_whole
 from spectral_compile.models import device_of
 
@@ -144,7 +144,7 @@ def bench(
     )
     with mistakes(ValueError):
         for preset in settings.presets:
-            SpectralConfig.parse({**(options_of(preset) or {"preset": preset}), "inner": sizes.inner})
+            SpectralConfig.parse({**preset_options(preset), "inner": sizes.inner})
     if plot:
         need_matplotlib()
     transformers.logging.set_verbosity_error()

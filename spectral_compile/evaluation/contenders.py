@@ -89,6 +89,11 @@ def options_of(name: str, profile: Profile | None = None) -> dict[str, Any] | No
     return {"preset": replace(PRESETS[base], **changes), "profile": profile}
 
 
+def preset_options(name: str) -> dict[str, Any]:
+    """The same of a name that must be this backend's own; of any other ``SpectralConfig`` then says that it is no preset."""
+    return options_of(name) or {"preset": name}
+
+
 def split(given: str) -> list[str]:
     """The names in ``given``, by comma; commas within JSON separate nothing."""
     return [name for name in re.split(r",(?![^{]*\})", given) if name]

@@ -321,6 +321,7 @@ def test_the_second_part_times_whole_processes(tmp_path: Path) -> None:
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, inner="no compiler", cached=(64,))
-    with pytest.raises(RuntimeError, match="no compiler"):
+    """A name that is no preset once measured the default one."""
+    settings = replace(SETTINGS, presets=("no preset",), cached=(64,))
+    with pytest.raises(RuntimeError, match="no preset"):
         second.processes("tiny", settings, "spectral")
