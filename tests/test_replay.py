@@ -191,5 +191,7 @@ def test_a_placement_is_that_of_memory_and_not_of_tensors() -> None:
     assert again.placement == one.placement
     again.buffers = again.buffers._replace(k_exact=again.buffers.k_exact[:, :, :-1])
     assert again.placement != one.placement, "of another shape"
+    again.buffers = one.buffers._replace(moment=one.buffers.moment.as_strided((1, 2, 64), (128, 1, 2)))
+    assert again.placement != one.placement, "in another order"
     again.buffers = one.buffers._replace(v_sizes=one.buffers.v_sizes.clone(), moment=one.buffers.moment.clone())
     assert again.placement != one.placement, "some of it lies elsewhere"

@@ -28,8 +28,8 @@ _PREFIXES = 16  # weak references that a store keeps before it drops those that 
 
 
 @functools.lru_cache(maxsize=1024)
-def _placed(places: tuple[tuple[int, torch.Size], ...]) -> object:
-    """One object for the same addresses and shapes, which takes less to compare."""
+def _placed(places: tuple[tuple[int, torch.Size, tuple[int, ...]], ...]) -> object:
+    """One object for the same addresses, shapes and strides, which takes less to compare."""
     return object()
 
 
@@ -63,13 +63,13 @@ class SpectralStore:
 
     @property
     def placement(self) -> object:
-        """Stands for where the buffers lie, and their shapes: a recorded CUDA graph knows by one comparison what it reads.
+        """Stands for where and how the buffers lie: a recorded CUDA graph knows by one comparison whether it reads them.
 
         Those of a new cache often lie where those of an old one lay, as PyTorch hands out what it has been given back: a
         recording then serves both, and a text does not wait 50 ms for one of its own.
         """
         if self._placement is None:
-            self._placement = _placed(tuple((x.data_ptr(), x.shape) for x in self._buffers))
+            self._placement = _placed(tuple((x.data_ptr(), x.shape, x.stride()) for x in self._buffers))
         return self._placement
 
     @property
