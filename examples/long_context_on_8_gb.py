@@ -2,14 +2,15 @@
 
 Says beforehand whether weights in 4 bits, the compressed cache and what the model works with fit into the memory, and in which
 pieces the prompt must be read; then reads it, generates, and shows what was reserved. On a GPU PyTorch is held to the memory,
-however much there is. MODEL is any decoder of transformers, by id or folder; without one it is SmolLM2-135M-Instruct.
+however much there is. MODEL is any decoder of transformers, by id or folder; without one it is SmolLM2-135M-Instruct. With
+``--random`` weights are made up, and a folder with a ``config.json`` is enough.
 """
 
 import argparse
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spectral_compile import memory_stats, models
 from spectral_compile.cli.doctor import Weighed, fit_of, sketch
@@ -39,6 +40,39 @@ def load(model: str | None, device: torch.device, bits: int) -> PreTrainedModel:
     return loaded if how else loaded.to(device)
 
 
+def made_up(model: str | None, device: torch.device, bits: int) -> PreTrainedModel:
+    """A model of that configuration with random weights, made one after the other where it runs."""
+    config = AutoConfig.from_pretrained(**models.locate(model))
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    decoder, head = made.get_decoder(), made.get_output_embeddings()
+    with device:
+        decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config)  # its buffers are no weights
+    generator = torch.Generator(device).manual_seed(0)
+
+    def weight(like: torch.Tensor) -> torch.Tensor:
+        new = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
+        return new.normal_(std=0.02, generator=generator) if new.ndim > 1 else new.fill_(1)
+
+    for module in list(made.modules()):
+        for name, child in list(module.named_children()):
+            if bits == 4 and isinstance(child, torch.nn.Linear) and child is not head:
+                from bitsandbytes.nn import Linear4bit, Params4bit
+
+                how = {"bias": child.bias is not None, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "device": "meta"}
+                packed = Linear4bit(child.in_features, child.out_features, **how)
+                if child.bias is not None:
+                    packed.bias = torch.nn.Parameter(torch.zeros_like(child.bias, device=device), requires_grad=False)
+                packed.weight = Params4bit(weight(child.weight).cpu(), requires_grad=False, quant_type="nf4").to(device)
+                setattr(module, name, packed)
+        for name, own in list(module.named_parameters(recurse=False)):
+            if own.is_meta:
+                setattr(module, name, torch.nn.Parameter(weight(own), requires_grad=False))
+    made.tie_weights()
+    made.generation_config.eos_token_id = None
+    return made.eval()
+
+
 def run(model: PreTrainedModel, fit: Fit, new_tokens: int, inner: str) -> None:
     """Read a prompt of random tokens and generate."""
     vocabulary = model.config.get_text_config().vocab_size
@@ -65,6 +99,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--random", action="store_true", help="random weights, from the configuration alone")
     asked = parser.parse_args(given)
     device = models.device_of(None)
     fit = plan(asked.model, parse_bytes(asked.memory), asked.tokens, asked.bits)
@@ -73,7 +108,8 @@ def main(given: list[str] | None = None) -> None:
         raise SystemExit(1)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, fit.memory / torch.cuda.get_device_properties(device).total_memory))
-    run(load(asked.model, device, asked.bits), fit, asked.new_tokens, asked.inner)
+    make = made_up if asked.random else load
+    run(make(asked.model, device, asked.bits), fit, asked.new_tokens, asked.inner)
 
 
 if __name__ == "__main__":

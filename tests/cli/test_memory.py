@@ -113,13 +113,26 @@ def test_the_headline_fits_by_what_is_counted(llama: str) -> None:
     assert Fit.of(shape, 2**33, 131072, int(1.25 * 2**30), 2**34).fits
 
 
-def test_the_example_reads_a_prompt_in_chunks(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--memory", "2MiB", "--tokens", "3000", "--new-tokens", "12", "--bits", "16", "--inner", "eager"]
+@pytest.mark.parametrize("made_up", [[], ["--random"], ["--random", "--bits", "4"]])
+def test_the_example_reads_a_prompt_in_chunks(
+    made_up: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--memory", "2MiB", "--tokens", "3000", "--new-tokens", "12", "--bits", "16", "--inner", "eager", *made_up]
     example().main([str(tiny_folder), *given])
     said = capsys.readouterr().out
     assert "3000 tokens fit into 2.0 MiB with prefill_chunk_size=1024" in said and "smaller than a dense one" in said
     assert {report.kind for report in sc.reports()} == {"prefill", "extend", "decode"}
     assert all(report.matched == report.sites == 2 for report in sc.reports())
+
+
+def test_made_up_weights_are_those_of_the_model(tiny_folder: Path) -> None:
+    made = example().made_up(str(tiny_folder), torch.device("cpu"), 16)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert {name: x.shape for name, x in made.named_parameters()} == {name: x.shape for name, x in whole.named_parameters()}
+    assert not any(x.is_meta for x in (*made.parameters(), *made.buffers()))
+    packed = example().made_up(str(tiny_folder), torch.device("cpu"), 4)
+    names = {type(module).__name__ for name, module in packed.named_modules() if name.endswith("_proj")}
+    assert names == {"Linear4bit"} and type(packed.lm_head) is torch.nn.Linear
 
 
 def test_the_example_says_what_does_not_fit(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
