@@ -117,7 +117,7 @@ def compile_inner(
 
     What Inductor has compiled once, another process finds in its FX graph cache and in AOTAutograd's: rewritten graphs, those
     that are left as they came, and parts. ``torch.compiler.save_cache_artifacts`` carries both to another machine. The rest is
-    done again in each process: what Dynamo traces, which is cached nowhere; the passes, a tenth of a second a graph, since they
+    done again in each process: what Dynamo traces, which is cached nowhere; the passes, up to .03 s a layer, since they
     read constants off the process and have Dynamo guard them; CUDA graphs, which hold addresses; the operations' own kernels,
     which Triton caches in ``TRITON_CACHE_DIR``, as to Inductor an operation is opaque; and on a CPU the first time Inductor
     runs, 1.5 s in which it tries what vector instructions there are.

@@ -231,14 +231,16 @@ def recordings(device: torch.device) -> int:
     return count
 
 
+def dense_beside(row: Row, rows: list[Row]) -> list[Row]:
+    """The rows of dense variants with the geometry and the prompt of ``row``, but for those that failed."""
+    dense = (other for other in rows if other["variant"] != SPECTRAL and not other["error"])
+    return [other for other in dense if (other["geometry"], other["cached"]) == (row["geometry"], row["cached"])]
+
+
 def derive(rows: list[Row]) -> None:
     """How many times better each spectral row is than the best dense one, figure by figure."""
     for row in rows:
-        if row["variant"] != SPECTRAL or row["error"]:
-            continue
-        rivals = [other for other in rows if other["variant"] != SPECTRAL and not other["error"]]
-        rivals = [other for other in rivals if (other["geometry"], other["cached"]) == (row["geometry"], row["cached"])]
-        if not rivals:
+        if row["variant"] != SPECTRAL or row["error"] or not (rivals := dense_beside(row, rows)):
             continue
         best = {name: min((r[name] for r in rivals if r[name] is not None), default=None) for name in LESS_IS_BETTER}
         most = {name: max(r[name] for r in rivals) for name in MORE_IS_BETTER}

@@ -96,7 +96,7 @@ class Settings:
     inner: str
     seed: int
     columns: int = 1  # of a step of attention
-    layers: int | None = None  # of a model, for the first minute; None: all
+    layers: int | None = None  # of whole models; None: all
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)
@@ -142,8 +142,11 @@ def one_line(error: BaseException) -> str:
 
 @torch.no_grad()
 def build(geometry: Geometry, settings: Settings, layers: int | None = None) -> PreTrainedModel:
-    """A model with random weights (standard deviation 0.02, norms 1) made where it runs; the same ones for the same seed."""
-    config = geometry.config(layers)
+    """A model with random weights (standard deviation 0.02, norms 1) made where it runs; the same ones for the same seed.
+
+    It has ``layers`` layers, or as many as were asked for.
+    """
+    config = geometry.config(layers or settings.layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=settings.dtype)
     model.to_empty(device=settings.device)

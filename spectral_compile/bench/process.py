@@ -19,13 +19,13 @@ def main(given: str) -> None:
 
     transformers.logging.set_verbosity_error()
     asked = json.loads(given)
-    names = ("presets", "new_tokens", "inner", "seed")
+    names = ("presets", "new_tokens", "inner", "seed", "layers")
     settings = Settings(
         geometries=None, pairs=(), cached=(), variants=(), chunk=None, steady_tokens=0,
         dtype=getattr(torch, asked["dtype"]), device=torch.device(asked["device"]), **{name: asked[name] for name in names},
     )  # fmt: skip
     geometry = GEOMETRIES[asked["geometry"]]
-    model = build(geometry, settings, asked["layers"])
+    model = build(geometry, settings)
     prompt = random_prompt(geometry.vocabulary, settings, asked["cached"])
     try:
         how = prepare(model, settings, asked["variant"], {})

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from spectral_compile.bench.generation import SPECTRAL
+from spectral_compile.bench.generation import SPECTRAL, dense_beside
 from spectral_compile.bench.measure import Column, Measurement, Row, Settings, fixed, quotient, table, times
 
 DEFAULT = ("qwen3-0.6b",)
@@ -69,11 +69,7 @@ def derive(rows: list[Row]) -> None:
     for row in rows:
         if row["error"] or row["variant"] != SPECTRAL:
             continue
-        dense = [
-            other["second_first_token_s"]
-            for other in rows
-            if not other["error"] and other["variant"] != SPECTRAL and other["geometry"] == row["geometry"]
-        ]
+        dense = [other["second_first_token_s"] for other in dense_beside(row, rows)]
         row["over_dense"] = quotient(row["second_first_token_s"], min(dense, default=None))
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from spectral_compile.ahead import run_ahead
 from spectral_compile.backend import reset
-from spectral_compile.bench.generation import SPECTRAL, Run, matched_sites, prepare, random_prompt
+from spectral_compile.bench.generation import SPECTRAL, Run, dense_beside, matched_sites, prepare, random_prompt
 from spectral_compile.bench.measure import (
     GEOMETRIES,
     Column,
@@ -163,12 +163,7 @@ def derive(rows: list[Row]) -> None:
     for row in rows:
         if row["error"] or row["variant"] != SPECTRAL:
             continue
-        dense = [
-            other["first_ms"]
-            for other in rows
-            if not other["error"] and other["variant"] != SPECTRAL
-            if (other["geometry"], other["cached"]) == (row["geometry"], row["cached"])
-        ]
+        dense = [other["first_ms"] for other in dense_beside(row, rows)]
         row["first_over_dense"] = quotient(row["first_ms"], min(dense, default=None))
         row["step_over_busy"] = quotient(min(row["step_ms"], row["ahead_ms"]), row["step_busy_ms"])
 

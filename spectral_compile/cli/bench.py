@@ -85,7 +85,7 @@ def bench(
     presets: Annotated[
         str, Option(help="Codecs, by comma, named as for eval; the parts with a whole model take the first")
     ] = "balanced,seed",
-    layers: Annotated[int | None, Option(min=1, help="second: of the model", show_default="all")] = None,
+    layers: Annotated[int | None, Option(min=1, help="Of whole models", show_default="all")] = None,
     columns: Annotated[int, Option(min=1, help="attention: of a step, such as 4 in speculative decoding")] = 1,
     cached: Annotated[
         str | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -95,8 +94,11 @@ def warm(
         task = display.add_task(f"loading {model or models.DEFAULT}", total=len(stages))
         loaded, _ = models.load(model, getattr(torch, dtype))
         loaded.to(where)
-        for stage, row in zip(stages, compiled(loaded, config, stages, lambda title: _say(display, task, title)), strict=True):
-            rows.append((stage.title, *row))
+        reset()
+        loaded.compile(backend=spectral, options=config)
+        for stage in stages:
+            display.update(task, description=stage.title)
+            rows.append((stage.title, *compiled(loaded, config, stage)))
             display.advance(task)
     shown = Table(title=f"{model or models.DEFAULT}, {preset}", title_justify="left", caption_justify="left")
     for name in ("", "seconds", "compiled", "found on disk"):
@@ -110,27 +112,17 @@ def warm(
         out.print(f"{name}: {folder}", markup=False, soft_wrap=True)
 
 
-def _say(display: Any, task: Any, title: str) -> None:
-    display.update(task, description=title)
-
-
-def compiled(
-    model: PreTrainedModel, config: SpectralConfig, stages: list[Stage], say: Callable[[str], None]
-) -> Iterator[tuple[float, int, int]]:
-    """Run the stages: of each the seconds, and how many graphs Inductor compiled, and found on disk.
+def compiled(model: PreTrainedModel, config: SpectralConfig, stage: Stage) -> tuple[float, int, int]:
+    """Run a stage: the seconds, and how many graphs Inductor compiled, and found on disk.
 
     ``Refused`` where nothing is compressed.
     """
-    reset()
-    model.compile(backend=spectral, options=config)
-    for stage in stages:
-        say(stage.title)
-        counters.clear()
-        started = time.perf_counter()
-        stage.run(model, config.block or config.codec.block)
-        require_compressed(spectral)
-        inductor = counters["inductor"]
-        yield time.perf_counter() - started, inductor["fxgraph_cache_miss"], inductor["fxgraph_cache_hit"]
+    counters.clear()
+    started = time.perf_counter()
+    stage.run(model, config.block or config.codec.block)
+    require_compressed(spectral)
+    inductor = counters["inductor"]
+    return time.perf_counter() - started, inductor["fxgraph_cache_miss"], inductor["fxgraph_cache_hit"]
 
 
 def caches() -> dict[str, str]:

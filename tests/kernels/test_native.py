@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spectral_compile as sc
 from spectral_compile.codec import PRESETS
 from spectral_compile.kernels.attend.native import attend as native
 from spectral_compile.kernels.attend.native import library
@@ -22,6 +23,7 @@ from spectral_compile.kernels.values import NOTHING_HIDDEN, Hidden, Scoring
 from tests.budget import examples
 from tests.kernels.test_attend import Real, real_store
 from tests.stores import Case, PlainStore, Step, cases, filled, tokens_of
+from tests.tiny import GREEDY, WINDOWS, build, tokens
 
 CODED = tuple(name for name in PRESETS if name != "exact")
 CLOSE = {"atol": 5e-5, "rtol": 5e-5}
@@ -130,6 +132,18 @@ def test_results_are_in_the_dtype_of_the_query(dtype: torch.dtype, recent_bits: 
     got = native.attend(half.chunk, store.past, Scoring(0.1))
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), store.attend(step, 0.1), atol=2e-2, rtol=2e-2)
+
+
+def test_every_layer_of_every_decode_step_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    attend = native.attend
+    monkeypatch.setattr(native, "attend", lambda chunk, *rest: calls.append(chunk.columns) or attend(chunk, *rest))
+    sc.reset()
+    model, prompt = build("llama"), tokens(1, 90)
+    model.compile(backend="spectral", options={"preset": "balanced", "strict": True, "inner": "eager", "warmup": 16, **WINDOWS})
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, **GREEDY)
+    assert {graph.kind: (graph.matched, graph.sites) for graph in sc.reports()} == {"prefill": (2, 2), "decode": (2, 2)}
+    assert calls == [1] * 2 * 5, "two layers, and a step for each token but the first"
 
 
 def test_what_is_compiled_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
