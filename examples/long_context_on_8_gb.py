@@ -54,17 +54,16 @@ def made_up(model: str | None, device: torch.device, bits: int) -> PreTrainedMod
         new = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
         return new.normal_(std=0.02, generator=generator) if new.ndim > 1 else new.fill_(1)
 
-    for module in list(made.modules()):
-        for name, child in list(module.named_children()):
-            if bits == 4 and isinstance(child, torch.nn.Linear) and child is not head:
-                from bitsandbytes.nn import Linear4bit, Params4bit
+    if bits == 4:
+        from bitsandbytes.nn import Linear4bit, Params4bit
 
-                how = {"bias": child.bias is not None, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "device": "meta"}
-                packed = Linear4bit(child.in_features, child.out_features, **how)
-                if child.bias is not None:
-                    packed.bias = torch.nn.Parameter(torch.zeros_like(child.bias, device=device), requires_grad=False)
-                packed.weight = Params4bit(weight(child.weight).cpu(), requires_grad=False, quant_type="nf4").to(device)
-                setattr(module, name, packed)
+        linear = [(name, x) for name, x in made.named_modules() if isinstance(x, torch.nn.Linear) and x is not head]
+        for name, child in linear:
+            how = {"bias": child.bias is not None, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "device": "meta"}
+            packed = Linear4bit(child.in_features, child.out_features, **how)
+            packed.weight = Params4bit(weight(child.weight).cpu(), requires_grad=False, quant_type="nf4").to(device)
+            made.set_submodule(name, packed)
+    for module in made.modules():
         for name, own in list(module.named_parameters(recurse=False)):
             if own.is_meta:
                 setattr(module, name, torch.nn.Parameter(weight(own), requires_grad=False))

@@ -18,7 +18,6 @@ from spectral_compile.kernels.append.op import append_
 from spectral_compile.kernels.attend.op import attend_
 from spectral_compile.kernels.buffers import Buffers, Capacity, allocate
 from spectral_compile.kernels.causal import causal
-from spectral_compile.kernels.importance.op import importance
 from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.passes.trace import Site, Trace, fake, fake_mode_of
 from spectral_compile.plan import Plan, SitePlan
@@ -87,7 +86,7 @@ def rewrite(trace: Trace) -> None:
         enters = readers[0] if site.edge.past is None else readers[-1]
         for reader in readers:
             reader.layout, reader.stored_key = layout, site.stored_key
-            _substitute(reader, timeline, buffers, reader is enters)
+            _substitute(reader, timeline, i, buffers, reader is enters)
 
     outputs: list[tuple[str, int]] = []
     kept: list[Node] = []
@@ -150,22 +149,20 @@ class _TimelineNodes(NamedTuple):
     visible: Node | None
 
 
-def _substitute(site: Site, timeline: _TimelineNodes, buffers: list[Node], enters: bool) -> None:
-    """Make one site run on the buffers; what it adds to the cache ``enters`` with it, or with another one that shares them."""
+def _substitute(site: Site, timeline: _TimelineNodes, number: int, buffers: list[Node], enters: bool) -> None:
+    """Make one site run on the buffers of store ``number``; what it adds to the cache ``enters`` with it, or with another site
+    that shares them."""
     graph, layout, spec = site.attended.graph, site.layout, site.layout.spec()
     ledger, positions, valid, columns, visible = timeline
     assert len(buffers) == len(Buffers._fields)
     query, stored_key, new_value = (_in_dtype(site, node) for node in (site.query, site.stored_key, site.edge.new[1]))
     if site.edge.past is None:
-        weight, key, value = None, _in_dtype(site, site.key), _in_dtype(site, site.value)
-        if layout.token_weighted and enters:
-            coded_from = layout.first_exact + layout.recent + layout.first  # columns; of a shorter prompt nothing is coded yet
-            judging = (query, key, valid, float(site.scale), layout.head_group, coded_from)
-            with graph.inserting_before(site.attended):
-                weight = graph.call_function(importance, judging)
+        key, value = _in_dtype(site, site.key), _in_dtype(site, site.value)
         if enters:
+            seen = key if layout.token_weighted else None
+            entering = (query, stored_key, new_value, ledger, valid, seen, float(site.scale), number)
             with graph.inserting_before(site.attended):  # what only the store reads dies before attention's output is born
-                graph.call_function(append_, (query, stored_key, new_value, ledger, valid, weight, *buffers, spec))
+                graph.call_function(append_, (*entering, *buffers, spec))
         for grown, new in zip(site.edge.grown, site.edge.new, strict=True) if not site.edge.writes else ():
             grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
         plain = not site.sliding_window and not site.softcap and site.sink_score is None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -15,6 +14,7 @@ from spectral_compile.cache.sharing import Prefix
 from spectral_compile.cache.store import SpectralStore
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.config import SpectralConfig
+from spectral_compile.kernels.append.kept import keeping
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.padding import unpadded
 from spectral_compile.plan import Plan
@@ -99,8 +99,7 @@ class BoundGraph:
         timeline = stores[0].timeline
         inputs = self._feed(arguments, stores, valid)
         if self.replay is None:
-            with self._prompt(timeline):
-                results = self.compiled(*inputs)
+            results = self._run(inputs, stores)
         else:
             results = self.replay(inputs, (timeline.batch, timeline.positions.shape[1], *[store.placement for store in stores]))
         timeline.enter(count, valid)
@@ -111,17 +110,16 @@ class BoundGraph:
             self._settle(timeline, stores)
         return self._wrap(results, stores)
 
-    @contextmanager
-    def _prompt(self, timeline: Timeline) -> Iterator[None]:
-        """What operations may know of a prompt: whether it is padded, and how many layers may be coded together."""
-        prompt = self.plan.kind == "prefill"
-        with ExitStack() as stack:
-            stack.enter_context(unpadded(prompt and not timeline.padded))
-            if prompt and self.plan.sites[0].device.type == "cuda":
-                from spectral_compile.kernels.append import together  # Triton is there only where a GPU is
-
-                stack.enter_context(together.layers(len(self.plan.sites)))
-            yield
+    def _run(self, inputs: tuple[Any, ...], stores: list[SpectralStore]) -> Sequence[Any]:
+        """Run the graph; layers of a short prompt may be stored when they are first read, for all that its operations know."""
+        if self.plan.kind != "prefill":
+            return self.compiled(*inputs)
+        timeline = stores[0].timeline
+        with unpadded(not timeline.padded), keeping([store.buffers for store in stores]) as prompt:
+            results = self.compiled(*inputs)
+        for store in stores:
+            store.kept = prompt
+        return results
 
     def stay_dense(self, refusal: Refusal) -> None:
         """From now on run prompts densely, unless some step on their caches was compressed; warns, and records why."""

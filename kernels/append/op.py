@@ -7,8 +7,10 @@ import torch
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import padding
 from spectral_compile.kernels.append import reference
+from spectral_compile.kernels.append.kept import judged, kept
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
+from spectral_compile.kernels.importance.weights import token_weights
 from spectral_compile.kernels.operation import operation
 from spectral_compile.kernels.values import Chunk
 
@@ -27,20 +29,29 @@ def append(
         reference.append(chunk, ledger, buffers, layout, token_weight)
 
 
-def _fake(query, key, value, ledger, valid, token_weight, *rest) -> None:
+def _fake(*given) -> None:
     return None
 
 
 @operation(_fake, mutates=Buffers._fields)
+@without_autocast
 def append_(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     ledger: torch.Tensor,
     valid: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
+    seen: torch.Tensor | None,
+    scale: float,
+    number: int,
     buffers: Buffers,
     layout: Layout,
 ) -> None:
-    """See ``reference.append``."""
-    append(Chunk(query, key, value, valid), ledger, buffers, layout, token_weight)
+    """See ``reference.append``. Tokens of a prompt are weighed by the attention that they get if ``seen`` is there, its keys as
+    attention sees them; ``scale`` is that of scores. Store ``number`` of a graph may be written to later (``kept.keeping``)."""
+    chunk = Chunk(query, key, value, padding.asked(valid))
+    by = judged(chunk, ledger, layout, seen, scale)
+    if kept(chunk, ledger, buffers.moment, number, layout, by):
+        return
+    weight = None if by is None else token_weights(by.sampled, by.seen, chunk.valid, scale, layout.head_group)
+    append(chunk, ledger, buffers, layout, weight)

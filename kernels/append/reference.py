@@ -25,15 +25,24 @@ def append(
     ``ledger`` has been advanced. With n = 0 only what is due is coded, out of the recent tokens; with n = 1 no basis is
     computed.
     """
-    query, key, value, valid = chunk
+    for row in range(len(ledger)):
+        q = chunk.query[row] if chunk.valid is None else chunk.query[row][:, chunk.valid[row]]
+        squares = (part.float().square().sum(1) for part in q.split(_heads_at_once(q)))
+        buffers.moment[row] += torch.cat(list(squares)).unflatten(0, (layout.kv_heads, -1)).sum(1)
+    enter(chunk, ledger, buffers, layout, token_weight)
+
+
+def enter(
+    chunk: Chunk, ledger: torch.Tensor, buffers: Buffers, layout: Layout, token_weight: torch.Tensor | None = None
+) -> None:
+    """``append`` but for the queries, which have been summed up."""
+    _, key, value, valid = chunk
     may_fit = chunk.columns != 1
     first_exact = layout.first_exact
     for row, (before, coded, after, coded_after, *_) in enumerate(rows_of(ledger)):
-        k, v, q = key[row], value[row], query[row]
+        k, v = key[row], value[row]
         if valid is not None:
-            k, v, q = k[:, valid[row]], v[:, valid[row]], q[:, valid[row]]
-        squares = (part.float().square().sum(1) for part in q.split(_heads_at_once(q)))
-        buffers.moment[row] += torch.cat(list(squares)).unflatten(0, (layout.kv_heads, -1)).sum(1)
+            k, v = k[:, valid[row]], v[:, valid[row]]
         k_exact, v_exact = buffers.k_exact[row], buffers.v_exact[row]
         in_first = min(max(first_exact - before, 0), after - before)
         k_exact[:, before : before + in_first] = k[:, :in_first]

@@ -16,12 +16,12 @@ _RUN = 1024  # keys whose scores a program sums up at least
 
 
 class Sampled(NamedTuple):
-    """Queries [B, Hq, n, D], and of some of each row the column and the token that each is, int64 [B, m], or None at even
-    distances."""
+    """Queries [B, Hq, x, D], and of some of each row the place there, the column and the token that each is, int64 [B, m]."""
 
     query: torch.Tensor
-    column: torch.Tensor | None
-    token: torch.Tensor | None
+    place: torch.Tensor
+    column: torch.Tensor
+    token: torch.Tensor
     strides: Strides
 
 
@@ -46,20 +46,17 @@ class Sizes(NamedTuple):
 
 
 @triton.jit
-def _queries(sampled, i, b, h, n, S: tl.constexpr):
+def _queries(sampled, i, b, h, S: tl.constexpr):
     """Sampled queries [M, DIM] of one KV head, and the column and the token of each, -1 past the last."""
     live, d = i < S.query_heads * S.sample, tl.arange(0, S.DIM)
-    number = i % S.sample
-    if sampled.column is not None:
-        column = tl.load(sampled.column + b * S.sample + number, mask=live, other=0)
-        token = tl.load(sampled.token + b * S.sample + number, mask=live, other=0)
-    else:
-        column = tl.maximum((number + 1).to(tl.int64) * n // S.sample - 1, 0)
-        token = column
+    number = b * S.sample + i % S.sample
+    column = tl.load(sampled.column + number, mask=live, other=-1)
+    token = tl.load(sampled.token + number, mask=live, other=0)
+    place = tl.load(sampled.place + number, mask=live, other=0)
     head = h * S.query_heads + i // S.sample
-    at = b * sampled.strides.row + head * sampled.strides.head + column * sampled.strides.column
+    at = b * sampled.strides.row + head * sampled.strides.head + place * sampled.strides.column
     q = tl.load(sampled.query + at[:, None] + d[None, :], mask=live[:, None] & (d < S.dim)[None, :], other=0.0)
-    return q, tl.where(live, column, -1), token
+    return q, column, token
 
 
 @triton.jit(do_not_specialize=["n", "run"])
@@ -68,7 +65,7 @@ def _norms_kernel(sampled, keys, norms, n, run, scale, S: tl.constexpr, PRECISIO
     row_head, d, split = tl.program_id(1).to(tl.int64), tl.arange(0, S.DIM), tl.program_id(2)
     b, h = row_head // S.kv_heads, row_head % S.kv_heads
     i = tl.program_id(0) * _TILE + tl.arange(0, _TILE)
-    q, at, _ = _queries(sampled, i, b, h, n, S)
+    q, at, _ = _queries(sampled, i, b, h, S)
     highest, total = tl.full([_TILE], float("-inf"), tl.float32), tl.zeros([_TILE], tl.float32)
     for start in range(split * run, tl.minimum(tl.max(at, 0).to(tl.int32) + 1, (split + 1) * run), _TILE):
         c = start + tl.arange(0, _TILE)
@@ -118,7 +115,7 @@ def _weights_kernel(sampled, keys, norms, out, n, splits, scale, S: tl.constexpr
         k = tl.load(keys.key + place, mask=(c < n)[:, None] & (d < S.dim)[None, :], other=0.0)
         for first in range(0, ROWS, _TILE):
             i = first + tl.arange(0, _TILE)
-            q, at, token = _queries(sampled, i, b, h, n, S)
+            q, at, token = _queries(sampled, i, b, h, S)
             norm = _norm_of(norms + (b * S.kv_heads + h) * splits * ROWS, i, splits, ROWS)
             seen = shown[:, None] & (c[:, None] <= at[None, :])
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
@@ -130,29 +127,28 @@ def _weights_kernel(sampled, keys, norms, out, n, splits, scale, S: tl.constexpr
 
 def token_weights(
     query: torch.Tensor,
+    place: torch.Tensor,
+    column: torch.Tensor,
+    token: torch.Tensor,
     key: torch.Tensor,
     valid: torch.Tensor | None,
-    column: torch.Tensor | None,
-    token: torch.Tensor | None,
     scale: float,
     head_group: int,
-    sample: int = 0,
 ) -> torch.Tensor:
-    """``reference.token_weights`` in two launches; without columns ``sample`` queries at even distances are asked."""
-    sample = sample if column is None else column.shape[1]
+    """``reference.token_weights`` in two launches."""
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     batch, kv_heads, count, dim = key.shape
-    query_heads, tile = query.shape[1] // kv_heads, _TILE.value
+    query_heads, number, tile = query.shape[1] // kv_heads, column.shape[1], _TILE.value
     splits = min(_SPLITS.value, triton.cdiv(count, _RUN))
     run = triton.cdiv(triton.cdiv(count, splits), tile) * tile
-    norms = torch.empty(batch, kv_heads, splits, query_heads * sample, dtype=torch.float32, device=key.device)
+    norms = torch.empty(batch, kv_heads, splits, query_heads * number, dtype=torch.float32, device=key.device)
     out = torch.empty(batch, kv_heads // head_group, count, dtype=torch.float32, device=key.device)
     valid = as_bytes(valid)
-    sampled = Sampled(query, column, token, Strides.of(query))
+    sampled = Sampled(query, place, column, token, Strides.of(query))
     keys = Keys(key, valid, Strides.of(key), 0 if valid is None else valid.stride(0))
-    sizes = Sizes(kv_heads, head_group, query_heads, sample, dim, max(LEAST, triton.next_power_of_2(dim)))
+    sizes = Sizes(kv_heads, head_group, query_heads, number, dim, max(LEAST, triton.next_power_of_2(dim)))
     precision = "tf32x3" if key.dtype == torch.float32 else "tf32"
-    _norms_kernel[(triton.cdiv(query_heads * sample, tile), batch * kv_heads, splits)](
+    _norms_kernel[(triton.cdiv(query_heads * number, tile), batch * kv_heads, splits)](
         sampled, keys, norms, count, run, scale, S=sizes, PRECISION=precision
     )
     _weights_kernel[(triton.cdiv(count, tile), batch * kv_heads // head_group)](

@@ -12,14 +12,15 @@ _SCORES = 1 << 19  # that are there at a time
 @without_autocast
 def token_weights(
     query: torch.Tensor,
-    key: torch.Tensor,
-    valid: torch.Tensor | None,
+    place: torch.Tensor,
     column: torch.Tensor,
     token: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
     scale: float,
     head_group: int,
 ) -> torch.Tensor:
-    """``importance`` by the queries in columns int64 [B, m], which are tokens number ``token`` int64 [B, m] of their rows.
+    """``weights.token_weights`` by the members of a ``Sample``.
 
     The mean, over the queries that see a token, of the softmax weight that it gets times how many tokens that query sees.
     """
@@ -32,7 +33,7 @@ def token_weights(
     got = torch.zeros(batch, kv_heads, count, dtype=torch.float32, device=key.device)
     for chosen in torch.arange(column.shape[1]).split(max(1, _SCORES // (batch * query_heads * count))):
         some = slice(int(chosen[0]), int(chosen[-1]) + 1)
-        at = column[:, None, some, None].expand(-1, query_heads, -1, dim)
+        at = place[:, None, some, None].expand(-1, query_heads, -1, dim)
         for h in range(kv_heads):
             asked = query[:, h * query_heads : (h + 1) * query_heads].gather(2, at)
             scores = (asked @ key[:, h, None].mT).float().mul_(scale).masked_fill_(hidden[:, None, some], float("-inf"))

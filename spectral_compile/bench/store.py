@@ -72,13 +72,8 @@ class Layer:
 
     def append(self, tokens: dict[str, torch.Tensor]) -> None:
         """Store tokens whose columns have been entered."""
-        torch.ops.spectral.append_(**tokens, **self._shared(), token_weight=self._token_weight(tokens))
-
-    def _token_weight(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        if not self.layout.token_weighted:
-            return None
-        judging = tokens["query"], tokens["key"], None, self.layout.head_dim**-0.5, self.layout.head_group
-        return torch.ops.spectral.importance(*judging)
+        seen = tokens["key"] if self.layout.token_weighted else None
+        torch.ops.spectral.append_(**tokens, **self._shared(), seen=seen, scale=self.layout.head_dim**-0.5, number=0)
 
     def attend(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """Attention [B, Hq, n, D] over the store and the tokens themselves, which are stored; their columns have been entered.

@@ -19,6 +19,7 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.foreign import remember
 from spectral_compile.kernels import dense
 from spectral_compile.kernels.advance.op import advance
+from spectral_compile.kernels.append.kept import KeptPrompt
 from spectral_compile.kernels.append.op import append
 from spectral_compile.kernels.buffers import UNUSED, Buffers, allocate
 from spectral_compile.kernels.ledger import columns_of, rows_of
@@ -45,6 +46,7 @@ class SpectralStore:
         self.timeline = timeline
         timeline.users.add(self)
         self.dtype = dtype
+        self.kept: KeptPrompt | None = None  # what the buffers lack until they are read
         self.buffers = buffers or allocate(layout, timeline.batch, timeline.capacity, dtype, timeline.ledger.device)
         self._prefixes: list[weakref.ref[Prefix]] = []  # what live tensors read of this store, and some that are dead
         self.pending: dict[str, torch.Tensor] = {}
@@ -54,6 +56,9 @@ class SpectralStore:
 
     @property
     def buffers(self) -> Buffers:
+        if self.kept is not None:
+            self.kept.store()
+            self.kept = None
         return self._buffers
 
     @buffers.setter
@@ -69,12 +74,12 @@ class SpectralStore:
         recording then serves both, and a text does not wait 50 ms for one of its own.
         """
         if self._placement is None:
-            self._placement = _placed(tuple((x.data_ptr(), x.shape, x.stride()) for x in self._buffers))
+            self._placement = _placed(tuple((x.data_ptr(), x.shape, x.stride()) for x in self.buffers))
         return self._placement
 
     @property
     def device(self) -> torch.device:
-        return self.buffers.k_exact.device
+        return self.timeline.ledger.device
 
     def resize(self, ledger: torch.Tensor | None = None) -> None:
         """Take on the timeline's capacities, keeping every token.

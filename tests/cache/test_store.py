@@ -74,7 +74,7 @@ def append_in_graph(
         advance_(ledger, positions, ids, valid, chunk[0][0], layout.spec())
         size = len(Buffers._fields)
         for i, (key, value) in enumerate(chunk):
-            append_(key, key, value, ledger, valid, None, *buffers[i * size : (i + 1) * size], layout.spec())
+            append_(key, key, value, ledger, valid, None, 1.0, i, *buffers[i * size : (i + 1) * size], layout.spec())
         return ()
 
     given = [*arguments, mask] if mask is not None else arguments
@@ -363,10 +363,11 @@ def test_reported_bytes_are_what_the_process_holds(preset: str) -> None:
     gc.collect()
     before = every_tensor()
     layers = append_in_graph(None, chunk, None, None, layout)
+    reported = memory_stats(layers)
     gc.collect()
     new = sum(size for at, size in every_tensor().items() if at not in before)
-    assert memory_stats(layers).stored_bytes == new
-    assert memory_stats(layers).logical_bytes == 2 * LAYERS * 2 * HEADS * 50 * DIM * 4
+    assert reported.stored_bytes == new
+    assert reported.logical_bytes == 2 * LAYERS * 2 * HEADS * 50 * DIM * 4
 
 
 def test_bytes_do_not_grow_over_many_reorders() -> None:

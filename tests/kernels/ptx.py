@@ -103,10 +103,9 @@ def launch_others() -> None:
     advancing.hide(torch.ones(1, 512, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32), columns, shown)
     for dtype in (F32, BF16):
         for valid in (None, torch.ones(1, 600, dtype=torch.bool)):
-            query, key = (torch.zeros(1, heads, 600, 64, dtype=dtype) for heads in (8, 2))
+            query, key = torch.zeros(1, 8, 72, 64, dtype=dtype), torch.zeros(1, 2, 600, 64, dtype=dtype)
             sampled = torch.zeros(1, 72, dtype=torch.int64)
-            token_weights(query, key, valid, sampled, sampled, 0.1, 2)
-            token_weights(query, key, valid, None, None, 0.1, 2, 72)
+            token_weights(query, sampled, sampled, sampled, key, valid, 0.1, 2)
 
 
 def save(path: Path) -> None:

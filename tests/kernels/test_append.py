@@ -20,7 +20,7 @@ from spectral_compile.kernels import dense, padding
 from spectral_compile.kernels.advance import reference as advancing
 from spectral_compile.kernels.append import reference as appending
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
-from spectral_compile.kernels.ledger import columns_of, rows_of
+from spectral_compile.kernels.ledger import columns_of, on_host, rows_of
 from spectral_compile.kernels.values import Chunk
 from tests.budget import FULL, examples
 from tests.kernels.test_attend import Real, smollm2_tokens
@@ -29,13 +29,15 @@ from tests.tiny import DEVICE
 pytest.importorskip("triton")
 
 from spectral_compile.kernels.advance import kernel as advance_kernel
-from spectral_compile.kernels.append import device, fit, together
+from spectral_compile.kernels.append import device, fit, kept, together
 from spectral_compile.kernels.append import kernel as append_kernel
 from spectral_compile.kernels.append.basis import Fitted
+from spectral_compile.kernels.append.kept import Judged, KeptPrompt
+from spectral_compile.kernels.append.kernel import ChunkWriter
 from spectral_compile.kernels.append.steps import Sampled, search
 from spectral_compile.kernels.arguments import Geometry
 from spectral_compile.kernels.importance.kernel import token_weights
-from spectral_compile.kernels.importance.op import importance
+from spectral_compile.kernels.importance.weights import sample
 
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
@@ -239,35 +241,45 @@ def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, True)])
-def test_layers_that_wait_for_each_other_are_stored_as_each_alone(
-    batch: int, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three layers on one ledger, by two, and one of another layout between them."""
+def test_a_kept_prompt_is_stored_as_each_layer_alone(batch: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on one ledger, bases of two at once, among them one of another layout, of another dtype, and without codes."""
     first = replace(PRESETS["balanced"], head_group=1, warmup=20, recent=5, block=7).layout(2, 16)
     case = Case(first, torch.float32, batch, 2, [60], padded, False, True, 1)
     (step,) = steps(case)
-    layers = [Store(case) for _ in range(3)]
-    layers.insert(1, Store(replace(case, layout=replace(first, head_group=2))))
-    ledger, tokens = layers[0].ledger, torch.rand(4, batch, 2, 60, device=DEVICE)
+    lossless = replace(PRESETS["exact"], recent=5, block=7, first_exact=first.first_exact).layout(2, 16)
+    joint, half, exact = replace(first, head_group=2), replace(case, dtype=torch.float16), replace(case, layout=lossless)
+    layers = [Store(x) for x in (case, replace(case, layout=joint), half, exact, case, case)]
+    ledger = layers[0].ledger
     advance_kernel.advance(ledger, layers[0].positions, None, step.valid, step.key, first)
     monkeypatch.setattr(together, "multiprocessors", lambda device: 2 * (2 * batch * 2))
-    expected = [copied(store) for store in layers]
-
-    def append_all(all_buffers: list[Buffers]) -> None:
-        for i, (store, buffers) in enumerate(zip(layers, all_buffers, strict=True)):
-            chunk = Chunk(step.query + i, step.key.roll(i, -1).clone(), step.value * (i + 1), step.valid)
-            device.append(chunk, ledger, buffers, store.layout, tokens[i][:, : store.layout.groups])
-            for x in chunk[:3]:
-                x.fill_(float("nan"))  # a compiled graph uses their memory for something else
-
-    with together.layers(4):
-        append_all([store.buffers for store in layers])
-        assert layers[1].buffers.starts[0, 0] == UNUSED, "it does not wait"
-    append_all(expected)
+    monkeypatch.setattr(kept, "_way", lambda device: together.enter)
+    prompt, expected = KeptPrompt([store.buffers for store in layers]), [copied(store) for store in layers]
+    for i, (store, buffers) in enumerate(zip(layers, expected, strict=True)):
+        given = [x.to(store.buffers.k_exact.dtype) for x in (step.query + i, step.key.roll(i, -1), step.value * (i + 1))]
+        chunk, seen = Chunk(*(x.clone() for x in given), step.valid), given[1].roll(1, 2)
+        by = weights = None
+        if not store.layout.lossless:
+            by = Judged(sample(chunk.query, 4 // store.layout.groups, step.valid), seen, 0.25)
+            weights = token_weights(*by.sampled, seen.clone(), step.valid, 0.25, store.layout.head_group)
+        writer = ChunkWriter(Chunk(*given, step.valid), ledger, buffers, store.layout)
+        writer.add_moment(True)
+        moment = store.buffers.moment.clone()  # a compiler may hand copies to operations, and write back what they become
+        assert prompt.keep(chunk, ledger, moment, i, store.layout, by)
+        store.buffers.moment.copy_(moment)
+        torch.testing.assert_close(moment, buffers.moment)
+        buffers.moment.copy_(moment)  # sums in another order make a few other codes
+        device.enter(writer, on_host(ledger), weights)
+        for x in (*chunk[:3], seen):
+            x.fill_(float("nan"))  # a compiled graph uses their memory for something else
+    assert all((store.buffers.starts == UNUSED).all() for store in layers)
+    ledger.zero_()  # the next step advances it
+    prompt.store()
     for store, buffers in zip(layers, expected, strict=True):
-        assert (store.buffers.starts[:, 0] == 0).all()
         for name, a, b in zip(Buffers._fields, store.buffers, buffers, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+            if a.is_floating_point():
+                torch.testing.assert_close(a, b, rtol=1e-2, atol=5e-3, msg=name)
+            else:  # sums over other spans of tokens are rounded otherwise
+                assert (a != b).sum() <= 0.01 * a.numel(), name
 
 
 @pytest.mark.slow
@@ -279,7 +291,8 @@ def test_real_keys_and_values_lose_what_they_lose_with_eigh(smollm2: Real, numbe
     store = Store(Case(layout, torch.float32, 1, 3, [1100], False, False, True, 0))
     step = Step(*(x.to(DEVICE) for x in (seen.query, seen.key, seen.value)), None, None)
     advance_kernel.advance(store.ledger, store.positions, None, None, step.key, layout)
-    expected, weights = copied(store), importance(step.query, step.key, None, 0.125, layout.head_group)
+    expected, asking = copied(store), sample(step.query, step.query.shape[1] // layout.groups, None)
+    weights = token_weights(*asking, step.key, None, 0.125, layout.head_group)
     device.append(chunk_of(step), store.ledger, store.buffers, layout, weights)
     appending.append(chunk_of(step), store.ledger, expected, layout, weights)
     for coded in code(step, store.ledger, copied(store), layout):
@@ -311,33 +324,22 @@ def test_a_layer_of_a_prompt_is_at_most_ten_launches(padded: bool, monkeypatch: 
     kernels: list[str] = []
     run = lambda self, *args, **kwargs: kernels.append(self.fn.__name__)  # noqa: E731
     monkeypatch.setattr(type(append_kernel._append_kernel), "run", run)
+    sample(step.query, step.query.shape[1] // layout.groups, None).copied()  # another layer has asked in which columns
     with padding.unpadded(not padded), Operations() as operations:
         valid = padding.asked(step.valid)
-        weights = token_weights(step.query, step.key, None, None, None, 0.1, layout.head_group, 576)
+        asking = sample(step.query, step.query.shape[1] // layout.groups, valid)
+        weights = token_weights(*asking, step.key, valid, 0.1, layout.head_group)
         device.append(chunk_of(step)._replace(valid=valid), store.ledger, store.buffers, layout, weights)
     launched = kernels + [name for name in operations.names if name != "_local_scalar_dense"]
     assert len(kernels) == 8, kernels
     assert (len(launched) <= 10) == (not padded), launched
-
-
-def test_layers_of_other_dtypes_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layout, but keys of one in the memory of the other would be rounded."""
-    layout = replace(PRESETS["balanced"], head_group=1, warmup=20, recent=5, block=7).layout(2, 16)
-    monkeypatch.setattr(together, "multiprocessors", lambda device: 1000)
-    cases = [Case(layout, dtype, 1, 1, [60], False, False, False, 1) for dtype in (torch.bfloat16, torch.float32)]
-    pairs = [(Store(case), steps(case)[0]) for case in cases]
-    with together.layers(2):
-        for store, step in pairs:
-            advance_kernel.advance(store.ledger, store.positions, None, None, step.key, layout)
-            device.append(chunk_of(step), store.ledger, store.buffers, layout)
-        assert len(together._waiting.stacks) == 2
-        assert all(stack.keys.dtype == dtype for (_, dtype), stack in together._waiting.stacks.items())
-
-
-def test_an_error_leaves_no_layer_waiting() -> None:
-    with pytest.raises(ZeroDivisionError), together.layers(3):
-        raise ZeroDivisionError
-    assert not together._waiting.layers and not together._waiting.stacks
+    kernels.clear()
+    with kept.keeping([store.buffers]), padding.unpadded(not padded), Operations() as operations:
+        chunk = chunk_of(step)._replace(valid=valid)
+        judged = kept.judged(chunk, store.ledger, layout, step.key, 0.1)
+        assert kept.kept(chunk, store.ledger, store.buffers.moment, 0, layout, judged)
+    waiting = [name for name in operations.names if name not in ("_local_scalar_dense", "clone")]  # what all layers share
+    assert not kernels and (waiting == ["_foreach_copy_", "linalg_vector_norm", "pow_", "gather"]) == (not padded)
 
 
 def test_other_tokens_begin_a_segment() -> None:

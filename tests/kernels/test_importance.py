@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_compile.kernels.importance import kernel, reference
-from spectral_compile.kernels.importance.op import SAMPLE, importance
+from spectral_compile.kernels.importance.weights import SAMPLE, sample
 from tests.budget import examples
 from tests.tiny import DEVICE
+
+Way = Callable[..., Tensor]
 
 
 def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Tensor:
@@ -31,11 +32,9 @@ def written_out(query: Tensor, key: Tensor, scale: float, head_group: int) -> Te
     return total.unflatten(0, (-1, head_group)).sum(1) / seen
 
 
-def counting(query: Tensor, key: Tensor, valid: Tensor | None, column: Tensor, token: Tensor, *rest: Any) -> Tensor:
-    """By kernels that find the queries themselves, as they do where nothing is padded."""
-    if valid is not None:
-        return kernel.token_weights(query, key, valid, column, token, *rest)
-    return kernel.token_weights(query, key, None, None, None, *rest, column.shape[1])
+def weighed(query: Tensor, key: Tensor, valid: Tensor | None, scale: float, head_group: int, way: Way) -> Tensor:
+    sampled = sample(query, query.shape[1] // (key.shape[1] // head_group), valid)
+    return way(*sampled, key, valid, scale, head_group)
 
 
 @settings(max_examples=examples(12, full=25))
@@ -44,12 +43,12 @@ def counting(query: Tensor, key: Tensor, valid: Tensor | None, column: Tensor, t
     st.sampled_from([(1, 1, 1), (2, 2, 1), (4, 2, 2), (6, 3, 3)]),
     st.integers(1, 60),
     st.booleans(),
-    st.sampled_from([reference.token_weights, kernel.token_weights, counting]),
+    st.sampled_from([reference.token_weights, kernel.token_weights]),
     st.sampled_from([1, 64, 1024]),
     st.integers(0, 2**31),
 )
 def test_it_is_the_mean_share_of_attention(
-    batch: int, heads: tuple[int, int, int], count: int, padded: bool, way: Callable[..., Tensor], run: int, seed: int
+    batch: int, heads: tuple[int, int, int], count: int, padded: bool, way: Way, run: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads, head_group = heads
@@ -59,9 +58,8 @@ def test_it_is_the_mean_share_of_attention(
     device = "cpu" if way is reference.token_weights else DEVICE
     given = [None if x is None else x.to(device) for x in (query, key, valid)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "token_weights", way)
         patch.setattr(kernel, "_RUN", run)
-        got = importance(*given, 0.3, head_group).cpu()
+        got = weighed(*given, 0.3, head_group, way).cpu()
     assert got.shape == (batch, kv_heads // head_group, count)
     for row in range(batch):
         keep = torch.ones(count, dtype=torch.bool) if valid is None else valid[row]
@@ -73,14 +71,14 @@ def test_it_is_the_mean_share_of_attention(
 
 def test_scores_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8)
-    whole = importance(query, key, None, 0.3, 2)
+    whole = weighed(query, key, None, 0.3, 2, reference.token_weights)
     monkeypatch.setattr(reference, "_SCORES", 1)
-    torch.testing.assert_close(importance(query, key, None, 0.3, 2), whole)
+    torch.testing.assert_close(weighed(query, key, None, 0.3, 2, reference.token_weights), whole)
 
 
 def test_tokens_that_all_look_alike_count_one() -> None:
     query, key = torch.randn(1, 4, 500, 8), torch.ones(1, 2, 500, 8)
-    torch.testing.assert_close(importance(query, key, None, 0.3, 1), torch.ones(1, 2, 500))
+    torch.testing.assert_close(weighed(query, key, None, 0.3, 1, reference.token_weights), torch.ones(1, 2, 500))
 
 
 @pytest.mark.gpu
@@ -92,11 +90,6 @@ def test_in_half_precision_it_is_what_it_is_in_single(heads: tuple[int, int, int
     query, key = torch.randn(2, q_heads, 5000, dim).to(dtype), torch.randn(2, kv_heads, 5000, dim).to(dtype)
     valid = torch.ones(2, 5000, dtype=torch.bool)
     valid[1, :1234] = False
-    got = importance(query.cuda(), key.cuda(), valid.cuda(), dim**-0.5, head_group).cpu()
-    expected = importance(query.float(), key.float(), valid, dim**-0.5, head_group)
+    got = weighed(query.cuda(), key.cuda(), valid.cuda(), dim**-0.5, head_group, kernel.token_weights).cpu()
+    expected = weighed(query.float(), key.float(), valid, dim**-0.5, head_group, reference.token_weights)
     assert (got - expected).norm() < 1e-2 * expected.norm()
-
-
-def test_of_a_prompt_that_is_not_coded_nothing_is_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "token_weights", lambda *_: pytest.fail("its tokens were weighed"))
-    assert torch.equal(importance(torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), None, 0.3, 1, 51), torch.zeros(2, 2, 50))

@@ -11,7 +11,6 @@ from spectral_compile.kernels.advance.op import advance_
 from spectral_compile.kernels.append.op import append_
 from spectral_compile.kernels.attend.op import attend_
 from spectral_compile.kernels.causal import causal
-from spectral_compile.kernels.importance.op import importance
 from tests.stores import filled
 
 
@@ -23,14 +22,13 @@ def arguments(name: str) -> tuple[Any, ...]:
     absent = None, None, store.ledger, store.positions, None
     return {
         "advance_": (store.ledger, torch.zeros(1, 220, dtype=torch.int32), None, None, step.key, spec),
-        "append_": (*tokens, store.ledger, None, None, *store.buffers, spec),
+        "append_": (*tokens, store.ledger, None, step.key, 0.25, 0, *store.buffers, spec),
         "attend_": (*tokens, *absent, *store.buffers, spec, 0.25, 0, 0.0, None),
         "causal": (*tokens, store.ledger, None, 0.25),
-        "importance": (step.query, step.key, None, 0.25, 1),
     }[name]
 
 
-@pytest.mark.parametrize("operation", [advance_, append_, attend_, causal, importance], ids=lambda op: op._opname)
+@pytest.mark.parametrize("operation", [advance_, append_, attend_, causal], ids=lambda op: op._opname)
 def test_they_do_what_they_declare(operation: torch._ops.OpOverload) -> None:
     with torch.no_grad():
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
