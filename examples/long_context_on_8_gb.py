@@ -61,7 +61,7 @@ def made_up(model: str | None, device: torch.device, bits: int) -> PreTrainedMod
         for name, child in linear:
             how = {"bias": child.bias is not None, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "device": "meta"}
             packed = Linear4bit(child.in_features, child.out_features, **how)
-            packed.weight = Params4bit(weight(child.weight).cpu(), requires_grad=False, quant_type="nf4").to(device)
+            packed.weight = Params4bit(weight(child.weight), requires_grad=False, quant_type="nf4").to(device)
             made.set_submodule(name, packed)
     for module in made.modules():
         for name, own in list(module.named_parameters(recurse=False)):

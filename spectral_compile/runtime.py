@@ -14,7 +14,7 @@ from spectral_compile.cache.sharing import Prefix
 from spectral_compile.cache.store import SpectralStore
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.config import SpectralConfig
-from spectral_compile.kernels.append.kept import keeping
+from spectral_compile.kernels.append.later import keeping
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.padding import unpadded
 from spectral_compile.plan import Plan

@@ -7,7 +7,7 @@ import torch
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels import padding
 from spectral_compile.kernels.append import reference
-from spectral_compile.kernels.append.kept import judged, kept
+from spectral_compile.kernels.append.later import judged, kept
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.importance.weights import token_weights
@@ -48,7 +48,7 @@ def append_(
     layout: Layout,
 ) -> None:
     """See ``reference.append``. Tokens of a prompt are weighed by the attention that they get if ``seen`` is there, its keys as
-    attention sees them; ``scale`` is that of scores. Store ``number`` of a graph may be written to later (``kept.keeping``)."""
+    attention sees them; ``scale`` is that of scores. Store ``number`` of a graph may be written to later: ``later.keeping``."""
     chunk = Chunk(query, key, value, padding.asked(valid))
     by = judged(chunk, ledger, layout, seen, scale)
     if kept(chunk, ledger, buffers.moment, number, layout, by):

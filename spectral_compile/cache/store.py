@@ -19,7 +19,7 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.foreign import remember
 from spectral_compile.kernels import dense
 from spectral_compile.kernels.advance.op import advance
-from spectral_compile.kernels.append.kept import KeptPrompt
+from spectral_compile.kernels.append.later import KeptPrompt
 from spectral_compile.kernels.append.op import append
 from spectral_compile.kernels.buffers import UNUSED, Buffers, allocate
 from spectral_compile.kernels.ledger import columns_of, rows_of

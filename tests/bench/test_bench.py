@@ -177,6 +177,7 @@ def test_the_waits_part_times_first_tokens_and_both_loops(monkeypatch: pytest.Mo
     dense, spectral = rows[0], rows[2]
     assert "ahead_ms" not in dense
     assert min(spectral["first_ms"], spectral["step_ms"], spectral["ahead_ms"]) > 0
+    assert spectral["second_ms"] > spectral["first_ms"]
     assert spectral["first_over_dense"] == pytest.approx(spectral["first_ms"] / dense["first_ms"])
     assert spectral["step_busy_ms"] is None and spectral["step_over_busy"] is None
     assert spectral["sites"]["prefill"] == spectral["sites"]["decode"] == [2, 2]

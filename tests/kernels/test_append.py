@@ -29,11 +29,12 @@ from tests.tiny import DEVICE
 pytest.importorskip("triton")
 
 from spectral_compile.kernels.advance import kernel as advance_kernel
-from spectral_compile.kernels.append import device, fit, kept, together
+from spectral_compile.kernels.append import device, fit, later, together
 from spectral_compile.kernels.append import kernel as append_kernel
 from spectral_compile.kernels.append.basis import Fitted
-from spectral_compile.kernels.append.kept import Judged, KeptPrompt
+from spectral_compile.kernels.append.kept import Judged
 from spectral_compile.kernels.append.kernel import ChunkWriter
+from spectral_compile.kernels.append.later import KeptPrompt
 from spectral_compile.kernels.append.steps import Sampled, search
 from spectral_compile.kernels.arguments import Geometry
 from spectral_compile.kernels.importance.kernel import token_weights
@@ -252,7 +253,7 @@ def test_a_kept_prompt_is_stored_as_each_layer_alone(batch: int, padded: bool, m
     ledger = layers[0].ledger
     advance_kernel.advance(ledger, layers[0].positions, None, step.valid, step.key, first)
     monkeypatch.setattr(together, "multiprocessors", lambda device: 2 * (2 * batch * 2))
-    monkeypatch.setattr(kept, "_way", lambda device: together.enter)
+    monkeypatch.setattr(later, "_way", lambda device: together.enter)
     prompt, expected = KeptPrompt([store.buffers for store in layers]), [copied(store) for store in layers]
     for i, (store, buffers) in enumerate(zip(layers, expected, strict=True)):
         given = [x.to(store.buffers.k_exact.dtype) for x in (step.query + i, step.key.roll(i, -1), step.value * (i + 1))]
@@ -321,6 +322,7 @@ def test_a_layer_of_a_prompt_is_at_most_ten_launches(padded: bool, monkeypatch: 
     store, (step,) = Store(case), steps(case)
     step.valid = torch.ones(1, 60, dtype=torch.bool, device=DEVICE)  # as ``generate`` passes it where nothing is padded
     advance_kernel.advance(store.ledger, store.positions, None, step.valid, step.key, layout)
+    on_host(store.ledger)
     kernels: list[str] = []
     run = lambda self, *args, **kwargs: kernels.append(self.fn.__name__)  # noqa: E731
     monkeypatch.setattr(type(append_kernel._append_kernel), "run", run)
@@ -334,10 +336,10 @@ def test_a_layer_of_a_prompt_is_at_most_ten_launches(padded: bool, monkeypatch: 
     assert len(kernels) == 8, kernels
     assert (len(launched) <= 10) == (not padded), launched
     kernels.clear()
-    with kept.keeping([store.buffers]), padding.unpadded(not padded), Operations() as operations:
+    with later.keeping([store.buffers]), padding.unpadded(not padded), Operations() as operations:
         chunk = chunk_of(step)._replace(valid=valid)
-        judged = kept.judged(chunk, store.ledger, layout, step.key, 0.1)
-        assert kept.kept(chunk, store.ledger, store.buffers.moment, 0, layout, judged)
+        judged = later.judged(chunk, store.ledger, layout, step.key, 0.1)
+        assert later.kept(chunk, store.ledger, store.buffers.moment, 0, layout, judged)
     waiting = [name for name in operations.names if name not in ("_local_scalar_dense", "clone")]  # what all layers share
     assert not kernels and (waiting == ["_foreach_copy_", "linalg_vector_norm", "pow_", "gather"]) == (not padded)
 

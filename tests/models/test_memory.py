@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import spectral_compile as sc
 from spectral_compile import backend
 from spectral_compile.kernels import sliced as operation
-from spectral_compile.kernels.append import kept
+from spectral_compile.kernels.append import later
 from spectral_compile.passes import slices
 from tests.budget import examples
 from tests.tiny import GROUPED, WINDOWS, build, smollm2_sized, tokens
@@ -79,7 +79,7 @@ def peak(run) -> tuple[int, object]:
 
 def test_a_prompt_holds_no_more_hidden_states_than_a_layer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries before and after RoPE, what turns them and hidden states, of one size, are alive with keys and values of half."""
-    monkeypatch.setattr(kept, "TOKENS", LONG - 1)  # as of long prompts, which are stored layer by layer
+    monkeypatch.setattr(later, "TOKENS", LONG - 1)  # as of long prompts, which are stored layer by layer
     for module in (operation, slices):
         monkeypatch.setattr(module, "ROWS", 128)
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4}
@@ -132,6 +132,6 @@ def test_peak_of_a_long_prefill_is_one_layer_above_the_compressed_cache(monkeypa
     stored = sc.memory_stats(out.past_key_values).stored_bytes
     print(f"dense {dense}, spectral {spectral}, compressed cache {stored}, one dense layer {one_layer}")
     assert spectral < activations + stored + one_layer + 4 * 1.5 * one_layer
-    monkeypatch.setattr(kept, "TOKENS", LONG - 1)
+    monkeypatch.setattr(later, "TOKENS", LONG - 1)
     spectral, out = measured(backend=sc.spectral, options={"preset": "balanced", "strict": True})
     assert spectral < activations + stored + one_layer

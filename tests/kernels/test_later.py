@@ -11,8 +11,8 @@ import torch
 
 from spectral_compile.codec.presets import PRESETS
 from spectral_compile.kernels.advance.op import advance
-from spectral_compile.kernels.append import kept
-from spectral_compile.kernels.append.kept import keeping
+from spectral_compile.kernels.append import later
+from spectral_compile.kernels.append.later import keeping
 from spectral_compile.kernels.append.op import append_
 from spectral_compile.kernels.buffers import UNUSED, Buffers, Capacity, allocate
 
@@ -60,16 +60,16 @@ def test_layers_are_kept_until_they_are_asked_for() -> None:
 
 
 def test_what_finds_no_room_is_stored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "_room", lambda device: 2.5 * 3 * 2 * COUNT * 16 * 4)
+    monkeypatch.setattr(later, "_room", lambda device: 2.5 * 3 * 2 * COUNT * 16 * 4)
     mine = stores(4)
     with keeping(mine) as prompt:
         read(mine)
     assert len(prompt.layers) == 2 and list(map(coded, mine)) == [False, False, True, True]
 
 
-@pytest.mark.parametrize(("count", "before"), [(kept.TOKENS + 1, 0), (40, 20), (1, 0)])
+@pytest.mark.parametrize(("count", "before"), [(later.TOKENS + 1, 0), (40, 20), (1, 0)])
 def test_long_prompts_and_those_that_go_on_are_not_kept(count: int, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "TOKENS", COUNT)
+    monkeypatch.setattr(later, "TOKENS", COUNT)
     mine = stores(1)
     with keeping(mine) as prompt:
         read(mine, min(count, COUNT + 1), before)
@@ -99,7 +99,7 @@ def test_what_nobody_asks_for_dies_with_its_cache() -> None:
 def test_an_error_leaves_nothing_kept() -> None:
     with pytest.raises(ZeroDivisionError), keeping(stores(1)):
         raise ZeroDivisionError
-    assert kept._now.prompt is None
+    assert later._now.prompt is None
     mine = stores(1)
     read(mine)
     assert coded(mine[0])
