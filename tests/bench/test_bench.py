@@ -18,6 +18,7 @@ from spectral_compile.bench.measure import GEOMETRIES, Settings, build, one_line
 from spectral_compile.bench.store import Layer, draw
 from spectral_compile.cli import bench, console
 from spectral_compile.codec import PRESETS
+from spectral_compile.runtime import BoundGraph
 from tests import shell
 from tests.budget import FULL
 
@@ -158,13 +159,17 @@ def test_steady_keeps_tokens_and_steps(run: tuple[Result, dict[str, Any], Path])
     assert "equal_leading" not in dense
 
 
-def test_the_host_part_times_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_part_times_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     titles = list(host.VARIANTS) if FULL else ["inductor, growing cache", "spectral, no CUDA graphs"]
     monkeypatch.setattr(host, "VARIANTS", {title: host.VARIANTS[title] for title in titles})
-    made = invoke(*TINY, "--parts", "host", "--cached", 40)
+    made = invoke(*TINY, "--parts", "host", "--cached", 40, "--json", tmp_path / "out.json")
     assert made.exit_code == 0, made.output
-    for title in ("inductor, growing cache", "spectral, no CUDA graphs"):
-        assert "error" not in next(line for line in made.stdout.splitlines() if title in line)
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "out.json").read_text())["parts"]["host"]}
+    assert all(row["error"] is None for row in rows.values())
+    dense, ours = (rows[title] for title in ("inductor, growing cache", "spectral, no CUDA graphs"))
+    parts = [ours[name] for name in ("guards_ms", "unwrapping_ms", "wrapping_ms")]
+    assert min(parts) > 0 and ours["unwrapping_ms"] + ours["wrapping_ms"] < ours["ours_ms"]
+    assert "ours_ms" not in dense and not hasattr(BoundGraph.__call__, "__wrapped__"), "it is still watched"
 
 
 def test_the_waits_part_times_first_tokens_and_both_loops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
