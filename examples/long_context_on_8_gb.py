@@ -7,6 +7,7 @@ however much there is. MODEL is any decoder of transformers, by id or folder; wi
 """
 
 import argparse
+import time
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def run(model: PreTrainedModel, fit: Fit, new_tokens: int, inner: str) -> None:
     given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     if fit.chunk < fit.tokens:
         given["prefill_chunk_size"] = fit.chunk
-    model.generate(ids, min_new_tokens=3, max_new_tokens=3, **given)  # graphs are compiled
+    started = time.perf_counter()
+    model.generate(ids, min_new_tokens=3, max_new_tokens=3, **given)
+    print(f"compiled, and read once, in {time.perf_counter() - started:.0f} s", flush=True)
     clock = Clock(lambda: None)
     out = model.generate(ids, min_new_tokens=new_tokens, max_new_tokens=new_tokens, streamer=clock, **given)
     stats = memory_stats(out)
@@ -102,13 +105,15 @@ def main(given: list[str] | None = None) -> None:
     asked = parser.parse_args(given)
     device = models.device_of(None)
     fit = plan(asked.model, parse_bytes(asked.memory), asked.tokens, asked.bits)
-    print(fit)
+    print(fit, flush=True)
     if not fit.fits:
         raise SystemExit(1)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, fit.memory / torch.cuda.get_device_properties(device).total_memory))
-    make = made_up if asked.random else load
-    run(make(asked.model, device, asked.bits), fit, asked.new_tokens, asked.inner)
+    make, started = made_up if asked.random else load, time.perf_counter()
+    model = make(asked.model, device, asked.bits)
+    print(f"weights are there after {time.perf_counter() - started:.0f} s", flush=True)
+    run(model, fit, asked.new_tokens, asked.inner)
 
 
 if __name__ == "__main__":
