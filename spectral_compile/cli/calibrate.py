@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from spectral_compile import models
 from spectral_compile.cli.console import phases
-from spectral_compile.evaluation.calibrate import PRESETS, calibrate
+from spectral_compile.evaluation.calibrate import calibrate
 from spectral_compile.evaluation.texts import calibration
 from spectral_compile.files import check_writable, read_texts
 
@@ -23,7 +23,7 @@ def calibrate_model(
     model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
     text: Annotated[list[Path] | None, Option(help="A text to use instead; repeatable")] = None,
     tokens: Annotated[int, Option(min=1, help="Tokens of a text that are cached")] = 4096,
-    scored: Annotated[int, Option(min=1, help="Tokens that are then predicted")] = 512,
+    scored: Annotated[int, Option(min=1, help="Tokens that are then predicted")] = 128,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of weights and cache")] = "float32",
     device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,
 ) -> None:
@@ -37,7 +37,7 @@ def calibrate_model(
         loaded, tokenizer = models.load(model, getattr(torch, dtype))
         passages = calibration(tokenizer, tokens + scored + 1, given)
         loaded.to(where)
-        display.update(task, total=2 * len(PRESETS) * loaded.config.get_text_config().num_hidden_layers * len(passages))
+        display.update(task, total=loaded.config.get_text_config().num_hidden_layers * len(passages))
         profile = calibrate(
             loaded, list(passages.values()), tokens, lambda what: display.update(task, description=what, advance=1)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,13 +9,14 @@ from transformers import PreTrainedModel
 
 from spectral_compile.codec import GRADES, USUAL, Layout, Preset, Profile
 from spectral_compile.errors import Mistake
+from spectral_compile.evaluation.branches import Branch, branched
 from spectral_compile.evaluation.contenders import DENSE, Contender, contender, require_matched
-from spectral_compile.evaluation.measure import Agreement
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor
 
 PRESETS = [Preset(grade.key, grade.value) for grade in (USUAL, GRADES[0])]  # a profile interpolates between them
 LEAST = 1e-9  # nats
+_LOGITS = 1 << 28  # numbers of logits that are there at a time
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def calibrate(
     """
     dense = contender(model, DENSE)
     runs = [_lost(dense, ids, prompt, step) for ids in passages]
-    found = torch.tensor([losses for _, losses in runs], dtype=torch.float64).mean(0)
+    found = torch.stack([losses for _, losses in runs]).mean(0)
     found = (found - found.amin((-2, -1), keepdim=True)).clamp(min=LEAST)
     layouts, _ = runs[0]
     if len(layouts) - layouts.count(None) != found.shape[-1]:
@@ -48,30 +48,46 @@ def calibrate(
 
 def _lost(
     dense: Contender, ids: torch.Tensor, prompt: int, step: Callable[[str], None]
-) -> tuple[list[Layout | None], list[list[list[float]]]]:
-    """Attention layers, None where they stay dense, and for each other one KL divergences under each of ``PRESETS``.
+) -> tuple[list[Layout | None], torch.Tensor]:
+    """Attention layers, None where they stay dense, and KL divergences float64 [presets, sides, layers] of the others.
 
     First those with that layer's keys from a compressed cache, then with its values.
     """
     exact = dense.empty()
     dense.feed(exact, ids[:, :prompt], keep=1)
-    targets = ids[0, prompt + 1 :].to(dense.model.device)
-    expected = dense.feed(copy.deepcopy(exact), ids[:, prompt:-1])
-    found = []
+    layouts, branches = _branches(dense, ids[:, :prompt])
+    scored, vocabulary = ids[:, prompt:-1], dense.model.config.get_text_config().vocab_size
+    at_once = max(1, _LOGITS // (scored.shape[1] * vocabulary * len(branches[0])))  # layers
+    losses: list[torch.Tensor] = []
+    for first in range(0, len(branches), at_once):
+        some = branches[first : first + at_once]
+        step(f"layers {first} to {first + len(some) - 1}")
+        logits = branched(dense, exact, scored, [branch for layer in some for branch in layer])
+        losses += [_divergence(logits[0], row) for row in logits[1:]]
+        for _ in some[1:]:
+            step(f"layers {first} to {first + len(some) - 1}")
+    found = torch.stack(losses).view(len(branches), len(PRESETS), 2)
+    return layouts, found.permute(1, 2, 0)
+
+
+def _branches(dense: Contender, ids: torch.Tensor) -> tuple[list[Layout | None], list[list[Branch]]]:
+    """Attention layers, None where they stay dense, and for each other one its keys, then its values, under each preset."""
+    layouts: list[Layout | None] = []
+    by_layer: dict[int, list[Branch]] = {}
     for preset in PRESETS:
         ours = contender(dense.model, preset)
         held = ours.empty()
-        ours.feed(held, ids[:, :prompt], keep=1)
+        ours.feed(held, ids, keep=1)
         require_matched({"prefill"})
         layouts = [site.layout for site in reports()[-1].layers]
-        losses: list[list[float]] = [[], []]
         for layer, part in enumerate(held.layers):
-            if not isinstance(getattr(part, "keys", None), SpectralTensor):
-                continue
-            for side, name in enumerate(("keys", "values")):
-                step(f"{name} of layer {layer}")
-                trial = copy.deepcopy(exact)
-                setattr(trial.layers[layer], name, getattr(part, name).dense())
-                losses[side].append(Agreement.of(dense.feed(trial, ids[:, prompt:-1]), expected, targets).kl)
-        found.append(losses)
-    return layouts, found
+            if isinstance(getattr(part, "keys", None), SpectralTensor):
+                new = [Branch(layer, name, getattr(part, name).dense()) for name in ("keys", "values")]
+                by_layer.setdefault(layer, []).extend(new)
+    return layouts, list(by_layer.values())
+
+
+def _divergence(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The mean KL divergence of predictions from the expected ones, float64."""
+    theirs, ours = expected.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1).double().mean().cpu()

@@ -22,8 +22,10 @@ from spectral_compile.codec import PRESETS as CODECS
 from spectral_compile.codec import Profile
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, Refused
+from spectral_compile.evaluation import calibrate as calibration
 from spectral_compile.evaluation import contenders, simulated, tasks
 from spectral_compile.evaluation import texts as built_in
+from spectral_compile.evaluation.branches import Branch, branched
 from spectral_compile.evaluation.calibrate import calibrate
 from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched, split
 from spectral_compile.evaluation.measure import Agreement, Result, Trial, compare, read
@@ -298,6 +300,58 @@ def test_calibration_finds_the_layer_that_matters(llama: PreTrainedModel) -> Non
     assert (profile.kv_heads, profile.head_dim) == (llama.config.num_key_value_heads, llama.config.head_dim)
     assert min(profile.key[1], profile.value[1]) > 100 * max(profile.key[0], profile.value[0])
     assert profile.coarse_key[1] > profile.key[1] and profile.coarse_value[1] > profile.value[1]
+
+
+def test_a_profile_is_of_each_layers_keys_and_values_exchanged_alone(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As written out, one after the other; layers some at a time."""
+    ids = tokens(1, PROMPT + 24)
+    dense = contender(llama, "dense")
+    exact = dense.empty()
+    with torch.no_grad():
+        dense.feed(exact, ids[:, :PROMPT], keep=1)
+        expected = dense.feed(copy.deepcopy(exact), ids[:, PROMPT:-1])
+        found: list[list[float]] = []
+        for preset in calibration.PRESETS:
+            ours = contender(llama, preset)
+            held = ours.empty()
+            ours.feed(held, ids[:, :PROMPT], keep=1)
+            for name in ("keys", "values"):
+                found.append([])
+                for layer, part in enumerate(held.layers):
+                    trial = copy.deepcopy(exact)
+                    setattr(trial.layers[layer], name, getattr(part, name).dense())
+                    logits = dense.feed(trial, ids[:, PROMPT:-1])
+                    found[-1].append(Agreement.of(logits, expected, ids[0, PROMPT + 1 :]).kl)
+    each = torch.tensor(found, dtype=torch.float64).view(2, 2, -1)
+    each = (each - each.amin((-2, -1), keepdim=True)).clamp(min=calibration.LEAST)
+    for logits in (1 << 28, 1):
+        monkeypatch.setattr(calibration, "_LOGITS", logits)
+        profile = calibrate(llama, [ids], PROMPT)
+        sides = torch.tensor([profile.key, profile.value, profile.coarse_key, profile.coarse_value], dtype=torch.float64)
+        torch.testing.assert_close(sides, each.flatten(0, 1), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, layers in no list", "gemma3", "qwen3.5"])
+def test_branches_are_what_each_trial_alone_is(kind: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one window's layers, and of layers that hold a state, too."""
+    model = llama if kind.startswith("llama") else HYBRIDS[kind]().eval() if kind in HYBRIDS else build(kind)
+    ids, dense = tokens(1, 60), contender(model, "dense")
+    exact = dense.empty()
+    with torch.no_grad():
+        dense.feed(exact, ids[:, :40], keep=1)
+        held = [(i, layer) for i, layer in enumerate(exact.layers) if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+        trials = [Branch(i, name, getattr(layer, name).flip(2)) for i, layer in reversed(held) for name in ("values", "keys")]
+        if "list" in kind:
+            monkeypatch.setattr(model, "get_decoder", lambda: None)
+        found = branched(dense, exact, ids[:, 40:], trials)
+        for trial, row in zip([None, *trials], found, strict=True):
+            alone = copy.deepcopy(exact)
+            if trial is not None:
+                setattr(alone.layers[trial.layer], trial.name, trial.x)
+            torch.testing.assert_close(row, dense.feed(alone, ids[:, 40:]), rtol=1e-4, atol=1e-5)
+        assert exact.get_seq_length() == 40
 
 
 def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""A model tried with one layer's cache exchanged at a time, in the rows of a batch that branch off at that layer.
+
+Up to the layer whose cache is exchanged hidden states are those of the dense model, so they are computed once for all trials.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from spectral_compile.evaluation.contenders import Contender
+
+
+class Branch(NamedTuple):
+    """A trial: in a layer of a dense cache ``name``, "keys" or "values", is ``x`` [1, H, n, D]."""
+
+    layer: int
+    name: str
+    x: torch.Tensor
+
+
+def branched(dense: Contender, exact: Cache, ids: torch.Tensor, branches: Sequence[Branch]) -> torch.Tensor:
+    """Logits [1 + R, n, vocabulary] of ``ids`` [1, n] behind ``exact``, which stays as it is: its own, then each branch's."""
+    if any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in exact.layers):
+        return torch.stack([dense.feed(trial, ids) for trial in _one_by_one(exact, branches)])
+    order = sorted(range(len(branches)), key=lambda i: branches[i].layer)  # in which rows come to be
+    rows = [branches[i] for i in order]
+    trial = copy.copy(exact)
+    trial.layers = [
+        _in_rows(layer, [(1 + row, branch) for row, branch in enumerate(rows) if branch.layer == i])
+        for i, layer in enumerate(exact.layers)
+    ]
+    counts = [sum(branch.layer == i for branch in rows) for i in range(len(exact.layers))]
+    with _growing(dense.model, counts) as grow:
+        logits = dense.run(trial, ids if grow else ids.expand(1 + len(rows), -1)).logits
+    place = [0] * (1 + len(rows))
+    for row, i in enumerate(order):
+        place[1 + i] = 1 + row
+    return logits[place]
+
+
+def _one_by_one(exact: Cache, branches: Sequence[Branch]) -> Iterator[Cache]:
+    """Copies of a cache some of whose layers hold states, which steps write to, and which have no rows to spare."""
+    yield copy.deepcopy(exact)
+    for branch in branches:
+        trial = copy.deepcopy(exact)
+        setattr(trial.layers[branch.layer], branch.name, branch.x)
+        yield trial
+
+
+def _in_rows(exact: Any, others: list[tuple[int, Branch]]) -> Any:
+    """A dense layer of one row, as a batch sees it: some of the rows have other keys or values."""
+    layer = copy.copy(exact)
+
+    def update(key: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        own = copy.copy(exact)
+        for name in ("keys", "values"):
+            past = getattr(exact, name).expand(key.shape[0], -1, -1, -1)
+            exchanged = [(row, branch.x) for row, branch in others if branch.name == name]
+            if exchanged:
+                past = past.clone()
+            for row, x in exchanged:
+                past[row] = x[0]
+            setattr(own, name, past)
+        return own.update(key, *rest, **more)
+
+    layer.update = update
+    return layer
+
+
+@contextmanager
+def _growing(model: PreTrainedModel, counts: list[int]) -> Iterator[bool]:
+    """Within it so many rows branch off the first one at each decoder layer; False where the model has no list of these."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList) or len(layers) != len(counts):
+        yield False
+        return
+    with ExitStack() as stack:
+        for layer, count in zip(layers, counts, strict=True):
+            if count:
+                handle = layer.register_forward_pre_hook(_branch_off(count), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield True
+
+
+def _branch_off(count: int) -> Any:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        grown = torch.cat((hidden, hidden[:1].expand(count, -1, -1)))
+        return ((grown, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": grown})
+
+    return hook
