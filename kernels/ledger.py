@@ -32,6 +32,11 @@ def rows_of(ledger: torch.Tensor) -> list[LedgerRow]:
     return [LedgerRow(*row) for row in ledger.tolist()]
 
 
+def first(rows: list[LedgerRow]) -> bool:
+    """Whether no row held a token before this step."""
+    return all(row.before == 0 for row in rows)
+
+
 def on_host(ledger: torch.Tensor) -> list[LedgerRow]:
     """The rows of a ledger; on a GPU the first layer of a step waits for them."""
     if not ledger.is_cuda:

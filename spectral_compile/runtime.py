@@ -111,7 +111,7 @@ class BoundGraph:
         return self._wrap(results, stores)
 
     def _run(self, inputs: tuple[Any, ...], stores: list[SpectralStore]) -> Sequence[Any]:
-        """Run the graph; layers of a short prompt may be stored when they are first read, for all that its operations know."""
+        """Run the graph. What operations keep of a short prompt is handed to the stores, which write it when they are read."""
         if self.plan.kind != "prefill":
             return self.compiled(*inputs)
         timeline = stores[0].timeline

@@ -8,7 +8,7 @@ from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.append.fit import fit
 from spectral_compile.kernels.append.kernel import ChunkWriter, tiles_of
 from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.kernels.ledger import LedgerRow, on_host
+from spectral_compile.kernels.ledger import LedgerRow, first, on_host
 from spectral_compile.kernels.values import Chunk
 
 
@@ -22,7 +22,7 @@ def append(
         return
     rows = on_host(ledger)
     if chunk.columns:
-        writer.add_moment(_first(rows))
+        writer.add_moment(first(rows))
     enter(writer, rows, token_weight)
 
 
@@ -33,12 +33,7 @@ def enter(writer: ChunkWriter, rows: list[LedgerRow], token_weight: torch.Tensor
     """
     if not writer.layout.lossless:
         fit(writer, rows, token_weight)
-    first = writer.count > 0 and _first(rows)
-    writer.write(tiles_of(max(row.coded_after - row.coded for row in rows)), keep=first)
-    if writer.count and not first:  # coding reads the places of recent tokens that new ones are then written to
+    at_once = writer.count > 0 and first(rows)
+    writer.write(tiles_of(max(row.coded_after - row.coded for row in rows)), keep=at_once)
+    if writer.count and not at_once:  # coding reads the places of recent tokens that new ones are then written to
         writer.write(0, keep=True)
-
-
-def _first(rows: list[LedgerRow]) -> bool:
-    """Whether no row held a token before."""
-    return all(row.before == 0 for row in rows)

@@ -19,6 +19,9 @@ class Judged(NamedTuple):
     seen: torch.Tensor
     scale: float
 
+    def token_weights(self, valid: torch.Tensor | None, layout: Layout) -> torch.Tensor:
+        return token_weights(self.sampled, self.seen, valid, self.scale, layout.head_group)
+
 
 class KeptLayer(NamedTuple):
     """Copies of one layer's keys, as stored, and values [B, H, n, D]; its queries have been summed up."""
@@ -41,7 +44,4 @@ class KeptLayer(NamedTuple):
         return Chunk(self.key.new_empty(1, 1, 1, dim).expand(batch, self.query_heads, count, dim), self.key, self.value, valid)
 
     def token_weight(self, valid: torch.Tensor | None) -> torch.Tensor | None:
-        if self.judged is None:
-            return None
-        sampled, seen, scale = self.judged
-        return token_weights(sampled, seen, valid, scale, self.layout.head_group)
+        return None if self.judged is None else self.judged.token_weights(valid, self.layout)

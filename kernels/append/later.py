@@ -19,7 +19,7 @@ from spectral_compile.kernels.append import reference
 from spectral_compile.kernels.append.kept import Judged, KeptLayer
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.importance.weights import sample
-from spectral_compile.kernels.ledger import LedgerRow, on_host
+from spectral_compile.kernels.ledger import LedgerRow, first, on_host
 from spectral_compile.kernels.values import Chunk
 
 TOKENS = 8192  # of all rows of a prompt that is kept: a longer one is stored layer by layer, so that no peak is made of it
@@ -111,13 +111,14 @@ def keeping(stores: Sequence[Buffers]) -> Iterator[KeptPrompt]:
     try:
         yield _now.prompt
     finally:
+        _now.prompt.stores = ()  # else it would keep buffers that are outgrown until every store has been read
         _now.prompt = None
 
 
 def kept(chunk: Chunk, ledger: torch.Tensor, moment: torch.Tensor, number: int, layout: Layout, judged: Judged | None) -> bool:
     """Whether layer ``number`` of a prompt is stored later than this returns."""
     batch, _, count, _ = chunk.key.shape
-    if _now.prompt is None or count < 2 or batch * count > TOKENS or any(row.before for row in on_host(ledger)):
+    if _now.prompt is None or count < 2 or batch * count > TOKENS or not first(on_host(ledger)):
         return False
     return _now.prompt.keep(chunk, ledger, moment, number, layout, judged)
 
@@ -131,7 +132,7 @@ def judged(chunk: Chunk, ledger: torch.Tensor, layout: Layout, seen: torch.Tenso
 
 
 def _room(device: torch.device) -> float:
-    """Bytes of copies at most."""
+    """Bytes of copies of keys and values at most; the sample of queries, which is small, is not counted."""
     if device.type != "cuda":
         return 1 << 30
     whole = torch.cuda.get_device_properties(device).total_memory

@@ -10,7 +10,6 @@ from spectral_compile.kernels.append import reference
 from spectral_compile.kernels.append.later import judged, kept
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
-from spectral_compile.kernels.importance.weights import token_weights
 from spectral_compile.kernels.operation import operation
 from spectral_compile.kernels.values import Chunk
 
@@ -53,5 +52,4 @@ def append_(
     by = judged(chunk, ledger, layout, seen, scale)
     if kept(chunk, ledger, buffers.moment, number, layout, by):
         return
-    weight = None if by is None else token_weights(by.sampled, by.seen, chunk.valid, scale, layout.head_group)
-    append(chunk, ledger, buffers, layout, weight)
+    append(chunk, ledger, buffers, layout, None if by is None else by.token_weights(chunk.valid, layout))

@@ -24,10 +24,10 @@ class Branch(NamedTuple):
     x: torch.Tensor
 
 
-def branched(dense: Contender, exact: Cache, ids: torch.Tensor, branches: Sequence[Branch]) -> torch.Tensor:
-    """Logits [1 + R, n, vocabulary] of ``ids`` [1, n] behind ``exact``, which stays as it is: its own, then each branch's."""
+def branched(dense: Contender, exact: Cache, ids: torch.Tensor, branches: Sequence[Branch]) -> list[torch.Tensor]:
+    """Logits [n, vocabulary] of ``ids`` [1, n] behind ``exact``, which stays as it is, and then of each branch."""
     if any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in exact.layers):
-        return torch.stack([dense.feed(trial, ids) for trial in _one_by_one(exact, branches)])
+        return [dense.feed(trial, ids) for trial in _one_by_one(exact, branches)]
     order = sorted(range(len(branches)), key=lambda i: branches[i].layer)  # in which rows come to be
     rows = [branches[i] for i in order]
     trial = copy.copy(exact)
@@ -38,10 +38,7 @@ def branched(dense: Contender, exact: Cache, ids: torch.Tensor, branches: Sequen
     counts = [sum(branch.layer == i for branch in rows) for i in range(len(exact.layers))]
     with _growing(dense.model, counts) as grow:
         logits = dense.run(trial, ids if grow else ids.expand(1 + len(rows), -1)).logits
-    place = [0] * (1 + len(rows))
-    for row, i in enumerate(order):
-        place[1 + i] = 1 + row
-    return logits[place]
+    return [logits[0], *(logits[1 + order.index(i)] for i in range(len(order)))]
 
 
 def _one_by_one(exact: Cache, branches: Sequence[Branch]) -> Iterator[Cache]:

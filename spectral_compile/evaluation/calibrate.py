@@ -11,6 +11,7 @@ from spectral_compile.codec import GRADES, USUAL, Layout, Preset, Profile
 from spectral_compile.errors import Mistake
 from spectral_compile.evaluation.branches import Branch, branched
 from spectral_compile.evaluation.contenders import DENSE, Contender, contender, require_matched
+from spectral_compile.evaluation.measure import Agreement
 from spectral_compile.report import reports
 from spectral_compile.tensor import SpectralTensor
 
@@ -58,16 +59,15 @@ def _lost(
     layouts, branches = _branches(dense, ids[:, :prompt])
     scored, vocabulary = ids[:, prompt:-1], dense.model.config.get_text_config().vocab_size
     at_once = max(1, _LOGITS // (scored.shape[1] * vocabulary * len(branches[0])))  # layers
-    losses: list[torch.Tensor] = []
+    targets, losses = ids[0, prompt + 1 :].to(dense.model.device), []
     for first in range(0, len(branches), at_once):
         some = branches[first : first + at_once]
-        step(f"layers {first} to {first + len(some) - 1}")
-        logits = branched(dense, exact, scored, [branch for layer in some for branch in layer])
-        losses += [_divergence(logits[0], row) for row in logits[1:]]
-        for _ in some[1:]:
+        for _ in some:
             step(f"layers {first} to {first + len(some) - 1}")
-    found = torch.stack(losses).view(len(branches), len(PRESETS), 2)
-    return layouts, found.permute(1, 2, 0)
+        expected, *found = branched(dense, exact, scored, [branch for layer in some for branch in layer])
+        losses += [Agreement.of(logits, expected, targets).kl for logits in found]
+    by_layer = torch.tensor(losses, dtype=torch.float64).view(len(branches), len(PRESETS), 2)
+    return layouts, by_layer.permute(1, 2, 0)
 
 
 def _branches(dense: Contender, ids: torch.Tensor) -> tuple[list[Layout | None], list[list[Branch]]]:
@@ -85,9 +85,3 @@ def _branches(dense: Contender, ids: torch.Tensor) -> tuple[list[Layout | None],
                 new = [Branch(layer, name, getattr(part, name).dense()) for name in ("keys", "values")]
                 by_layer.setdefault(layer, []).extend(new)
     return layouts, list(by_layer.values())
-
-
-def _divergence(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The mean KL divergence of predictions from the expected ones, float64."""
-    theirs, ours = expected.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (theirs.exp() * (theirs - ours)).sum(-1).double().mean().cpu()

@@ -96,6 +96,18 @@ def test_what_nobody_asks_for_dies_with_its_cache() -> None:
     assert copy() is None
 
 
+def test_buffers_that_a_store_has_outgrown_die_before_all_stores_are_read() -> None:
+    """They live as long as anything refers to them, of a whole cache at a time of growth."""
+    mine = stores(2)
+    with keeping(list(mine)) as prompt:
+        read(mine)
+    prompt.store()
+    outgrown = weakref.ref(mine[0].k_codes)
+    mine.pop(0)
+    gc.collect()
+    assert outgrown() is None
+
+
 def test_an_error_leaves_nothing_kept() -> None:
     with pytest.raises(ZeroDivisionError), keeping(stores(1)):
         raise ZeroDivisionError
