@@ -3,7 +3,8 @@
 Says beforehand whether weights in 4 bits, the compressed cache and what the model works with fit into the memory, and in which
 pieces the prompt must be read; then reads it, generates, and shows what was reserved. On a GPU PyTorch is held to the memory,
 however much there is. MODEL is any decoder of transformers, by id or folder; without one it is SmolLM2-135M-Instruct. With
-``--random`` weights are made up, and a folder with a ``config.json`` is enough.
+``--random`` weights are made up, and a folder with a ``config.json`` is enough. With ``--dense`` the same model runs as it is, on
+the whole prompt and with all memory, to compare.
 """
 
 import argparse
@@ -73,24 +74,26 @@ def made_up(model: str | None, device: torch.device, bits: int) -> PreTrainedMod
     return made.eval()
 
 
-def run(model: PreTrainedModel, fit: Fit, new_tokens: int, inner: str) -> None:
-    """Read a prompt of random tokens and generate."""
+def run(model: PreTrainedModel, fit: Fit, new_tokens: int, inner: str | None) -> None:
+    """Read a prompt of random tokens and generate; densely if there is no ``inner`` compiler."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(1, vocabulary, (1, fit.tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    model.compile(backend="spectral", options={"inner": inner, "strict": True})
+    if inner:
+        model.compile(backend="spectral", options={"inner": inner, "strict": True})
     given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-    if fit.chunk < fit.tokens:
+    if inner and fit.chunk < fit.tokens:
         given["prefill_chunk_size"] = fit.chunk
     started = time.perf_counter()
     model.generate(ids, min_new_tokens=3, max_new_tokens=3, **given)
     print(f"compiled, and read once, in {time.perf_counter() - started:.0f} s", flush=True)
     clock = Clock(lambda: None)
     out = model.generate(ids, min_new_tokens=new_tokens, max_new_tokens=new_tokens, streamer=clock, **given)
-    stats = memory_stats(out)
     print(f"first token after {clock.first:.1f} s, then {clock.rate:.1f} tokens a second")
-    print(f"cache: {binary(stats.stored_bytes)}, {stats.ratio:.1f} times smaller than a dense one")
+    if inner:
+        stats = memory_stats(out)
+        print(f"cache: {binary(stats.stored_bytes)}, {stats.ratio:.1f} times smaller than a dense one")
     if model.device.type == "cuda":
-        print(f"reserved: {binary(torch.cuda.max_memory_reserved())} of {binary(fit.memory)}")
+        print(f"reserved: {binary(torch.cuda.max_memory_reserved())}")
 
 
 def main(given: list[str] | None = None) -> None:
@@ -102,18 +105,19 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--random", action="store_true", help="random weights, from the configuration alone")
+    parser.add_argument("--dense", action="store_true", help="without this backend, to compare")
     asked = parser.parse_args(given)
     device = models.device_of(None)
     fit = plan(asked.model, parse_bytes(asked.memory), asked.tokens, asked.bits)
     print(fit, flush=True)
-    if not fit.fits:
+    if not (fit.fits or asked.dense):
         raise SystemExit(1)
-    if device.type == "cuda":
+    if device.type == "cuda" and not asked.dense:
         torch.cuda.set_per_process_memory_fraction(min(1.0, fit.memory / torch.cuda.get_device_properties(device).total_memory))
     make, started = made_up if asked.random else load, time.perf_counter()
     model = make(asked.model, device, asked.bits)
     print(f"weights are there after {time.perf_counter() - started:.0f} s", flush=True)
-    run(model, fit, asked.new_tokens, asked.inner)
+    run(model, fit, asked.new_tokens, None if asked.dense else asked.inner)
 
 
 if __name__ == "__main__":

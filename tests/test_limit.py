@@ -94,6 +94,22 @@ def test_twelve_kinds_of_calls_of_several_models_in_one_process_are_all_compress
     assert report.decodes() == 0
 
 
+def test_without_guards_on_the_model_each_kind_of_call_is_still_told_apart() -> None:
+    """The filter that docs/troubleshooting.md names leaves guards on inputs and cache, or a second turn would be a first."""
+    dense, model = build("llama"), build("llama")
+    model.compile(backend=sc.spectral, options={**EXACT, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    kinds = tuple(KINDS) if FULL else ("a prompt", "two rows, padded", "a second turn", "a prompt in chunks", "called")
+    for kind in (*kinds, "a longer one", "a second turn"):
+        expected, cache = KINDS[kind](dense), KINDS[kind](model)
+        for own, other in zip(cache.layers, expected.layers, strict=True):
+            assert isinstance(own.keys, SpectralTensor), kind
+            real = slice(7, None)  # of what is padding in one kind, nothing is kept
+            for ours, theirs in ((own.keys.dense(), other.keys), (own.values.dense(), other.values)):
+                assert torch.allclose(ours[:, :, real], theirs[:, :, real], atol=1e-4), kind
+    assert all(graph.matched == graph.sites == 2 for graph in sc.reports())
+    assert report.decodes() == 0
+
+
 def test_presets_and_adapters_each_get_their_graphs() -> None:
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, init_lora_weights=False), adapter_name="a0").eval()
     for i in range(1, 6):
