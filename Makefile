@@ -11,13 +11,14 @@ PIP := -m pip install -qq --disable-pip-version-check
 without = $(foreach path,$(1),--ignore=tests/$(path))
 # what compiles most, runs kernels in the interpreter or needs a process of its own
 LONG := $(call without,bench cli docs evaluation kernels/test_append.py kernels/test_attend.py kernels/test_latent.py \
-	kernels/test_recent.py kernels/test_translated.py \
+	kernels/test_recent.py kernels/test_translated.py models/test_gemma.py \
 	models/test_hidden.py models/test_memory.py models/test_modalities.py models/test_smollm2.py models/test_usage.py \
 	passes/test_equivalence.py passes/test_patched.py passes/test_rope.py passes/test_slices.py \
-	test_artefacts.py test_caching.py test_foreign.py test_limit.py test_package.py test_replay.py test_stats.py test_unsloth.py)
+	test_artefacts.py test_caching.py test_foreign.py test_limit.py test_lm_eval.py test_package.py \
+	test_replay.py test_stats.py test_unsloth.py)
 # what hardly depends on transformers
-APART := $(call without,bench cache cli codec docs evaluation kernels models/test_memory.py models/test_smollm2.py \
-	passes/test_equivalence.py passes/test_slices.py \
+APART := $(call without,bench cache cli codec docs evaluation kernels models/test_gemma.py models/test_memory.py \
+	models/test_smollm2.py passes/test_equivalence.py passes/test_slices.py \
 	test_architecture.py test_artefacts.py test_asked.py test_backend.py test_caching.py test_limit.py test_package.py test_replay.py test_tensor.py)
 
 .PHONY: setup demo test test-fast test-full test-5.17 test-2.11 lint types clean

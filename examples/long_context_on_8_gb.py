@@ -3,8 +3,8 @@
 Says beforehand whether weights in 4 bits, the compressed cache and what the model works with fit into the memory, and in which
 pieces the prompt must be read; then reads it, generates, and shows what was reserved. On a GPU PyTorch is held to the memory,
 however much there is. MODEL is any decoder of transformers, by id or folder; without one it is SmolLM2-135M-Instruct. With
-``--random`` weights are made up, and a folder with a ``config.json`` is enough. With ``--dense`` the same model runs as it is, on
-the whole prompt and with all memory, to compare.
+``--random`` weights are made up, and a folder with a ``config.json`` is enough. With ``--dense`` the same model runs as it is,
+on the whole prompt and with all memory, to compare.
 """
 
 import argparse

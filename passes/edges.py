@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
-from spectral_compile.codec import largest_group
+from spectral_compile.codec import Profile, largest_group
 from spectral_compile.codec.layout import Layout
+from spectral_compile.config import AUTO, SpectralConfig
+from spectral_compile.fingerprint import known
 from spectral_compile.passes.trace import Edge, Site, Trace, argument, fake, is_call
 from spectral_compile.tensor import SpectralTensor
 
@@ -29,7 +32,7 @@ def classify_edges(trace: Trace) -> None:
     RoPE. All edges of one graph are of the first one's kind and on its device; the others are refused. Where queries are those
     of the chunk's last tokens alone, ``last`` says of how many, and ``mask`` is the whole chunk's. The graph stays as it is.
     """
-    leaving = set(trace.output.all_input_nodes)
+    leaving, options = set(trace.output.all_input_nodes), None
     for layer, site in enumerate(trace.sites):
         if site.refusal is not None:
             continue
@@ -46,7 +49,8 @@ def classify_edges(trace: Trace) -> None:
             site.refusal = f"its cache edge is {edge.kind}, the graph's first is {first.edge.kind}"
         else:
             site.edge = edge
-            site.refusal = _give_layout(trace, site, layer)
+            options = options or _with_profile(trace, site)
+            site.refusal = _give_layout(trace, site, layer, options)
             log.debug("%s: %s, new keys %s, past %s", site.where, edge.kind, edge.new[0], edge.past and edge.past[0])
 
 
@@ -63,15 +67,32 @@ def too_wide(layout: Layout, dtype: torch.dtype, shared: int) -> str | None:
     return f"its heads have {layout.head_dim} channels: on this GPU at most {widest} can be compressed"
 
 
-def _give_layout(trace: Trace, site: Site, layer: int) -> str | None:
+def _with_profile(trace: Trace, first: Site) -> SpectralConfig:
+    """The options, with the profile of this model where they ask for it and there is one."""
+    if trace.config.profile != AUTO or first.edge.past is not None:
+        return trace.config
+    found = known(trace.fingerprint)
+    if found is not None and _misfit(found, trace, first):  # an untrained model of another shape has the same vectors
+        found = None
+    return replace(trace.config, profile=found)
+
+
+def _misfit(profile: Profile, trace: Trace, site: Site) -> str | None:
+    key = fake(site.edge.new[0])
+    return profile.misfit(key.shape[1], key.shape[3], len(trace.sites))
+
+
+def _give_layout(trace: Trace, site: Site, layer: int, options: SpectralConfig) -> str | None:
     """Set the layout that a site's store has, or is to have; why there can be none, if so."""
-    key, profile = fake(site.edge.new[0]), trace.config.profile
+    key = fake(site.edge.new[0])
     if site.edge.past is not None:
         site.layout = fake(site.edge.past[0]).kind.layout
-    elif profile and (reason := profile.misfit(key.shape[1], key.shape[3], len(trace.sites))):
-        return reason
     else:
-        site.layout = trace.config.layout(key.shape[1], key.shape[3], None, layer)
+        if isinstance(options.profile, Profile):
+            if (reason := _misfit(options.profile, trace, site)) is not None:
+                return reason
+            trace.profiled = True
+        site.layout = options.layout(key.shape[1], key.shape[3], None, layer)
     if key.device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(key.device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stub

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from spectral_compile.codec.layout import Layout, Rotary
 from spectral_compile.config import SpectralConfig
+from spectral_compile.fingerprint import fingerprint
 from spectral_compile.report import PassReport, Refusal
 
 
@@ -80,12 +81,18 @@ class Trace:
     notes: list[Refusal] = field(default_factory=list)
     plan: Any = None
     parts: dict[str, Any] = field(default_factory=dict)
+    profiled: bool = False  # whether layers get bytes by a profile
     passes: list[PassReport] = field(default_factory=list)
 
     @property
     def matched(self) -> list[Site]:
         """The sites that no pass has refused."""
         return [site for site in self.sites if site.refusal is None]
+
+    @functools.cached_property
+    def fingerprint(self) -> str | None:
+        """Of the weights in this graph, by which a profile is found."""
+        return fingerprint(x for x in self.examples.values() if isinstance(x, torch.nn.Parameter))
 
     @functools.cached_property
     def order(self) -> dict[Node, int]:

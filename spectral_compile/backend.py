@@ -215,6 +215,8 @@ def make_report(trace: Trace, refusal: Refusal | None, seconds: dict[str, float]
         seconds=seconds,
         layers=layers,
         passes=tuple(trace.passes),
+        fingerprint=trace.fingerprint if trace.matched else None,
+        profiled=trace.profiled,
     )
 
 

@@ -16,6 +16,7 @@ from spectral_compile.codec import PRESETS, Layout, Preset, Profile, Rotary, Tie
 from spectral_compile.errors import Mistake
 from spectral_compile.files import make_folder
 
+AUTO = "auto"
 INNER = ("inductor", "aot_eager", "eager")
 _RANGES = {  # of counts; first tokens, a block and the headroom are allocated before there are tokens for them
     "head_group": (1, 256),
@@ -34,16 +35,18 @@ class SpectralConfig:
     ``preset`` names a codec: ``quality`` (about 6x), ``balanced`` (about 8.5x), ``compact`` (about 14x), ``seed`` (the
     rank-16/32 int8 codec that everything is compared with) or ``exact`` (lossless); or it is a ``codec.Preset``. ``strict``
     turns every silent loss of compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where
-    None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile``, a file that
-    ``spectral-compile calibrate`` wrote, its content, or the name of one that comes with the package, spends the preset's bytes
-    on the layers that need them. Of a text the ``first_exact`` first tokens stay exact, and the ``recent`` last ones are kept
-    at ``recent_bits`` a channel: 8, or 16 for the model's dtype. ``block`` tokens are coded at a time, ``warmup`` tokens are
-    awaited before a basis is computed; None keeps the preset's. ``headroom`` tokens that are yet to come have room at once
-    (None: 64, on a GPU 1024): until they are there, buffers are not copied to larger ones, and CUDA graphs are not recorded
-    again. ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner`` compiles the rewritten graph. ``inductor``
-    holds options that are Inductor's own, as a dictionary or pairs. ``dump_graphs`` is a folder, made if need be, in which
-    each graph gets a folder of its own, ``graph_000`` and so on: with the graph as it came and behind each pass that changed
-    it, as readable Python whose names are numbered in that order, and its report as ``report.txt``.
+    None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile`` spends the preset's bytes on
+    the layers that need them: ``auto`` is the one that ``spectral-compile calibrate`` has kept on this machine for a model
+    with these weights, or that comes with the package, if there is one; else it is a file that was written so, its content, or
+    the name of one that comes with the package; with None all layers get the same. Of a text the ``first_exact`` first tokens
+    stay exact, and the ``recent`` last ones are kept at ``recent_bits`` a channel: 8, or 16 for the model's dtype. ``block``
+    tokens are coded at a time, ``warmup`` tokens are awaited before a basis is computed; None keeps the preset's. ``headroom``
+    tokens that are yet to come have room at once (None: 64, on a GPU 1024): until they are there, buffers are not copied to
+    larger ones, and CUDA graphs are not recorded again. ``cudagraphs`` records decode steps on a GPU as CUDA graphs. ``inner``
+    compiles the rewritten graph. ``inductor`` holds options that are Inductor's own, as a dictionary or pairs. ``dump_graphs``
+    is a folder, made if need be, in which each graph gets a folder of its own, ``graph_000`` and so on: with the graph as it
+    came and behind each pass that changed it, as readable Python whose names are numbered in that order, and its report as
+    ``report.txt``.
 
     ValueError, in a sentence, for whatever an option cannot be.
     """
@@ -53,7 +56,7 @@ class SpectralConfig:
     head_group: int | None = None
     key_ranks: tuple[int, int, int] | None = None
     value_ranks: tuple[int, int, int] | None = None
-    profile: Profile | None = None
+    profile: Profile | str | None = AUTO
     first_exact: int | None = None
     recent: int | None = None
     recent_bits: int | None = None
@@ -92,8 +95,11 @@ class SpectralConfig:
             if not counts or not sum(value):
                 raise ValueError(f"{name} must be three counts, of channels at 8, 4 and 2 bits per head, not {value!r}")
             object.__setattr__(self, name, tuple(value))
-        if self.profile is not None:
-            if self.codec.lossless or self.codec.segment or self.key_ranks or self.value_ranks:
+        divisible = not (self.codec.lossless or self.codec.segment or self.key_ranks or self.value_ranks)
+        if self.profile == AUTO and not divisible:
+            object.__setattr__(self, "profile", None)
+        elif self.profile not in (None, AUTO):
+            if not divisible:
                 raise ValueError("a profile divides the bytes of quality, balanced or compact: leave it, or the ranks, out")
             if not isinstance(self.profile, Profile):
                 object.__setattr__(self, "profile", Profile.load(self.profile))
@@ -127,7 +133,7 @@ class SpectralConfig:
                 raise Mistake(f"{name}_ranks {ranks} sum to more than head_dim {head_dim}: lower them")
             side: dict[str, Any] = {name: Tiers(*(n * layout.head_group for n in ranks))}
             layout = replace(layout, **side)
-        if self.profile is not None:
+        if isinstance(self.profile, Profile):
             layout = self.profile.apply(layout, layer)
         return Layout.parse(layout.spec())  # interned, so that guards compare it by identity
 

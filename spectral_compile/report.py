@@ -77,10 +77,12 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)
     layers: tuple[SiteReport, ...] = ()
     passes: tuple[PassReport, ...] = ()
+    fingerprint: str | None = None
+    profiled: bool = False
 
     def __str__(self) -> str:
         lines = [
-            f"{self.kind}: {self.matched} of {self.sites} attention sites compressed"
+            f"{self.kind}: {self.matched} of {self.sites} attention sites compressed{', by a profile' if self.profiled else ''}"
             f" (passes {self.seconds.get('passes', 0.0):.1f} s, compiler {self.seconds.get('inner', 0.0):.1f} s)"
         ]
         return "\n  ".join(lines + [str(refusal) for refusal in (*self.refusals, *self.notes)])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from spectral_compile.codec import Profile
 
 
-def profile(geometry: tuple[int, int], losses: Sequence[float]) -> Profile:
-    """Keys and values of each layer lose as much, and in the cheapest grade five times that."""
-    fine, coarse = tuple(losses), tuple(5 * x for x in losses)
-    return Profile(*geometry, fine, fine, coarse, coarse)
+def profile(geometry: tuple[int, int], losses: Sequence[float], fingerprint: str | None = None) -> Profile:
+    """Layers lose this, and in the cheapest grade five times as much."""
+    return Profile(*geometry, tuple(losses), tuple(5 * x for x in losses), fingerprint)

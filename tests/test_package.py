@@ -31,7 +31,7 @@ print(is_kernels_available(), kernels.__file__)
 """
 PROFILE = """
 from spectral_compile import SpectralConfig
-print(len(SpectralConfig.parse({"profile": "smollm2-135m-instruct"}).profile.key))
+print(len(SpectralConfig.parse({"profile": "smollm2-135m-instruct"}).profile.loss))
 """
 IMPORTED = """
 import sys

@@ -13,14 +13,19 @@ from typer import Argument, Option
 
 from spectral_compile import models
 from spectral_compile.cli.console import phases
-from spectral_compile.evaluation.calibrate import calibrate
+from spectral_compile.errors import Mistake
+from spectral_compile.evaluation.calibrate import calibrate, steps
 from spectral_compile.evaluation.texts import calibration
 from spectral_compile.files import check_writable, read_texts
+from spectral_compile.fingerprint import keep
 
 
 def calibrate_model(
-    out: Annotated[Path, Argument(callback=check_writable, help="File to write the profile to")],
-    model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
+    out: Annotated[
+        Path | None,
+        Argument(callback=check_writable, help="File to write the profile to", show_default="where the backend finds it"),
+    ] = None,
+    model: Annotated[str | None, Option(help=models.WHICH, show_default=models.DEFAULT)] = None,
     text: Annotated[list[Path] | None, Option(help="A text to use instead; repeatable")] = None,
     tokens: Annotated[int, Option(min=1, help="Tokens of a text that are cached")] = 4096,
     scored: Annotated[int, Option(min=1, help="Tokens that are then predicted")] = 128,
@@ -37,9 +42,14 @@ def calibrate_model(
         loaded, tokenizer = models.load(model, getattr(torch, dtype))
         passages = calibration(tokenizer, tokens + scored + 1, given)
         loaded.to(where)
-        display.update(task, total=loaded.config.get_text_config().num_hidden_layers * len(passages))
+        display.update(task, total=steps(loaded.config.get_text_config().num_hidden_layers, len(passages)))
         profile = calibrate(
             loaded, list(passages.values()), tokens, lambda what: display.update(task, description=what, advance=1)
         )
-    profile.save(out)
-    print(f"{out}: give it as options={{'profile': {str(out)!r}}}")
+    if out is not None:
+        profile.save(out)
+        print(f"{out}: give it as options={{'profile': {str(out)!r}}}")
+    elif profile.fingerprint is None:
+        raise Mistake("its weights hold no vectors to know this model by: name a file, and give that as the option profile")
+    else:
+        print(f"{keep(profile)}: from now on this model is compiled with it")

@@ -36,7 +36,7 @@ class Failed(Mistake):
 
 
 def demo(
-    model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
+    model: Annotated[str | None, Option(help=models.WHICH, show_default=models.DEFAULT)] = None,
     preset: Annotated[str, Option(help="Codec: quality, balanced, compact, seed or exact")] = "balanced",
     tokens: Annotated[int, Option(min=64, help="Length of the document")] = 4000,
     device: Annotated[str | None, Option(help="Where to run", show_default="cuda if there is one")] = None,

@@ -37,7 +37,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def doctor(
-    model: Annotated[str | None, Argument(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
+    model: Annotated[str | None, Argument(help=models.WHICH, show_default=models.DEFAULT)] = None,
     tokens: Annotated[int, Option(min=1, max=10**12, help="Cached tokens that bytes are given for")] = 32768,
     preset: Annotated[str, Option(help="Codec: quality, balanced, compact, seed or exact")] = "balanced",
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="Of the dense cache")] = "bfloat16",

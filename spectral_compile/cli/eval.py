@@ -51,7 +51,7 @@ def table(results: Sequence[Result], title: str) -> Table:
 
 
 def evaluate(
-    model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
+    model: Annotated[str | None, Option(help=models.WHICH, show_default=models.DEFAULT)] = None,
     presets: Annotated[
         str, Option(help="Caches of this backend, by comma: presets, without an ingredient (balanced-margin), JSON options")
     ] = ",".join(PRESETS),

@@ -25,7 +25,7 @@ from spectral_compile.files import read_text
 
 
 def generate(
-    model: Annotated[str | None, Option(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
+    model: Annotated[str | None, Option(help=models.WHICH, show_default=models.DEFAULT)] = None,
     preset: Annotated[str, Option(help="Codec: quality, balanced, compact, seed or exact")] = "balanced",
     prompt: Annotated[str | None, Option(help="Text to continue", show_default="English prose")] = None,
     prompt_file: Annotated[Path | None, Option(help="File with the text to continue")] = None,

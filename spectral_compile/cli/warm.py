@@ -70,7 +70,7 @@ class Stage:
 
 
 def warm(
-    model: Annotated[str | None, Argument(help="Id or folder of a transformers model", show_default=models.DEFAULT)] = None,
+    model: Annotated[str | None, Argument(help=models.WHICH, show_default=models.DEFAULT)] = None,
     preset: Annotated[str, Option(help="Codec: quality, balanced, compact, seed or exact")] = "balanced",
     tokens: Annotated[str, Option(help="Lengths of prompts, by comma")] = "4096,16384",
     batch: Annotated[str, Option(help="Texts at a time, by comma")] = "1",

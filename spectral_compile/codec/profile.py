@@ -29,68 +29,62 @@ _LARGEST = 2**20  # bytes of a file; a hundred layers take ten thousand
 class Grade:
     """Channels at (8, 4, 2) bits in 32ths of the width, and what that loses of a layer's fidelity, where ``USUAL`` loses 1.
 
-    Losses are geometric means over the layers of SmolLM2-135M of the squared error of coefficients.
+    Losses are geometric means over the layers of SmolLM2-135M of the squared error of coefficients, those of keys and of values
+    averaged.
     """
 
     key: tuple[int, int, int]
     value: tuple[int, int, int]
-    key_loss: float
-    value_loss: float
+    loss: float
 
 
-USUAL = Grade((1, 5, 12), (0, 2, 20), 1.0, 1.0)
+USUAL = Grade((1, 5, 12), (0, 2, 20), 1.0)
 GRADES = (
-    Grade((1, 0, 3), (0, 0, 4), 5.15, 3.83),
-    Grade((1, 2, 5), (0, 1, 7), 2.60, 2.35),
-    Grade((1, 3, 7), (0, 1, 10), 1.63, 1.93),
-    Grade((1, 4, 9), (0, 2, 17), 1.34, 1.14),
+    Grade((1, 0, 3), (0, 0, 4), 4.49),
+    Grade((1, 2, 5), (0, 1, 7), 2.475),
+    Grade((1, 3, 7), (0, 1, 10), 1.78),
+    Grade((1, 4, 9), (0, 2, 17), 1.24),
     USUAL,
-    Grade((2, 6, 14), (0, 4, 22), 0.60, 0.75),
-    Grade((2, 8, 14), (0, 7, 22), 0.52, 0.50),
-    Grade((3, 10, 16), (0, 12, 20), 0.28, 0.32),
-    Grade((4, 14, 14), (1, 18, 13), 0.15, 0.17),
+    Grade((2, 6, 14), (0, 4, 22), 0.675),
+    Grade((2, 8, 14), (0, 7, 22), 0.51),
+    Grade((3, 10, 16), (0, 12, 20), 0.3),
+    Grade((4, 14, 14), (1, 18, 13), 0.16),
 )
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much a model suffers where the keys, or the values, of one attention layer alone are compressed.
+    """How much a model suffers where the cache of one attention layer alone is compressed.
 
-    ``key`` and ``value`` hold the mean KL divergence from the dense model under ``USUAL``, in nats a token, for each layer
-    in the order of the graph, ``coarse_key`` and ``coarse_value`` under the cheapest grade, and None where a layer stays dense.
-    Layers of one model differ by orders of magnitude, and losses of several layers nearly add up.
+    ``loss`` holds the mean KL divergence from the dense model under ``USUAL``, in nats a token, for each layer in the order of
+    the graph, ``coarse_loss`` under the cheapest grade, and None where a layer stays dense. Layers of one model differ by
+    orders of magnitude, and losses of several layers nearly add up. ``fingerprint`` is of the model's weights.
     """
 
     kv_heads: int
     head_dim: int
-    key: tuple[float | None, ...]
-    value: tuple[float | None, ...]
-    coarse_key: tuple[float | None, ...]
-    coarse_value: tuple[float | None, ...]
+    loss: tuple[float | None, ...]
+    coarse_loss: tuple[float | None, ...]
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        sides = self.key, self.value, self.coarse_key, self.coarse_value
+        both = self.loss, self.coarse_loss
         if any(type(count) is not int or count < 1 for count in (self.kv_heads, self.head_dim)):
             raise ValueError("a profile holds a number of KV heads and one of channels a head")
         if (
-            any(not isinstance(side, tuple) or len(side) != len(self.key) or not side for side in sides)
-            or any(type(x) not in (int, float) or not 0 <= x <= sys.float_info.max for x in chain(*map(_known, sides)))
-            or any(len({x is None for x in layer}) > 1 for layer in zip(*sides, strict=True))
-            or not _known(self.key)
+            any(not isinstance(losses, tuple) or len(losses) != len(self.loss) or not losses for losses in both)
+            or any(type(x) not in (int, float) or not 0 <= x <= sys.float_info.max for x in chain(*map(_known, both)))
+            or any((x is None) != (y is None) for x, y in zip(*both, strict=True))
+            or not _known(self.loss)
         ):
-            raise ValueError("a profile holds finite losses of keys and of values, not negative, for each attention layer")
+            raise ValueError("a profile holds two finite losses, not negative, for each attention layer")
+        if not isinstance(self.fingerprint, str | None):
+            raise ValueError("the fingerprint in a profile is a text")
 
     def losses(self) -> list[list[float]]:
         """What each layer that does not stay dense is expected to lose at each grade."""
-        coarse = zip(_known(self.coarse_key), _known(self.coarse_value), strict=True)
-        fine = zip(_known(self.key), _known(self.value), strict=True)
-        return [
-            [
-                _loss(k, most_k, g.key_loss, GRADES[0].key_loss) + _loss(v, most_v, g.value_loss, GRADES[0].value_loss)
-                for g in GRADES
-            ]
-            for (k, v), (most_k, most_v) in zip(fine, coarse, strict=True)
-        ]
+        both = zip(_known(self.loss), _known(self.coarse_loss), strict=True)
+        return [[_loss(fine, coarse, grade.loss) for grade in GRADES] for fine, coarse in both]
 
     @classmethod
     def load(cls, source: str | Path | dict) -> Profile:
@@ -116,22 +110,22 @@ class Profile:
 
     def misfit(self, kv_heads: int, head_dim: int, layers: int) -> str | None:
         """Why this is not the profile of a model with ``layers`` attention layers like this, if so."""
-        if (len(self.key), self.kv_heads, self.head_dim) == (layers, kv_heads, head_dim):
+        if (len(self.loss), self.kv_heads, self.head_dim) == (layers, kv_heads, head_dim):
             return None
-        made = f"{len(self.key)} layers of {self.kv_heads} KV heads with {self.head_dim} channels"
+        made = f"{len(self.loss)} layers of {self.kv_heads} KV heads with {self.head_dim} channels"
         return f"the profile is of another model, with {made}: write one for this model with `spectral-compile calibrate`"
 
     def apply(self, layout: Layout, layer: int) -> Layout:
         """``layout``, which every layer would have, with the tiers of this layer; as it is where the profile has none."""
-        if self.key[layer] is None:
+        if self.loss[layer] is None:
             return layout
-        place = len(_known(self.key[:layer]))
+        place = len(_known(self.loss[:layer]))
         grade = GRADES[_allot(self, layout.key, layout.value, layout.width)[place]]
         return replace(layout, key=tiers(grade.key, layout.width), value=tiers(grade.value, layout.width))
 
 
-def _known(side: tuple[float | None, ...]) -> list[float]:
-    return [x for x in side if x is not None]
+def _known(losses: tuple[float | None, ...]) -> list[float]:
+    return [x for x in losses if x is not None]
 
 
 def shipped() -> dict[str, Traversable]:
@@ -152,15 +146,15 @@ def _read(source: str | Path) -> bytes:
     return content
 
 
-def _loss(fine: float, coarse: float, usual: float, most: float) -> float:
+def _loss(fine: float, coarse: float, usual: float) -> float:
     """The loss of a grade in one layer, of which two losses were measured: ``fine`` under ``USUAL``, ``coarse`` under the
-    cheapest grade. ``usual`` and ``most`` are what this grade and the cheapest usually lose, where ``USUAL`` loses 1.
+    cheapest grade. ``usual`` is what this grade usually loses, where ``USUAL`` loses 1.
 
     Between the two it is interpolated on logarithmic scales; for finer grades than ``USUAL`` it is proportional to ``usual``.
     """
     if usual <= 1 or fine == 0:
         return fine * usual
-    return fine * max(coarse / fine, 1.0) ** (math.log(usual) / math.log(most))
+    return fine * max(coarse / fine, 1.0) ** (math.log(usual) / math.log(GRADES[0].loss))
 
 
 @functools.lru_cache(maxsize=16)

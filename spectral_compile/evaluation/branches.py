@@ -17,11 +17,11 @@ from spectral_compile.evaluation.contenders import Contender
 
 
 class Branch(NamedTuple):
-    """A trial: in a layer of a dense cache ``name``, "keys" or "values", is ``x`` [1, H, n, D]."""
+    """A trial: a layer of a dense cache has these ``keys`` and ``values`` [1, H, n, D]."""
 
     layer: int
-    name: str
-    x: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 def branched(dense: Contender, exact: Cache, ids: torch.Tensor, branches: Sequence[Branch]) -> list[torch.Tensor]:
@@ -46,23 +46,23 @@ def _one_by_one(exact: Cache, branches: Sequence[Branch]) -> Iterator[Cache]:
     yield copy.deepcopy(exact)
     for branch in branches:
         trial = copy.deepcopy(exact)
-        setattr(trial.layers[branch.layer], branch.name, branch.x)
+        layer = trial.layers[branch.layer]
+        layer.keys, layer.values = branch.keys, branch.values
         yield trial
 
 
 def _in_rows(exact: Any, others: list[tuple[int, Branch]]) -> Any:
-    """A dense layer of one row, as a batch sees it: some of the rows have other keys or values."""
+    """A dense layer of one row, as a batch sees it, of which some rows have other keys and values."""
     layer = copy.copy(exact)
 
     def update(key: torch.Tensor, *rest: Any, **more: Any) -> Any:
         own = copy.copy(exact)
         for name in ("keys", "values"):
             past = getattr(exact, name).expand(key.shape[0], -1, -1, -1)
-            exchanged = [(row, branch.x) for row, branch in others if branch.name == name]
-            if exchanged:
+            if others:
                 past = past.clone()
-            for row, x in exchanged:
-                past[row] = x[0]
+            for row, branch in others:
+                past[row] = getattr(branch, name)[0]
             setattr(own, name, past)
         return own.update(key, *rest, **more)
 

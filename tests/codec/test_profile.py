@@ -21,7 +21,7 @@ from tests.profiles import profile
 from tests.tiny import GREEDY, build, tokens
 
 LOSSES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
-GOOD = {"kv_heads": 1, "head_dim": 2, "key": [1], "value": [1], "coarse_key": [1], "coarse_value": [1]}
+GOOD = {"kv_heads": 1, "head_dim": 2, "loss": [1], "coarse_loss": [1], "fingerprint": None}
 WITH_PROFILE = ("quality", "balanced", "compact")
 
 
@@ -58,7 +58,7 @@ def test_what_suffers_more_gets_no_less(losses: list[float]) -> None:
 
 def test_grades_cost_more_and_lose_less() -> None:
     for a, b in pairwise(GRADES):
-        assert a.key_loss > b.key_loss and a.value_loss > b.value_loss
+        assert a.loss > b.loss
         assert sum(a.key) <= sum(b.key) and sum(a.value) <= sum(b.value)
 
 
@@ -74,26 +74,27 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     [
         "no",
         "[]",
-        '{"key": [1]}',
-        json.dumps(GOOD | {"value": []}),
+        '{"loss": [1]}',
+        json.dumps(GOOD | {"coarse_loss": []}),
         json.dumps(GOOD | {"more": 1}),
+        json.dumps(GOOD | {"fingerprint": 1}),
         json.dumps(GOOD | {"kv_heads": True}),
         json.dumps(GOOD | {"head_dim": 2.0}),
         json.dumps(GOOD | {"kv_heads": 0}),
-        json.dumps(GOOD | {"key": [True]}),
-        json.dumps(GOOD | {"key": [None]}),
-        json.dumps(GOOD | {"key": [[1]]}),
-        json.dumps(GOOD | {"key": ["1"]}),
-        json.dumps(GOOD | {"key": "1"}),
-        json.dumps(GOOD | {"key": 1}),
-        json.dumps(GOOD | {"key": [float("inf")]}),
-        json.dumps(GOOD | {"key": [float("nan")]}),
-        json.dumps(GOOD | {"key": [-1]}),
-        json.dumps(GOOD | {"key": [10**400]}),
+        json.dumps(GOOD | {"loss": [True]}),
+        json.dumps(GOOD | {"loss": [None]}),
+        json.dumps(GOOD | {"loss": [[1]]}),
+        json.dumps(GOOD | {"loss": ["1"]}),
+        json.dumps(GOOD | {"loss": "1"}),
+        json.dumps(GOOD | {"loss": 1}),
+        json.dumps(GOOD | {"loss": [float("inf")]}),
+        json.dumps(GOOD | {"loss": [float("nan")]}),
+        json.dumps(GOOD | {"loss": [-1]}),
+        json.dumps(GOOD | {"loss": [10**400]}),
         json.dumps(GOOD).replace("[1]", "[1e999]"),
         json.dumps(GOOD).replace("[1]", f"[{'1' * 5000}]"),
         "[" * 10**5,
-        '{"key": ' * 10**5,
+        '{"loss": ' * 10**5,
         b"\x80\x04binary\xff\x00",
         b"\xff\xfe",
         b"",
@@ -109,7 +110,7 @@ def test_what_is_no_profile_is_said(content: str | bytes, tmp_path: Path) -> Non
 
 
 def test_a_dictionary_is_a_profile_or_is_not() -> None:
-    assert SpectralConfig(profile=GOOD).profile == Profile(1, 2, (1,), (1,), (1,), (1,))
+    assert SpectralConfig(profile=GOOD).profile == Profile(1, 2, (1,), (1,))
     with pytest.raises(ValueError, match="this dictionary is no profile"):
         SpectralConfig(profile={1: 2})
 
@@ -122,7 +123,7 @@ def test_a_file_without_an_end_is_not_read_to_its_end() -> None:
 def test_a_profile_that_comes_with_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (name,) = shipped()
     known = SpectralConfig.parse({"profile": name}).profile
-    assert (known.kv_heads, known.head_dim, len(known.key)) == (3, 64, 30)
+    assert (known.kv_heads, known.head_dim, len(known.loss)) == (3, 64, 30)
     monkeypatch.chdir(tmp_path)
     other = profile((2, 16), (0.5,))
     other.save(name)
@@ -178,6 +179,6 @@ def test_a_profile_of_another_model_is_refused_and_the_model_runs() -> None:
 def test_a_layer_that_suffers_from_the_cheapest_grade_does_not_get_it() -> None:
     """What little a layer loses under fine codes says nothing of what it loses where nearly all is dropped."""
     fine, coarse = (1e-5,) * 4 + (1e-3,) * 2, (1e-1,) + (4e-5,) * 3 + (5e-3,) * 2
-    known = Profile(3, 64, fine, fine, coarse, coarse)
+    known = Profile(3, 64, fine, coarse)
     layouts = [SpectralConfig("compact", profile=known).layout(3, 64, None, layer) for layer in range(6)]
     assert held(layouts[0]) > held(layouts[1]) == held(layouts[2])

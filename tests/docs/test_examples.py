@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import spectral_compile as sc
 from spectral_compile import backend
@@ -32,6 +32,7 @@ def test_examples_run(
     sc.reset()
     names: dict[str, Any] = {
         "model": model,
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_folder, eos_token="<pad>"),
         "inputs": {"input_ids": tokens(1, 40) % 128, "max_new_tokens": 4, "do_sample": False},
     }
     with patch.dict(PRESETS):  # to which a recipe adds
@@ -50,5 +51,5 @@ def recompilable(model: PreTrainedModel) -> None:
 
 
 def test_the_pages_that_should_have_examples_do() -> None:
-    expected = {ROOT / "README.md", ROOT / "CONTRIBUTING.md", DOCS / "api.md", DOCS / "format.md", DOCS / "unsloth.md"}
-    assert expected <= set(WITH_EXAMPLES)
+    expected = [DOCS / f"{page}.md" for page in ("api", "format", "lm-eval", "unsloth")]
+    assert {ROOT / "README.md", ROOT / "CONTRIBUTING.md", *expected} <= set(WITH_EXAMPLES)

@@ -31,6 +31,7 @@ from spectral_compile.evaluation.contenders import Contender, contender, options
 from spectral_compile.evaluation.measure import Agreement, Result, Trial, compare, read
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.evaluation.trace import Step, show, trace
+from spectral_compile.fingerprint import fingerprint, known
 from spectral_compile.report import GraphReport, SpectralWarning
 from spectral_compile.stats import storage_bytes
 from tests.budget import FULL
@@ -298,13 +299,10 @@ def test_calibration_finds_the_layer_that_matters(llama: PreTrainedModel) -> Non
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()
     profile = calibrate(model, [tokens(1, PROMPT + 40)], PROMPT)
     assert (profile.kv_heads, profile.head_dim) == (llama.config.num_key_value_heads, llama.config.head_dim)
-    assert min(profile.key[1], profile.value[1]) > 100 * max(profile.key[0], profile.value[0])
-    assert profile.coarse_key[1] > profile.key[1] and profile.coarse_value[1] > profile.value[1]
+    assert profile.loss[1] > 100 * profile.loss[0] and profile.coarse_loss[1] > profile.loss[1]
 
 
-def test_a_profile_is_of_each_layers_keys_and_values_exchanged_alone(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_profile_is_of_each_layers_cache_exchanged_alone(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """As written out, one after the other; layers some at a time."""
     ids = tokens(1, PROMPT + 24)
     dense = contender(llama, "dense")
@@ -317,20 +315,19 @@ def test_a_profile_is_of_each_layers_keys_and_values_exchanged_alone(
             ours = contender(llama, preset)
             held = ours.empty()
             ours.feed(held, ids[:, :PROMPT], keep=1)
-            for name in ("keys", "values"):
-                found.append([])
-                for layer, part in enumerate(held.layers):
-                    trial = copy.deepcopy(exact)
-                    setattr(trial.layers[layer], name, getattr(part, name).dense())
-                    logits = dense.feed(trial, ids[:, PROMPT:-1])
-                    found[-1].append(Agreement.of(logits, expected, ids[0, PROMPT + 1 :]).kl)
-    each = torch.tensor(found, dtype=torch.float64).view(2, 2, -1)
-    each = (each - each.amin((-2, -1), keepdim=True)).clamp(min=calibration.LEAST)
+            found.append([])
+            for own, part in enumerate(held.layers):
+                trial = copy.deepcopy(exact)
+                trial.layers[own].keys, trial.layers[own].values = part.keys.dense(), part.values.dense()
+                logits = dense.feed(trial, ids[:, PROMPT:-1])
+                found[-1].append(Agreement.of(logits, expected, ids[0, PROMPT + 1 :]).kl)
+    each = torch.tensor(found, dtype=torch.float64)
+    each = (each - each.amin(-1, keepdim=True)).clamp(min=calibration.LEAST)
     for logits in (1 << 28, 1):
         monkeypatch.setattr(calibration, "_LOGITS", logits)
         profile = calibrate(llama, [ids], PROMPT)
-        sides = torch.tensor([profile.key, profile.value, profile.coarse_key, profile.coarse_value], dtype=torch.float64)
-        torch.testing.assert_close(sides, each.flatten(0, 1), rtol=1e-3, atol=1e-7)
+        losses = torch.tensor([profile.loss, profile.coarse_loss], dtype=torch.float64)
+        torch.testing.assert_close(losses, each, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama, layers in no list", "gemma3", "qwen3.5"])
@@ -342,27 +339,34 @@ def test_branches_are_what_each_trial_alone_is(kind: str, llama: PreTrainedModel
     with torch.no_grad():
         dense.feed(exact, ids[:, :40], keep=1)
         held = [(i, layer) for i, layer in enumerate(exact.layers) if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-        trials = [Branch(i, name, getattr(layer, name).flip(2)) for i, layer in reversed(held) for name in ("values", "keys")]
+        caches = [(i, layer.keys, layer.values) for i, layer in reversed(held)]
+        trials = [trial for i, k, v in caches for trial in (Branch(i, k.flip(2), v), Branch(i, k, v.flip(2)))]
         if "list" in kind:
             monkeypatch.setattr(model, "get_decoder", lambda: None)
         found = branched(dense, exact, ids[:, 40:], trials)
         for trial, row in zip([None, *trials], found, strict=True):
             alone = copy.deepcopy(exact)
             if trial is not None:
-                setattr(alone.layers[trial.layer], trial.name, trial.x)
+                alone.layers[trial.layer].keys, alone.layers[trial.layer].values = trial.keys, trial.values
             torch.testing.assert_close(row, dense.feed(alone, ids[:, 40:]), rtol=1e-4, atol=1e-5)
         assert exact.get_seq_length() == 40
 
 
-def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Path) -> None:
+def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a file, or to where it is found without being asked for."""
+    monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))
     text, out = tmp_path / "text.txt", tmp_path / "profile.json"
     text.write_text(" ".join(f"w{2 + i * i % 126}" for i in range(1300)))
-    work = ("--tokens", 1124, "--scored", 16, "--text", text, "--device", "cpu")
-    result = invoke("calibrate", out, "--model", tiny_folder, *work)
+    work = ("--model", tiny_folder, "--tokens", 1124, "--scored", 16, "--text", text, "--device", "cpu")
+    result = invoke("calibrate", out, *work)
     assert result.exit_code == 0, result.output
     profile = Profile.load(out)
     model = models.load(str(tiny_folder), torch.float32)[0]
-    assert len(profile.key) == model.config.num_hidden_layers
+    assert len(profile.loss) == model.config.num_hidden_layers
+    assert profile.fingerprint == fingerprint(model.parameters()) and known(profile.fingerprint) is None
+    result = invoke("calibrate", *work)
+    assert result.exit_code == 0 and "from now on this model is compiled with it" in result.output
+    assert known(profile.fingerprint) == profile
     trial = contender(model, "compact+profile", profile=profile)
     read(trial, tokens(1, PROMPT + 4) % model.config.vocab_size, PROMPT)
     require_matched({"prefill", "extend"})
@@ -443,8 +447,8 @@ def test_eval_and_calibrate_take_a_model_of_which_some_layers_stay_dense(tiny_fo
     assert calibrated.exit_code == 0, calibrated.output
     known = Profile.load(out)
     assert (known.kv_heads, known.head_dim) == (2, 16)
-    for side in (known.key, known.value, known.coarse_key, known.coarse_value):
-        assert side[0] is None and side[1] > 0
+    for losses in (known.loss, known.coarse_loss):
+        assert losses[0] is None and losses[1] > 0
     shown = invoke("eval", *work, "--presets", "compact+profile", "--rivals", "", "--profile", out)
     assert shown.exit_code == 0, shown.output
     assert "compact+profile" in shown.stdout
@@ -453,12 +457,12 @@ def test_eval_and_calibrate_take_a_model_of_which_some_layers_stay_dense(tiny_fo
 
 def test_a_profile_divides_bytes_among_layers_that_have_losses_alone() -> None:
     losses = (0.5, 0.001, 0.02)
-    alone = Profile(3, 64, losses, losses, losses, losses)
+    alone = Profile(3, 64, losses, losses)
     mixed = (None, losses[0], None, *losses[1:])
-    among = Profile(3, 64, mixed, mixed, mixed, mixed)
+    among = Profile(3, 64, mixed, mixed)
     layout = SpectralConfig("balanced").layout(3, 64, None)
     assert [among.apply(layout, layer) for layer in (1, 3, 4)] == [alone.apply(layout, layer) for layer in range(3)]
     assert among.apply(layout, 0) == among.apply(layout, 2) == layout
-    for wrong in ((mixed, losses, losses, losses), (mixed, mixed, mixed, (0.5, None, *mixed[2:])), ((None,),) * 4):
-        with pytest.raises(ValueError, match="a profile holds finite losses"):
+    for wrong in ((mixed, losses), (mixed, (0.5, None, *mixed[2:])), ((None,),) * 2):
+        with pytest.raises(ValueError, match="a profile holds two finite losses"):
             Profile(3, 64, *wrong)

@@ -124,6 +124,7 @@ def test_a_needle_survives_compression(smollm2: Real) -> None:
     assert out.past_key_values.layers[0].keys.store.timeline.ledger[0, 3] > 1000
     assert sc.memory_stats(out.past_key_values).ratio > 2
     assert_two_graphs()
+    assert sc.reports()[0].profiled, "by the profile that comes with the package, though nobody asked for one"
 
 
 @pytest.mark.slow
