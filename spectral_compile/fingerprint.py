@@ -25,8 +25,9 @@ def fingerprint(weights: Iterable[torch.Tensor]) -> str | None:
     vectors = [x.detach() for x in weights if x.ndim == 1 and x.is_floating_point()]
     if not vectors or any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta for x in vectors):
         return None
-    digests = (hashlib.sha256(x.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()).digest() for x in vectors)
-    return hashlib.sha256(b"".join([CODEC, *sorted(digests)])).hexdigest()[:32]
+    numbers = (x.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes() for x in vectors)
+    digests = sorted(hashlib.sha256(vector).digest() for vector in numbers)
+    return hashlib.sha256(b"".join([CODEC, *digests])).hexdigest()[:32]
 
 
 def path_of(found: str) -> Path:
