@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,12 +49,16 @@ def known(found: str | None) -> Profile | None:
     """The profile of the model with this fingerprint that lies on this machine, or comes with the package."""
     if found is None:
         return None
-    path = path_of(found)
-    if path.is_file():
+    try:
+        path = path_of(found)
+        kept = path.is_file()
+    except (OSError, RuntimeError):  # a folder that may not be read, or a user without a home
+        kept = False
+    if kept:
         try:
             return Profile.load(path)
         except ValueError as error:
             warnings.warn(f"all layers get the same bytes: {error}", SpectralWarning, stacklevel=2)
             return None
-    profiles = (Profile.load(name) for name in shipped())
+    profiles = (Profile.load(json.loads(file.read_bytes())) for file in shipped().values())
     return next((profile for profile in profiles if profile.fingerprint == found), None)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import spectral_compile as sc
 from spectral_compile.codec import Profile
+from spectral_compile.codec.profile import shipped
 from spectral_compile.fingerprint import fingerprint, keep, known, path_of
 from spectral_compile.report import SpectralWarning
 from tests.profiles import profile
@@ -70,6 +71,23 @@ def test_what_has_no_values_is_not_known() -> None:
     assert fingerprint([]) is fingerprint([torch.ones(2, 2)]) is None
     assert fingerprint([torch.ones(3, device="meta")]) is None
     assert known(None) is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Could not determine home directory."), PermissionError()])
+def test_who_has_no_home_still_has_what_comes_with_the_package(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (name,) = shipped()
+    whole = Profile.load(name)
+
+    def nowhere() -> Path:
+        raise error
+
+    monkeypatch.delenv("SPECTRAL_CACHE")
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()  # of which the backend was not asked anything
+    assert known(whole.fingerprint) == whole and known("0" * 32) is None
 
 
 def test_graphs_say_whose_weights_they_have() -> None:
