@@ -69,17 +69,9 @@ def too_wide(layout: Layout, dtype: torch.dtype, shared: int) -> str | None:
 
 def _with_profile(trace: Trace, first: Site) -> SpectralConfig:
     """The options, with the profile of this model where they ask for it and there is one."""
-    if trace.config.profile != AUTO or first.edge.past is not None:
+    if trace.config.profile != AUTO or first.edge.past is not None or (found := known(trace.fingerprint)) is None:
         return trace.config
-    found = known(trace.fingerprint)
-    if found is not None and _misfit(found, trace, first):  # an untrained model of another shape has the same vectors
-        found = None
     return replace(trace.config, profile=found)
-
-
-def _misfit(profile: Profile, trace: Trace, site: Site) -> str | None:
-    key = fake(site.edge.new[0])
-    return profile.misfit(key.shape[1], key.shape[3], len(trace.sites))
 
 
 def _give_layout(trace: Trace, site: Site, layer: int, options: SpectralConfig) -> str | None:
@@ -89,9 +81,12 @@ def _give_layout(trace: Trace, site: Site, layer: int, options: SpectralConfig) 
         site.layout = fake(site.edge.past[0]).kind.layout
     else:
         if isinstance(options.profile, Profile):
-            if (reason := _misfit(options.profile, trace, site)) is not None:
+            reason = options.profile.misfit(key.shape[1], key.shape[3], len(trace.sites))
+            if reason is not None and trace.config.profile != AUTO:
                 return reason
-            trace.profiled = True
+            if reason is not None:  # an untrained model of another shape has the same vectors, and nobody asked for a profile
+                options = trace.config
+            trace.profiled |= reason is None
         site.layout = options.layout(key.shape[1], key.shape[3], None, layer)
     if key.device.type != "cuda":
         return None
