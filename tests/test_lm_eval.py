@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,19 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import spectral_compile as sc
 from spectral_compile import backend, report
+from tests.examples import example
 from tests.tiny import EXACT, build
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "lm_eval_tasks.py"
 SHORT = {"characters": 200}  # of text around what is asked for; EXACT's small windows have it coded nevertheless
 
 
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lm_eval_tasks", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", name="example")
+def lm_eval_tasks() -> ModuleType:
+    return example("lm_eval_tasks")
 
 
 @pytest.fixture(scope="module")

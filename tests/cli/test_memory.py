@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ import spectral_compile as sc
 from spectral_compile.cli.memory import CHUNKS, Fit, Shape, parse_bytes
 from spectral_compile.errors import Mistake
 from tests import shell
+from tests.examples import example
 
 invoke = partial(shell.invoke, "doctor")
 LLAMA = {
@@ -32,15 +31,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("llama")
     LlamaConfig(**LLAMA).save_pretrained(folder)
     return str(folder)
-
-
-def example() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "long_context_on_8_gb.py"
-    spec = importlib.util.spec_from_file_location("long_context_on_8_gb", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -118,7 +108,7 @@ def test_the_example_reads_a_prompt_in_chunks(
     made_up: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--memory", "2MiB", "--tokens", "3000", "--new-tokens", "12", "--bits", "16", "--inner", "eager", *made_up]
-    example().main([str(tiny_folder), *given])
+    example("long_context_on_8_gb").main([str(tiny_folder), *given])
     said = capsys.readouterr().out
     assert "3000 tokens fit into 2.0 MiB with prefill_chunk_size=1024" in said and "smaller than a dense one" in said
     assert {report.kind for report in sc.reports()} == {"prefill", "extend", "decode"}
@@ -126,16 +116,16 @@ def test_the_example_reads_a_prompt_in_chunks(
 
 
 def test_made_up_weights_are_those_of_the_model(tiny_folder: Path) -> None:
-    made = example().made_up(str(tiny_folder), torch.device("cpu"), 16)
+    made = example("long_context_on_8_gb").made_up(str(tiny_folder), torch.device("cpu"), 16)
     whole = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert {name: x.shape for name, x in made.named_parameters()} == {name: x.shape for name, x in whole.named_parameters()}
     assert not any(x.is_meta for x in (*made.parameters(), *made.buffers()))
-    packed = example().made_up(str(tiny_folder), torch.device("cpu"), 4)
+    packed = example("long_context_on_8_gb").made_up(str(tiny_folder), torch.device("cpu"), 4)
     names = {type(module).__name__ for name, module in packed.named_modules() if name.endswith("_proj")}
     assert names == {"Linear4bit"} and type(packed.lm_head) is torch.nn.Linear
 
 
 def test_the_example_says_what_does_not_fit(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        example().main([str(tiny_folder), "--memory", "1MiB", "--tokens", "3000", "--inner", "eager"])
+        example("long_context_on_8_gb").main([str(tiny_folder), "--memory", "1MiB", "--tokens", "3000", "--inner", "eager"])
     assert "do not fit" in capsys.readouterr().out
