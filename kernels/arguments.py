@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_compile.codec.layout import Layout, Tiers
+from spectral_compile.codec import layout as layouts
+from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.digits import RowField, row_fields
 from spectral_compile.kernels.ledger import COLUMNS
 from spectral_compile.kernels.values import Chunk
@@ -55,29 +56,48 @@ class ChunkArguments(NamedTuple):
 
 
 class Side(NamedTuple):
-    """How keys, or values, are coded: channels at 8, 4 and 2 bits, their sum, and a token's codes in halfwords."""
+    """How keys, or values, are coded. Names in capitals are padded to a power of two."""
 
-    tiers: tuple[int, int, int]
-    rank: int
-    halfwords: int
+    heads: int  # KV heads that are coded jointly
+    groups: int  # of such
+    share: int  # of the geometry's groups are in one of these
+    width: int  # channels of such a group
+    WIDTH: int
+    tiers: tuple[int, int, int]  # channels at 8, 4 and 2 bits
+    rank: int  # their sum
+    halfwords: int  # of a token's codes
     fields: tuple[RowField, ...]
 
     @classmethod
-    def of(cls, tiers: Tiers) -> Side:
-        return cls((tiers.bits8, tiers.bits4, tiers.bits2), tiers.rank, tiers.row_bytes // 2, row_fields(tiers))
+    def of(cls, side: layouts.Side, heads: int) -> Side:
+        """Where a program takes ``heads`` KV heads."""
+        tiers = side.tiers
+        return cls(
+            heads=side.heads,
+            groups=side.groups,
+            share=side.heads // heads,
+            width=side.width,
+            WIDTH=max(LEAST, triton.next_power_of_2(side.width)),
+            tiers=(tiers.bits8, tiers.bits4, tiers.bits2),
+            rank=tiers.rank,
+            halfwords=tiers.row_bytes // 2,
+            fields=row_fields(tiers),
+        )
 
 
 class Geometry(NamedTuple):
-    """What is fixed about a store, as kernels are compiled for it. Names in capitals are padded to a power of two."""
+    """What is fixed about a store, as kernels are compiled for it. Names in capitals are padded to a power of two.
+
+    Programs take groups of ``heads`` KV heads, those of the side that has fewer heads in a group; of a group of the other side
+    one has but a share, and where what it does is for all of the group, the first of those that have one does it.
+    """
 
     kv_heads: int
-    groups: int  # of KV heads that are coded jointly
+    groups: int
     heads: int  # KV heads of a group
     query_heads: int  # of a KV head
     dim: int  # channels of a head
     DIM: int
-    width: int  # channels of a group
-    WIDTH: int
     k: Side  # not ``key``, and not ``value``: Triton's own tuples have members of such names
     v: Side
     lossless: bool
@@ -91,14 +111,12 @@ class Geometry(NamedTuple):
         return cls(
             kv_heads=layout.kv_heads,
             groups=layout.groups,
-            heads=layout.head_group,
+            heads=layout.heads,
             query_heads=query_heads // layout.kv_heads,
             dim=layout.head_dim,
             DIM=triton.next_power_of_2(layout.head_dim),
-            width=layout.width,
-            WIDTH=max(LEAST, triton.next_power_of_2(layout.width)),
-            k=Side.of(layout.key),
-            v=Side.of(layout.value),
+            k=Side.of(layout.k, layout.heads),
+            v=Side.of(layout.v, layout.heads),
             lossless=layout.lossless,
             normalised=layout.normalised,
             first_exact=layout.first_exact,

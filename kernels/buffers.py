@@ -21,8 +21,8 @@ class Capacity(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """One layer's cache. B rows, H KV heads, G groups of W channels, C coded slots, E exact places, N places of recent tokens,
-    S segments, R rank.
+    """One layer's cache. B rows, H KV heads, C coded slots, E exact places, N places of recent tokens, S segments; of a side
+    G groups of W channels, and R rank.
 
     Token i of a row (counted from its first valid one) stands in ``exact[i]`` if it is one of the F = ``first_exact`` first;
     else it has the slot j = i - F, and stands in ``codes[j]`` once coded and in ``exact[F + j % N]`` before, with E = F + N.
@@ -65,13 +65,14 @@ PART = {  # the line of a memory report in which each buffer is counted
 
 def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype, device: torch.device | str) -> Buffers:
     """Empty buffers for ``batch`` rows; ``dtype`` is the model's."""
-    g, h, w, d = layout.groups, layout.kv_heads, layout.width, layout.head_dim
+    h, d = layout.kv_heads, layout.head_dim
+    (_, gk, wk, _), (_, gv, wv, _) = layout.k, layout.v
     c, s = capacity.coded, capacity.segments
     in_bytes = capacity.recent if layout.recent_bits == 8 else 0
     e = layout.first_exact + capacity.recent - in_bytes
     rk, rv = layout.key.rank, layout.value.rank
     if layout.lossless:
-        codes, row_k, row_v, s_basis, norms = dtype, w, w, 0, 0
+        codes, row_k, row_v, s_basis, norms = dtype, wk, wv, 0, 0
     else:
         codes, row_k, row_v, s_basis = torch.uint8, layout.key.row_bytes, layout.value.row_bytes, s
         norms = c if layout.normalised else 0
@@ -80,13 +81,13 @@ def allocate(layout: Layout, batch: int, capacity: Capacity, dtype: torch.dtype,
         return torch.empty(shape, dtype=dtype, device=device)
 
     buffers = Buffers(
-        k_codes=empty(batch, g, c, row_k, dtype=codes),
-        v_codes=empty(batch, g, c, row_v, dtype=codes),
-        v_norms=empty(batch, g, norms, dtype=torch.uint8),
-        k_basis=empty(batch, g, s_basis, rk, w, dtype=torch.int8),
-        v_basis=empty(batch, g, s_basis, rv, w, dtype=torch.int8),
-        k_affine=empty(batch, g, s_basis, 2 * rk + w, dtype=torch.float32),
-        v_affine=empty(batch, g, s_basis, 2 * rv + w, dtype=torch.float32),
+        k_codes=empty(batch, gk, c, row_k, dtype=codes),
+        v_codes=empty(batch, gv, c, row_v, dtype=codes),
+        v_norms=empty(batch, gv, norms, dtype=torch.uint8),
+        k_basis=empty(batch, gk, s_basis, rk, wk, dtype=torch.int8),
+        v_basis=empty(batch, gv, s_basis, rv, wv, dtype=torch.int8),
+        k_affine=empty(batch, gk, s_basis, 2 * rk + wk, dtype=torch.float32),
+        v_affine=empty(batch, gv, s_basis, 2 * rv + wv, dtype=torch.float32),
         k_exact=empty(batch, h, e, d, dtype=dtype),
         v_exact=empty(batch, h, e, d, dtype=dtype),
         k_recent=empty(batch, h, in_bytes, d, dtype=torch.int8),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from spectral_compile import codec
-from spectral_compile.codec.layout import Layout, Rotary, Tiers
+from spectral_compile.codec.layout import Layout, Rotary, Side
 from spectral_compile.kernels.autocast import without_autocast
 from spectral_compile.kernels.buffers import Buffers
 
@@ -43,15 +43,14 @@ def unrotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) ->
     return rotate(x.float(), -positions, back).to(x.dtype)
 
 
-def group(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+def group(x: torch.Tensor, side: Side) -> torch.Tensor:
     """[H, n, D] as joint channels [G, n, W]."""
-    heads = x.unflatten(0, (layout.groups, layout.head_group))
-    return heads.transpose(1, 2).flatten(-2)
+    return x.unflatten(0, (side.groups, side.heads)).transpose(1, 2).flatten(-2)
 
 
-def ungroup(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+def ungroup(x: torch.Tensor, side: Side) -> torch.Tensor:
     """[G, n, W] as heads [H, n, D]."""
-    return x.unflatten(-1, (layout.head_group, layout.head_dim)).transpose(1, 2).flatten(0, 1)
+    return x.unflatten(-1, (side.heads, side.width // side.heads)).transpose(1, 2).flatten(0, 1)
 
 
 def recent(row: int, side: str, slots: torch.Tensor, buffers: Buffers, layout: Layout) -> torch.Tensor:
@@ -81,22 +80,22 @@ def not_coded(row: int, side: str, before: int, coded: int, buffers: Buffers, la
     return torch.cat((exact[:, : min(before, layout.first_exact)], last), 1)
 
 
-def coded_side(side: str, buffers: Buffers, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tiers]:
-    """Codes, bases, affine numbers and tiers of keys ("k") or values ("v")."""
+def coded_side(side: str, buffers: Buffers, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Side]:
+    """Codes, bases and affine numbers of keys ("k") or values ("v"), and how they are coded."""
     if side == "k":
-        return buffers.k_codes, buffers.k_basis.mT, buffers.k_affine, layout.key
-    return buffers.v_codes, buffers.v_basis.mT, buffers.v_affine, layout.value
+        return buffers.k_codes, buffers.k_basis.mT, buffers.k_affine, layout.k
+    return buffers.v_codes, buffers.v_basis.mT, buffers.v_affine, layout.v
 
 
 def decode(row: int, segment: int, slots: slice, side: str, buffers: Buffers, layout: Layout) -> torch.Tensor:
     """Coded tokens of one segment, [H, n, D]: float32, or the model's dtype where the store is lossless."""
-    codes, basis, affine, tiers = coded_side(side, buffers, layout)
+    codes, basis, affine, how = coded_side(side, buffers, layout)
     if layout.lossless:
-        return ungroup(codes[row, :, slots], layout)
-    x = codec.decode(codes[row, :, slots], basis[row, :, segment], affine[row, :, segment], tiers)
+        return ungroup(codes[row, :, slots], how)
+    x = codec.decode(codes[row, :, slots], basis[row, :, segment], affine[row, :, segment], how.tiers)
     if side == "v" and layout.normalised:
         x = x * codec.norm_value(buffers.v_norms[row, :, slots])[..., None]
-    return ungroup(x, layout)
+    return ungroup(x, how)
 
 
 @without_autocast

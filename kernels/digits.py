@@ -201,7 +201,7 @@ def as_loaded(tensors):
 
 
 @triton.jit
-def digit_rows(basis, affine, channels, live, WIDTH: tl.constexpr, SIDE: tl.constexpr, i: tl.constexpr):
+def digit_rows(basis, affine, channels, live, SIDE: tl.constexpr, i: tl.constexpr):
     """Of field ``i`` the basis' bytes [digits, channels] and what they are times [digits], zero where there is padding."""
     FIELD: tl.constexpr = SIDE.fields[i]
     digit = tl.arange(0, FIELD.padded * (16 // FIELD.bits))
@@ -211,20 +211,19 @@ def digit_rows(basis, affine, channels, live, WIDTH: tl.constexpr, SIDE: tl.cons
     nibble, crumb = (byte - SIDE.tiers[0]) * 2 + bit // 4, (byte - SIDE.tiers[0] - (SIDE.tiers[1] + 1) // 2) * 4 + bit // 2
     real = (at < FIELD.held) & (in8 | (in4 & (nibble < SIDE.tiers[1])) | (~in4 & (crumb < SIDE.tiers[2])))
     r = tl.where(in8, byte, SIDE.tiers[0] + tl.where(in4, nibble, SIDE.tiers[1] + crumb))
-    x = tl.load(basis + r[:, None] * WIDTH + channels[None, :], mask=real[:, None] & live[None, :], other=0)
+    x = tl.load(basis + r[:, None] * SIDE.width + channels[None, :], mask=real[:, None] & live[None, :], other=0)
     place = tl.exp2(tl.where(in8, bit, tl.where(in4, bit % 4, 0)).to(tl.float32))
     return x, tl.load(affine + r, mask=real, other=0.0) * tl.load(affine + SIDE.rank + r, mask=real, other=0.0) * place
 
 
 @triton.jit
 def matrix(
-    basis, affine, channels, live, gain,
-    WIDTH: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
+    basis, affine, channels, live, gain, SIDE: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """The matrix from digits to some channels times their weights and ``gain``, one tensor [digits, channels] a field."""
     out = ()
     for i in tl.static_range(len(SIDE.fields)):
-        x, scale = digit_rows(basis, affine, channels, live, WIDTH, SIDE, i)
+        x, scale = digit_rows(basis, affine, channels, live, SIDE, i)
         scale = scale * gain
         if SCALED is None:
             x = (x.to(tl.float32) * scale[:, None]).to(DTYPE)

@@ -57,11 +57,12 @@ def classify_edges(trace: Trace) -> None:
 def too_wide(layout: Layout, dtype: torch.dtype, shared: int) -> str | None:
     """Why the kernels cannot attend to this layout on a GPU with ``shared`` bytes of shared memory a block, if so."""
     widest = max((width for width, kib in _SHARED[dtype.itemsize] if 1024 * kib <= shared), default=0)
-    if layout.lossless or layout.width <= widest:
+    width = max(layout.k.width, layout.v.width)
+    if layout.lossless or width <= widest:
         return None
     if layout.head_dim <= widest:
         fits = largest_group(layout.kv_heads, layout.head_dim, widest)
-        return f"its groups have {layout.width} channels, and on this GPU at most {widest} fit: set head_group={fits}"
+        return f"its groups have {width} channels, and on this GPU at most {widest} fit: set head_group={fits}"
     if dtype == torch.float32:
         return "in float32 its heads do not fit the shared memory of this GPU: load the model in bfloat16 or float16"
     return f"its heads have {layout.head_dim} channels: on this GPU at most {widest} can be compressed"

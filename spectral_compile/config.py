@@ -20,6 +20,8 @@ AUTO = "auto"
 INNER = ("inductor", "aot_eager", "eager")
 _RANGES = {  # of counts; first tokens, a block and the headroom are allocated before there are tokens for them
     "head_group": (1, 256),
+    "key_group": (1, 256),
+    "value_group": (1, 256),
     "first_exact": (0, 4096),
     "recent": (0, 2**20),
     "block": (1, 4096),
@@ -34,8 +36,9 @@ class SpectralConfig:
 
     ``preset`` names a codec: ``quality`` (about 6x), ``balanced`` (about 8.5x), ``compact`` (about 14x), ``seed`` (the
     rank-16/32 int8 codec that everything is compared with) or ``exact`` (lossless); or it is a ``codec.Preset``. ``strict``
-    turns every silent loss of compression into an error. ``head_group`` KV heads are coded jointly (the preset's choice where
-    None). ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile`` spends the preset's bytes on
+    turns every silent loss of compression into an error. Keys of ``key_group`` KV heads are coded jointly, and values of
+    ``value_group``, of which one divides the other; ``head_group`` is for both (the preset's choice where None).
+    ``key_ranks`` and ``value_ranks`` are channels per head at 8, 4 and 2 bits. ``profile`` spends the preset's bytes on
     the layers that need them: ``auto`` is the one that ``spectral-compile calibrate`` has kept on this machine for a model
     with these weights, or that comes with the package, if there is one; else it is a file that was written so, its content, or
     the name of one that comes with the package; with None all layers get the same. Of a text the ``first_exact`` first tokens
@@ -54,6 +57,8 @@ class SpectralConfig:
     preset: str | Preset = "balanced"
     strict: bool = False
     head_group: int | None = None
+    key_group: int | None = None
+    value_group: int | None = None
     key_ranks: tuple[int, int, int] | None = None
     value_ranks: tuple[int, int, int] | None = None
     profile: Profile | str | None = AUTO
@@ -118,20 +123,22 @@ class SpectralConfig:
     def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None, layer: int = 0) -> Layout:
         """The layout of attention layer ``layer``, with ``kv_heads`` KV heads of ``head_dim`` channels, under these options."""
         preset = self.codec
-        chosen = {
-            name: getattr(self, name)
-            for name in ("head_group", "first_exact", "recent", "recent_bits", "block", "warmup")
-            if getattr(self, name) is not None
-        }
+        names = ("key_group", "value_group", "first_exact", "recent", "recent_bits", "block", "warmup")
+        chosen: dict[str, Any] = {}
+        if self.head_group is not None:
+            chosen = {"key_group": self.head_group, "value_group": self.head_group}
+        chosen |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if preset.segment and "block" in chosen:
             chosen["segment"] = chosen["block"]  # a preset with a basis a block keeps one a block
         layout = replace(preset, **chosen).layout(kv_heads, head_dim, rotary)
-        for name, ranks in (("key", self.key_ranks), ("value", self.value_ranks)):
+        for name, ranks, heads in (
+            ("key", self.key_ranks, layout.key_group), ("value", self.value_ranks, layout.value_group)
+        ):  # fmt: skip
             if ranks is None:
                 continue
             if sum(ranks) > head_dim:
                 raise Mistake(f"{name}_ranks {ranks} sum to more than head_dim {head_dim}: lower them")
-            side: dict[str, Any] = {name: Tiers(*(n * layout.head_group for n in ranks))}
+            side: dict[str, Any] = {name: Tiers(*(n * heads for n in ranks))}
             layout = replace(layout, **side)
         if isinstance(self.profile, Profile):
             layout = self.profile.apply(layout, layer)

@@ -18,7 +18,7 @@ from spectral_compile.kernels.attend import reference as attending
 from spectral_compile.kernels.buffers import SLOTS, Buffers, Capacity, allocate
 from spectral_compile.kernels.ledger import columns_of
 from spectral_compile.kernels.values import NOTHING_HIDDEN, Chunk, Hidden, Past, Scoring
-from tests.tiny import DEVICE
+from tests.tiny import DEVICE, joint_heads
 
 
 @st.composite
@@ -41,7 +41,7 @@ def layouts(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS)) -> Layou
     block = draw(st.integers(1, 16))
     preset = replace(
         preset,
-        head_group=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
+        **draw(joint_heads(heads)),
         first_exact=draw(st.integers(0, 4)),
         recent=draw(st.integers(0, 20)),
         block=block,
@@ -204,6 +204,7 @@ def filled(
     ids: Tensor | None = None,
     batch: int = 1,
     head_group: int | None = None,
+    value_group: int | None = None,
     recent_bits: int = 16,
     turned: int | None = None,
     key_size: float = 1.0,
@@ -218,8 +219,8 @@ def filled(
     generator = torch.Generator().manual_seed(dim + past)
     pairs = (dim if turned is None else turned) // 2
     rotary = Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(pairs)), interleaved) if pairs else None
-    chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
-    layout = chosen.layout(2, dim, rotary)
+    groups = {} if head_group is None else {"key_group": head_group, "value_group": value_group or head_group}
+    layout = replace(PRESETS[preset], **groups).layout(2, dim, rotary)
     segment = 2 * block * (layout.segment > 0)
     layout = replace(layout, recent=recent, block=block, warmup=64, segment=segment, recent_bits=recent_bits)
 

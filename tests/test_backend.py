@@ -22,6 +22,7 @@ from spectral_compile.backend import records, varying
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec import PRESETS, Preset
 from spectral_compile.config import SpectralConfig
+from spectral_compile.errors import Mistake
 from spectral_compile.kernels.buffers import allocate
 from spectral_compile.passes.edges import too_wide
 from spectral_compile.report import SpectralWarning
@@ -76,7 +77,7 @@ def test_options_are_a_dictionary_of_names(options: object) -> None:
         SpectralConfig.parse(options)
 
 
-@pytest.mark.parametrize("name", ["first_exact", "recent", "block", "warmup", "headroom", "head_group"])
+@pytest.mark.parametrize("name", list(config._RANGES))
 @pytest.mark.parametrize("preset", ["balanced", replace(PRESETS["balanced"], block=10**9)])
 def test_what_is_allocated_ahead_is_bounded(name: str, preset: str | Preset) -> None:
     """``block=10**9`` took gigabytes for a cache of kilobytes."""
@@ -132,6 +133,7 @@ def test_a_mode_that_inductor_does_not_know_is_refused_and_all_others_are_taken(
     [
         ({"key_ranks": (10, 10, 10)}, "key_ranks .* sum to more than head_dim 16: lower them"),
         ({"head_group": 3}, "head_group=3 does not divide the 2 KV heads"),
+        ({"value_group": 3}, "value_group=3 does not divide the 2 KV heads"),
     ],
 )
 def test_options_that_do_not_fit_the_model_say_so(options: dict[str, object], sentence: str) -> None:
@@ -371,6 +373,19 @@ def test_a_decode_step_by_hand_takes_no_integer_that_varies(monkeypatch: pytest.
     torch.testing.assert_close(*logits)
     assert [(graph.kind, graph.matched) for graph in sc.reports()] == [("prefill", 2), ("decode", 2)]
     assert varying(given[-1]) is None
+
+
+def test_keys_and_values_have_groups_of_their_own() -> None:
+    def groups(**options: int) -> tuple[int, int]:
+        layout = SpectralConfig(**options).layout(12, 64, None)
+        return layout.key_group, layout.value_group
+
+    assert groups() == (3, 3)
+    assert groups(head_group=2) == (2, 2)
+    assert groups(key_group=1) == (1, 3)
+    assert groups(head_group=2, value_group=4) == (2, 4)
+    with pytest.raises(Mistake, match="of key_group=2 and value_group=3 one must divide the other"):
+        groups(key_group=2, value_group=3)
 
 
 def test_groups_too_wide_for_a_gpu_are_refused() -> None:

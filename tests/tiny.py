@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,3 +175,11 @@ UNSLOTH.define("rope_embedding(Tensor x) -> Tensor")
 UNSLOTH.impl("rope_embedding", torch.clone, "CompositeExplicitAutograd")
 torch.library.register_fake("unsloth::rope_embedding", torch.empty_like, lib=UNSLOTH)
 rope_embedding = torch.ops.unsloth.rope_embedding.default  # stands in for an operation of Unsloth's
+
+
+@st.composite
+def joint_heads(draw: st.DrawFn, kv_heads: int) -> dict[str, int]:
+    """How many heads' keys, and values, are coded together: more of one side than of the other, too."""
+    fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    group = draw(st.sampled_from(fitting))
+    return {"key_group": group, "value_group": draw(st.sampled_from([n for n in fitting if not n % group or not group % n]))}

@@ -61,7 +61,7 @@ class Pairs(NamedTuple):
 
 
 @triton.jit
-def _weights(moment, b, g, c, G: tl.constexpr, P: tl.constexpr):
+def _weights(moment, b, g, c, G: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
     """``codec.even`` of ``codec.key_weight`` of a group's channels ``c``."""
     HEADS: tl.constexpr = G.kv_heads
     DIM: tl.constexpr = G.DIM
@@ -77,90 +77,96 @@ def _weights(moment, b, g, c, G: tl.constexpr, P: tl.constexpr):
         else:
             partner = tl.where(of_head < HALF, of_head + HALF, of_head - HALF)
         other = tl.where(of_head < P.channels, partner, of_head)
-    at = moment + (b * G.kv_heads + g * G.heads + c // G.dim) * G.dim
-    own = tl.load(at + of_head, mask=c < G.width, other=0.0) + tl.load(at + other, mask=c < G.width, other=0.0)
-    weight = tl.where(c < G.width, tl.where(total > 0, tl.sqrt(own * 0.5), 1.0), 0.0)
-    mean = tl.sum(weight, 0) / G.width
+    at = moment + (b * G.kv_heads + g * S.heads + c // G.dim) * G.dim
+    own = tl.load(at + of_head, mask=c < S.width, other=0.0) + tl.load(at + other, mask=c < S.width, other=0.0)
+    weight = tl.where(c < S.width, tl.where(total > 0, tl.sqrt(own * 0.5), 1.0), 0.0)
+    mean = tl.sum(weight, 0) / S.width
     return tl.maximum(weight / tl.maximum(mean, 1.1754943508222875e-38), _LEAST_WEIGHT)
 
 
 @triton.jit
-def _weighted_sums(products, gram, a, weight, affine, spans, G: tl.constexpr):
+def _weighted_sums(products, gram, a, weight, affine, spans, room, S: tl.constexpr):
     """What the spans of a part come to, to ``gram``, and times the weights of its channels to ``a``."""
-    j, c = tl.arange(0, PANEL), tl.arange(0, G.WIDTH)
-    tl.store(affine + c, weight, mask=c < G.width)
+    j, c = tl.arange(0, PANEL), tl.arange(0, S.WIDTH)
+    tl.store(affine + c, weight, mask=c < S.width)
     tl.debug_barrier()
-    for first in range(0, G.width, PANEL):
+    for first in range(0, S.width, PANEL):
         r = first + j
-        at, own = r[:, None] * G.width + c[None, :], (r < G.width)[:, None] & (c < G.width)[None, :]
+        at, own = r[:, None] * S.width + c[None, :], (r < S.width)[:, None] & (c < S.width)[None, :]
         row = tl.load(products + at, mask=own, other=0.0)
         for span in range(1, spans):
-            row += tl.load(products + span * (G.width * G.width) + at, mask=own, other=0.0)
+            row += tl.load(products + span * room + at, mask=own, other=0.0)
         tl.store(gram + at, row, mask=own)
-        across = tl.load(affine + r, mask=r < G.width, other=0.0)
+        across = tl.load(affine + r, mask=r < S.width, other=0.0)
         tl.store(a + at, row * across[:, None] * weight[None, :], mask=own)
     tl.debug_barrier()
 
 
 @triton.jit
-def _round(x, numbers, basis, affine, rows, rank, G: tl.constexpr):
+def _round(x, numbers, basis, affine, rows, rank, S: tl.constexpr):
     """Write the eigenvectors in int8 with a scale each; see ``codec.fit``."""
-    c = tl.arange(0, G.WIDTH)
+    c = tl.arange(0, S.WIDTH)
     for first in range(0, rows, PANEL):
-        vectors, place = vectors_by_energy(x, numbers, first, rows, G.width, G.WIDTH)
+        vectors, place = vectors_by_energy(x, numbers, first, rows, S.width, S.WIDTH)
         scale = tl.max(tl.abs(vectors), 1) / 127
         code = tl.floor(vectors / tl.maximum(scale, 1e-30)[:, None] + 0.5)
         kept = place < rank
-        tl.store(basis + place[:, None] * G.width + c[None, :], code.to(tl.int8), mask=kept[:, None] & (c < G.width)[None, :])
+        tl.store(basis + place[:, None] * S.width + c[None, :], code.to(tl.int8), mask=kept[:, None] & (c < S.width)[None, :])
         tl.store(affine + rank + place, scale, mask=kept)
 
 
 @triton.jit
 def _basis_kernel(
-    products, gram, room, moment, fitted, further, rows_k, rows_v, parts, spans, rows,
-    G: tl.constexpr, P: tl.constexpr,
+    products, gram, room, moment, fitted, further, rows_k, rows_v, parts, spans, rows, first_side, numbers_each, width,
+    G: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The basis of one part of one group, of one side."""
-    WIDTH: tl.constexpr = G.WIDTH
+    """The basis of one part of one group of ``S``, of one side from ``first_side`` on: both sides are grouped alike, or one.
+
+    Matrices have room for ``numbers_each``, and vectors for ``width``.
+    """
+    WIDTH: tl.constexpr = S.WIDTH
     RANK_K: tl.constexpr = G.k.rank
     RANK_V: tl.constexpr = G.v.rank
-    part, row_group, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, g = (row_group // G.groups).to(tl.int64), row_group % G.groups
-    matrix = ((side * rows + b) * G.groups + g) * parts + part
-    at = (b * G.groups + g) * fitted.segments + part
+    part, row_group, side = tl.program_id(0), tl.program_id(1), first_side + tl.program_id(2)
+    b, g = (row_group // S.groups).to(tl.int64), row_group % S.groups
+    matrix = ((side * rows + b) * G.groups + g * S.share) * parts + part
+    at = (b * S.groups + g) * fitted.segments + part
     c = tl.arange(0, WIDTH)
     weight = tl.full([WIDTH], 1.0, tl.float32)
     basis, affine = fitted.v_basis, fitted.v_affine
     if side == 0:
         basis, affine = fitted.k_basis, fitted.k_affine
         if P.weighted:
-            weight = _weights(moment, b, g, c, G, P)
+            weight = _weights(moment, b, g, c, G, S, P)
     rank, vectors = tl.where(side == 0, RANK_K, RANK_V), tl.where(side == 0, rows_k, rows_v)
-    basis += at * rank * G.width
-    affine += at * (2 * rank + G.width)
-    square = matrix * (G.width * G.width)
-    a, numbers = room.a + square, room.numbers + matrix * G.width
+    basis += at * rank * S.width
+    affine += at * (2 * rank + S.width)
+    square = matrix * numbers_each
+    a, numbers = room.a + square, room.numbers + matrix * width
     most = tl.maximum(rows_k, rows_v)
-    x, y = room.x + matrix * most * G.width, room.y + matrix * most * G.width
-    _weighted_sums(products + square * spans, gram + square, a, weight, affine + 2 * rank, spans, G)
-    balance(a, G.width, WIDTH)
-    eigenvectors(a, x, y, numbers, vectors, G.width, further, WIDTH)
-    _round(x, numbers, basis, affine, vectors, rank, G)
+    x, y = room.x + matrix * most * width, room.y + matrix * most * width
+    _weighted_sums(products + square * spans, gram + square, a, weight, affine + 2 * rank, spans, numbers_each, S)
+    balance(a, S.width, WIDTH)
+    eigenvectors(a, x, y, numbers, vectors, S.width, further, WIDTH)
+    _round(x, numbers, basis, affine, vectors, rank, S)
 
 
 def bases(writer: ChunkWriter, products: torch.Tensor, fitted: Fitted) -> torch.Tensor:
     """Write to ``fitted`` all but the steps, of what ``gram.sums`` has left.
 
-    Returns the sums of each part as a whole, unweighted: float32 [2, B, G, parts, W, W].
+    Returns the sums of each part as a whole, unweighted: float32 [2, B, G, parts, numbers], see ``gram.matrices_of``.
     """
     layout, geometry = writer.layout, writer.geometry
-    *shape, spans, width, _ = products.shape
-    gram = torch.empty(*shape, width, width, dtype=torch.float32, device=products.device)
-    room = eigen.Room.of(gram.numel() // width**2, width, max(layout.key.rank, layout.value.rank), gram.device)
-    _, batch, groups, parts = shape
-    _basis_kernel[(parts, batch * groups, 2)](
-        products, gram, room, writer.buffers.moment, fitted, eigen.FURTHER,
-        eigen.padded(layout.key.rank), eigen.padded(layout.value.rank), parts, spans, batch,
-        G=geometry, P=Pairs.of(layout), num_warps=eigen.WARPS,
-    )  # fmt: skip
+    *shape, spans, numbers = products.shape
+    gram = torch.empty(*shape, numbers, dtype=torch.float32, device=products.device)
+    width = max(layout.k.width, layout.v.width)
+    room = eigen.Room.of(gram.numel() // numbers, width, max(layout.key.rank, layout.value.rank), gram.device)
+    _, batch, _, parts = shape
+    alike = geometry.k.heads == geometry.v.heads
+    for first, side in ((0, geometry.k),) if alike else ((0, geometry.k), (1, geometry.v)):
+        _basis_kernel[(parts, batch * side.groups, 1 + alike)](
+            products, gram, room, writer.buffers.moment, fitted, eigen.FURTHER,
+            eigen.padded(layout.key.rank), eigen.padded(layout.value.rank), parts, spans, batch, first, numbers, width,
+            G=geometry, S=side, P=Pairs.of(layout), num_warps=eigen.WARPS,
+        )  # fmt: skip
     return gram

@@ -7,7 +7,7 @@ import torch
 from spectral_compile import codec
 from spectral_compile.codec.layout import Layout
 from spectral_compile.kernels.append.basis import Fitted, bases
-from spectral_compile.kernels.append.gram import Parts, sums
+from spectral_compile.kernels.append.gram import Parts, matrices_of, sums
 from spectral_compile.kernels.append.kernel import ChunkWriter
 from spectral_compile.kernels.append.steps import analyse, search
 from spectral_compile.kernels.buffers import Buffers
@@ -50,7 +50,7 @@ def one_basis(layout: Layout, rows: list[LedgerRow]) -> bool:
 def fits(
     writer: ChunkWriter, parts: Parts, counts: list[int], token_weight: torch.Tensor | None, fitted: Fitted
 ) -> torch.Tensor:
-    """Write a basis and steps for each part to ``fitted``; its sums of products, float32 [2, B, G, parts, W, W].
+    """Write a basis and steps for each part to ``fitted``; its sums of products, float32 [2, B, G, parts, numbers].
 
     ``counts`` are those of the tokens that some row codes; ``token_weight`` float32 [B, G, n] counts if the layout asks.
     """
@@ -77,7 +77,7 @@ def _begin(writer: ChunkWriter, current: torch.Tensor, parts: Parts, fitted: Fit
     new = current + 1 + part
     takes = (count > 0) & (new < segments)
     if not layout.segment and not anew:
-        takes &= (current < 0) | ((count >= layout.warmup) & ~_serves(buffers, current, gram, fitted))
+        takes &= (current < 0) | ((count >= layout.warmup) & ~_serves(buffers, layout, current, gram, fitted))
 
     # the part that each segment begins with, if one of these does: what is written depends on no order of writing
     chosen = torch.arange(segments, device=buffers.starts.device) - new[:, :1]  # [B, S]
@@ -91,11 +91,12 @@ def _begin(writer: ChunkWriter, current: torch.Tensor, parts: Parts, fitted: Fit
         buffer.copy_(torch.where(begins[:, None, :].reshape(len(row), 1, segments, *[1] * (x.ndim - 3)), x, buffer))
 
 
-def _serves(buffers: Buffers, current: torch.Tensor, gram: torch.Tensor, fitted: Fitted) -> torch.Tensor:
+def _serves(buffers: Buffers, layout: Layout, current: torch.Tensor, gram: torch.Tensor, fitted: Fitted) -> torch.Tensor:
     """Whether the basis of a row's segment captures its tokens nearly as well as the new one: bool [B, 1]."""
     row, segment = torch.arange(len(current), device=current.device), current[:, 0].clamp(min=0)
     serves, held, new = torch.ones_like(current, dtype=torch.bool), Fitted.of(buffers).tensors, fitted.tensors
-    for side, x in enumerate(gram[:, :, :, 0]):
+    for side, how in enumerate((layout.k, layout.v)):
+        x = matrices_of(gram[side], how)[:, :, 0]
         lost = codec.gram_residual(x, held[side].mT[row, :, segment], held[side + 2][row, :, segment])
         least = codec.gram_residual(x, new[side].mT[:, :, 0], new[side + 2][:, :, 0])
         serves &= (lost <= codec.REFRESH * least).all(1, keepdim=True)

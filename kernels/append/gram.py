@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from spectral_compile.codec.basis import RANGE
+from spectral_compile.codec.layout import Side
 from spectral_compile.kernels.append.kernel import ChunkWriter, column_of, ledger_row, norm_of, tokens_in
+from spectral_compile.kernels.append.reference import over_side
 from spectral_compile.kernels.digits import INTERPRETED
 
 _TILE: tl.constexpr = tl.constexpr(64)  # tokens at a time
@@ -44,16 +46,17 @@ def _scaled(
     entering, b, g, slots, live, before, n, c, scale, G: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Channels ``c`` of tokens as they are summed up: values over their norms, all times their scales."""
+    S: tl.constexpr = G.k if KEYS else G.v
     x = tokens_in(entering, b, g, slots, live, before, n, c, G, KEYS).to(tl.float32)
     if G.normalised and not KEYS:
-        if BLOCK == G.WIDTH:
+        if BLOCK == S.WIDTH:
             squares = tl.sum(x * x, 1)
         else:
             squares = scale * 0
-            for start in range(0, G.WIDTH, BLOCK):
+            for start in range(0, S.WIDTH, BLOCK):
                 other = tokens_in(entering, b, g, slots, live, before, n, start + tl.arange(0, BLOCK), G, KEYS).to(tl.float32)
                 squares += tl.sum(other * other, 1)
-        _, size = norm_of(squares, G)
+        _, size = norm_of(squares, S)
         x = x / size[:, None]
     x = (x * scale[:, None]).to(entering.chunk.key.dtype.element_ty)
     return x.to(tl.float32) if INTERPRETED else x  # which has no products of bfloat16
@@ -61,14 +64,16 @@ def _scaled(
 
 @triton.jit
 def _sums_of(
-    entering, token_weight, out, b, g, first, last, coded, before, coded_after, n, row, column,
+    entering, token_weight, out, b, g, first, last, coded, before, coded_after, n, block,
     G: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of a matrix of sums, over the slots from ``first`` to ``last``."""
-    r, c = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
+    """One block of a matrix of sums of a side's group, over the slots from ``first`` to ``last``."""
+    S: tl.constexpr = G.k if KEYS else G.v
+    BLOCKS: tl.constexpr = S.WIDTH // BLOCK
+    r, c = block // BLOCKS * BLOCK + tl.arange(0, BLOCK), block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     weights, mean = out, 0.0
     if token_weight is not None:
-        weights = token_weight + (b * G.groups + g) * n
+        weights = token_weight + (b * S.groups + g) * n
         mean = _mean_weight(weights, entering.chunk, b, coded + G.first_exact - before, coded_after - coded, n)
     sums = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(first, last, _TILE):
@@ -81,59 +86,74 @@ def _sums_of(
             scale = tl.sqrt(tl.sqrt(tl.minimum(tl.maximum(share, _LOWEST), _HIGHEST)))
         x = _scaled(entering, b, g, slots, live, before, n, r, scale, G, KEYS, BLOCK)
         y = x
-        if BLOCK < G.WIDTH:
+        if BLOCK < S.WIDTH:
             y = _scaled(entering, b, g, slots, live, before, n, c, scale, G, KEYS, BLOCK)
         sums = tl.dot(tl.trans(x), y, sums, input_precision=PRECISION)
-    tl.store(out + r[:, None] * G.width + c[None, :], sums, mask=(r < G.width)[:, None] & (c < G.width)[None, :])
+    tl.store(out + r[:, None] * S.width + c[None, :], sums, mask=(r < S.width)[:, None] & (c < S.width)[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "first", "length", "run"])
 def _sums_kernel(
-    entering, token_weight, out, n, first, length, run, parts, spans, rows,
-    G: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    entering, k_weight, v_weight, out, n, first, length, run, parts, spans, rows, blocks, room,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of the sums over ``run`` of the tokens of one part of one group, of one side."""
-    BLOCKS: tl.constexpr = G.WIDTH // BLOCK
+    """One of ``blocks`` of the sums over ``run`` of the tokens of one part of one group, of one side.
+
+    A matrix has ``room`` numbers, of which that of a narrower side fills the first.
+    """
+    K: tl.constexpr = G.k
+    V: tl.constexpr = G.v
+    OF_K: tl.constexpr = (G.k.WIDTH // BLOCK_K) * (G.k.WIDTH // BLOCK_K)
+    OF_V: tl.constexpr = (G.v.WIDTH // BLOCK_V) * (G.v.WIDTH // BLOCK_V)
     part, span = tl.program_id(0) // spans, tl.program_id(0) % spans
-    row_group, side = tl.program_id(1) // (BLOCKS * BLOCKS), tl.program_id(2)
-    block = tl.program_id(1) % (BLOCKS * BLOCKS)
-    b, g = (row_group // G.groups).to(tl.int64), row_group % G.groups
+    row_group, side = tl.program_id(1) // blocks, tl.program_id(2)
+    block = tl.program_id(1) % blocks
+    b, group = (row_group // G.groups).to(tl.int64), row_group % G.groups
     before, coded, _after, coded_after = ledger_row(entering.ledger, b)
     begin = coded + (first + part) * length
     last = tl.minimum(tl.minimum(begin + length, coded_after), begin + (span + 1) * run)
     begin += span * run
-    matrix = (((side * rows + b) * G.groups + g) * parts + part) * spans + span
-    out += matrix * (G.width * G.width)
+    matrix = (((side * rows + b) * G.groups + group) * parts + part) * spans + span
+    out += matrix * room
     if side == 0:
-        _sums_of(
-            entering, token_weight, out, b, g, begin, last, coded, before, coded_after, n, block // BLOCKS, block % BLOCKS,
-            G, True, BLOCK, PRECISION,
-        )  # fmt: skip
+        if (group % K.share == 0) & (block < OF_K):
+            _sums_of(
+                entering, k_weight, out, b, group // K.share, begin, last, coded, before, coded_after, n, block,
+                G, True, BLOCK_K, PRECISION,
+            )  # fmt: skip
     else:
-        _sums_of(
-            entering, token_weight, out, b, g, begin, last, coded, before, coded_after, n, block // BLOCKS, block % BLOCKS,
-            G, False, BLOCK, PRECISION,
-        )  # fmt: skip
+        if (group % V.share == 0) & (block < OF_V):
+            _sums_of(
+                entering, v_weight, out, b, group // V.share, begin, last, coded, before, coded_after, n, block,
+                G, False, BLOCK_V, PRECISION,
+            )  # fmt: skip
 
 
 def sums(writer: ChunkWriter, parts: Parts, token_weight: torch.Tensor | None) -> torch.Tensor:
     """Sums of products of channels, each token times its ``codec.token_scale`` if there is float32 ``token_weight`` [B, G, n].
 
-    Nothing is waited for, and what is summed in which order depends on shapes alone. float32 [2, B, G, parts, spans, W, W]: of
-    keys, then of values over their norms, each span over some of the tokens of a part.
+    Nothing is waited for, and what is summed in which order depends on shapes alone. float32 [2, B, G, parts, spans, numbers]:
+    of keys, then of values over their norms, each span over some of the tokens of a part; see ``matrices_of``.
     """
-    geometry, batch = writer.geometry, len(writer.ledger)
+    layout, geometry, batch = writer.layout, writer.geometry, len(writer.ledger)
     matrices = 2 * batch * geometry.groups * parts.count
     spans = max(1, min(triton.cdiv(parts.length, _LEAST), _PROGRAMS // matrices))
     run = triton.cdiv(triton.cdiv(parts.length, spans), _TILE.value) * _TILE.value
-    shape = (2, batch, geometry.groups, parts.count, spans, geometry.width, geometry.width)
+    shape = (2, batch, geometry.groups, parts.count, spans, max(layout.k.width, layout.v.width) ** 2)
     out = torch.empty(shape, dtype=torch.float32, device=writer.chunk.key.device)
-    block = min(128, geometry.WIDTH)
-    blocks = (geometry.WIDTH // block) ** 2
+    block_k, block_v = min(128, geometry.k.WIDTH), min(128, geometry.v.WIDTH)
+    blocks = max(geometry.k.WIDTH // block_k, geometry.v.WIDTH // block_v) ** 2
+    weights = (None, None)
     if token_weight is not None:
-        token_weight = token_weight.contiguous()
+        weights = tuple(over_side(token_weight, side).contiguous() for side in (layout.k, layout.v))
     _sums_kernel[(parts.count * spans, batch * geometry.groups * blocks, 2)](
-        writer.entering, token_weight, out, writer.count, parts.first, parts.length, run, parts.count, spans, batch,
-        G=geometry, BLOCK=block, PRECISION=writer.precision, num_warps=8, num_stages=1,
+        writer.entering, *weights, out, writer.count, parts.first, parts.length, run, parts.count, spans, batch, blocks,
+        shape[-1], G=geometry, BLOCK_K=block_k, BLOCK_V=block_v, PRECISION=writer.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
+
+
+def matrices_of(numbers: torch.Tensor, side: Side) -> torch.Tensor:
+    """The matrices [B, G, parts, W, W] of one side's groups, out of [B, groups, parts, numbers] as ``sums`` has them."""
+    held = numbers[:, :: numbers.shape[1] // side.groups, :, : side.width**2]
+    return held.unflatten(-1, (side.width, side.width))

@@ -20,7 +20,7 @@ class Judged(NamedTuple):
     scale: float
 
     def token_weights(self, valid: torch.Tensor | None, layout: Layout) -> torch.Tensor:
-        return token_weights(self.sampled, self.seen, valid, self.scale, layout.head_group)
+        return token_weights(self.sampled, self.seen, valid, self.scale, layout.heads)
 
 
 class KeptLayer(NamedTuple):

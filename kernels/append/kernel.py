@@ -64,15 +64,16 @@ def column_of(chunk, b, rank, fresh, n):
 
 @triton.jit
 def tokens_in(entering, b, g, slots, live, before, n, c, G: tl.constexpr, KEYS: tl.constexpr):
-    """Joint channels ``c`` of tokens in these slots: what stood among the recent ones before, else out of the chunk."""
+    """Joint channels ``c`` of a side's group in these slots: what stood among the recent ones before, else out of the chunk."""
     chunk, store, places = entering.chunk, entering.store, entering.places
     new = chunk.key if KEYS else chunk.value
     exact = store.k_exact if KEYS else store.v_exact
     recent = store.k_recent if KEYS else store.v_recent
     sizes = store.k_sizes if KEYS else store.v_sizes
     strides = chunk.key_strides if KEYS else chunk.value_strides
-    real = c < G.width
-    head, d = g * G.heads + c // G.dim, c % G.dim
+    S: tl.constexpr = G.k if KEYS else G.v
+    real = c < S.width
+    head, d = g * S.heads + c // G.dim, c % G.dim
     held = slots < tl.maximum(before - G.first_exact, 0)
     place, kept = (slots % (places - G.first_exact))[:, None], (live & held)[:, None] & real[None, :]
     if G.recent_in_bytes:
@@ -90,9 +91,9 @@ def tokens_in(entering, b, g, slots, live, before, n, c, G: tl.constexpr, KEYS: 
 
 
 @triton.jit
-def norm_of(squares, G: tl.constexpr):
+def norm_of(squares, S: tl.constexpr):
     """Norm codes [N] of tokens with these sums of squares, and the scales that they stand for; see ``codec.norm_code``."""
-    rms = tl.sqrt(squares / G.width)
+    rms = tl.sqrt(squares / S.width)
     code = tl.floor(tl.log2(tl.maximum(rms, 1.1754943508222875e-38)) * 8 + 128.5)
     code = tl.minimum(tl.maximum(code, 0.0), 255.0)
     return code, tl.exp2((code - 128) / 8)
@@ -102,7 +103,7 @@ def norm_of(squares, G: tl.constexpr):
 def _tier(
     z, basis, affine, rows, mine, coder, coders,
     FIRST: tl.constexpr, COUNT: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, PORTION: tl.constexpr,
-    RANK: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Quantise and pack ``COUNT`` channels of one tier, field by field, so that nothing is moved between lanes.
 
@@ -111,7 +112,7 @@ def _tier(
     FIELDS: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = (COUNT + FIELDS - 1) // FIELDS
     HALF: tl.constexpr = 1 << (BITS - 1)
-    c = tl.arange(0, G.WIDTH)
+    c = tl.arange(0, S.WIDTH)
     for start in range(0, BYTES, 16):
         if (PORTION + start // 16) % coders == coder:
             j = start + tl.arange(0, 16)
@@ -120,7 +121,7 @@ def _tier(
                 real = j * FIELDS + field < COUNT
                 r = FIRST + j * FIELDS + field
                 matrix = tl.load(
-                    basis + r[None, :] * G.width + c[:, None], mask=(c < G.width)[:, None] & real[None, :], other=0
+                    basis + r[None, :] * S.width + c[:, None], mask=(c < S.width)[:, None] & real[None, :], other=0
                 )
                 step = tl.load(affine + r, mask=real, other=1.0)
                 scale = tl.load(affine + RANK + r, mask=real, other=0.0)
@@ -142,10 +143,11 @@ def _code(
     codes = store.k_codes if KEYS else store.v_codes
     basis = store.k_basis if KEYS else store.v_basis
     affine = store.k_affine if KEYS else store.v_affine
-    c = tl.arange(0, G.WIDTH)
+    S: tl.constexpr = G.k if KEYS else G.v
+    c = tl.arange(0, S.WIDTH)
     if G.lossless:
-        at = ((b * G.groups + g) * coded_slots + slots) * G.width
-        tl.store(codes + at[:, None] + c[None, :], x, mask=live[:, None] & (c < G.width)[None, :])
+        at = ((b * S.groups + g) * coded_slots + slots) * S.width
+        tl.store(codes + at[:, None] + c[None, :], x, mask=live[:, None] & (c < S.width)[None, :])
     else:
         B8: tl.constexpr = G.k.tiers[0] if KEYS else G.v.tiers[0]
         B4: tl.constexpr = G.k.tiers[1] if KEYS else G.v.tiers[1]
@@ -154,26 +156,26 @@ def _code(
         ROW: tl.constexpr = (B8 + (B4 + 1) // 2 + (B2 + 3) // 4 + 3) // 4 * 4
         P8: tl.constexpr = (B8 + 15) // 16  # portions
         P4: tl.constexpr = (B4 + 31) // 32
-        WIDTH: tl.constexpr = G.WIDTH
+        WIDTH: tl.constexpr = S.WIDTH
         x = x.to(tl.float32)
         if G.normalised and not KEYS:
-            code, size = norm_of(tl.sum(x * x, 1), G)
-            tl.store(store.v_norms + (b * G.groups + g) * coded_slots + slots, code.to(tl.uint8), mask=live)
+            code, size = norm_of(tl.sum(x * x, 1), S)
+            tl.store(store.v_norms + (b * S.groups + g) * coded_slots + slots, code.to(tl.uint8), mask=live)
             x = x / size[:, None]
         segment = tl.zeros([_TOKENS], tl.int32) - 1
         for s in range(0, segments):
             segment += (slots >= tl.load(store.starts + b * segments + s)).to(tl.int32)
-        rows = codes + ((b * G.groups + g) * coded_slots + slots) * ROW
+        rows = codes + ((b * S.groups + g) * coded_slots + slots) * ROW
         for s in range(tl.min(tl.where(live, segment, segments), 0), tl.max(tl.where(live, segment, -1), 0) + 1):
             mine = live & (segment == s)
-            at = (b * G.groups + g) * segments + s
-            matrix, own = basis + at * (G.width * R), affine + at * (2 * R + G.width)
-            y = x * tl.load(own + 2 * R + c, mask=c < G.width, other=0.0)[None, :]
+            at = (b * S.groups + g) * segments + s
+            matrix, own = basis + at * (S.width * R), affine + at * (2 * R + S.width)
+            y = x * tl.load(own + 2 * R + c, mask=c < S.width, other=0.0)[None, :]
             again = tl.zeros([_TOKENS, WIDTH], tl.float32)
             for start in range(0, R, 32):
                 r = start + tl.arange(0, 32)
                 part = tl.load(
-                    matrix + r[None, :] * G.width + c[:, None], mask=(c < G.width)[:, None] & (r < R)[None, :], other=0
+                    matrix + r[None, :] * S.width + c[:, None], mask=(c < S.width)[:, None] & (r < R)[None, :], other=0
                 )
                 part = part.to(tl.float32)
                 scale = tl.load(own + R + r, mask=r < R, other=0.0)
@@ -181,29 +183,29 @@ def _code(
                 again = tl.dot(first, tl.trans(part), again, input_precision=PRECISION)
             z = 2 * y - again  # the second analysis of codec.basis: of the tokens and of what the first one missed
             if B8 > 0:
-                _tier(z, matrix, own, rows, mine, coder, coders, 0, B8, 0, 8, 0, R, G, PRECISION)
+                _tier(z, matrix, own, rows, mine, coder, coders, 0, B8, 0, 8, 0, R, S, PRECISION)
             if B4 > 0:
-                _tier(z, matrix, own, rows, mine, coder, coders, B8, B4, B8, 4, P8, R, G, PRECISION)
+                _tier(z, matrix, own, rows, mine, coder, coders, B8, B4, B8, 4, P8, R, S, PRECISION)
             if B2 > 0:
                 byte: tl.constexpr = B8 + (B4 + 1) // 2
-                _tier(z, matrix, own, rows, mine, coder, coders, B8 + B4, B2, byte, 2, P8 + P4, R, G, PRECISION)
+                _tier(z, matrix, own, rows, mine, coder, coders, B8 + B4, B2, byte, 2, P8 + P4, R, S, PRECISION)
 
 
 @triton.jit
-def _keep_bytes(x, recent, sizes, first, place, kept, extent, G: tl.constexpr):
+def _keep_bytes(x, recent, sizes, first, place, kept, extent, DIM: tl.constexpr, S: tl.constexpr):
     """Write tokens [N, WIDTH] of a group, whose first head is ``first``, to their places among recent tokens in bytes."""
-    HEADS: tl.constexpr = G.heads
-    c = tl.arange(0, G.WIDTH)
+    HEADS: tl.constexpr = S.heads
+    c = tl.arange(0, S.WIDTH)
     x = x.to(tl.float32)
     for h in tl.static_range(HEADS):
-        own = (c // G.dim == h)[None, :]
+        own = (c // DIM == h)[None, :]
         most = tl.max(tl.where(own, tl.abs(x), 0.0), 1)
         size = tl.ceil(tl.log2(tl.maximum(most / 127, 1.1754943508222875e-38)) * 8 + 192)
         size = tl.minimum(tl.maximum(size, 0.0), 255.0)
         code = tl.floor(x / recent_size(size)[:, None] + 0.5)
         code = tl.minimum(tl.maximum(code, -127.0), 127.0)
         at = (first + h) * extent + place
-        tl.store(recent + at[:, None] * G.dim + (c % G.dim)[None, :], code.to(tl.int8), mask=kept[:, None] & own)
+        tl.store(recent + at[:, None] * DIM + (c % DIM)[None, :], code.to(tl.int8), mask=kept[:, None] & own)
         tl.store(sizes + at, size.to(tl.uint8), mask=kept)
 
 
@@ -218,21 +220,22 @@ def _keep(
     recent = store.k_recent if KEYS else store.v_recent
     sizes = store.k_sizes if KEYS else store.v_sizes
     strides = chunk.key_strides if KEYS else chunk.value_strides
+    S: tl.constexpr = G.k if KEYS else G.v
     window = places - G.first_exact
-    c = tl.arange(0, G.WIDTH)
-    head, d = g * G.heads + c // G.dim, c % G.dim
+    c = tl.arange(0, S.WIDTH)
+    head, d = g * S.heads + c // G.dim, c % G.dim
     rows = G.first_exact if G.recent_in_bytes else places  # of what is exact
     if ONE:
         slot = before - G.first_exact
         place = tl.where(slot < 0, before, G.first_exact + slot % window)
         stays = (after > before) & ((slot < 0) | (slot >= coded_after))
-        kept = c < tl.where(stays, G.width, 0)
+        kept = c < tl.where(stays, S.width, 0)
         x = tl.load(new + b * strides.row + head * strides.head + d, mask=kept, other=0.0)
         if G.recent_in_bytes:
             own = tl.zeros([1], tl.int32) + tl.where(stays, slot, -1)
             at = tl.maximum(own, 0) % window
-            _keep_bytes(x[None, :], recent, sizes, b * G.kv_heads + g * G.heads, at, own >= 0, window, G)
-            kept = kept & (c < tl.where(slot < 0, G.width, 0))
+            _keep_bytes(x[None, :], recent, sizes, b * G.kv_heads + g * S.heads, at, own >= 0, window, G.dim, S)
+            kept = kept & (c < tl.where(slot < 0, S.width, 0))
         tl.store(exact + ((b * G.kv_heads + head) * rows + place) * G.dim + d, x, mask=kept)
     else:
         place = keep_tile * _TOKENS + tl.arange(0, _TOKENS)
@@ -245,13 +248,13 @@ def _keep(
         column = rank
         if chunk.index is not None:
             column = tl.load(chunk.index + b * (n + 1) + rank, mask=kept, other=0)
-        mask = kept[:, None] & (c < G.width)[None, :]
+        mask = kept[:, None] & (c < S.width)[None, :]
         x = tl.load(
             new + b * strides.row + column[:, None] * strides.column + (head * strides.head + d)[None, :], mask=mask, other=0.0
         )
         if G.recent_in_bytes:
-            first, stays = b * G.kv_heads + g * G.heads, kept & (place >= G.first_exact)
-            _keep_bytes(x, recent, sizes, first, place - G.first_exact, stays, window, G)
+            first, stays = b * G.kv_heads + g * S.heads, kept & (place >= G.first_exact)
+            _keep_bytes(x, recent, sizes, first, place - G.first_exact, stays, window, G.dim, S)
             mask = mask & (place < G.first_exact)[:, None]
         tl.store(exact + ((b * G.kv_heads + head) * rows)[None, :] * G.dim + place[:, None] * G.dim + d[None, :], x, mask=mask)
 
@@ -265,30 +268,35 @@ def enter(
 
     ``coders`` programs code a tile together, of which this is number ``coder``.
     """
-    WIDTH: tl.constexpr = G.WIDTH
+    K: tl.constexpr = G.k
+    V: tl.constexpr = G.v
+    WIDTH: tl.constexpr = G.k.WIDTH
     QUERY_HEADS: tl.constexpr = G.query_heads
     chunk, store = entering.chunk, entering.store
-    b, g = (row_group // G.groups).to(tl.int64), row_group % G.groups
+    b, group = (row_group // G.groups).to(tl.int64), row_group % G.groups
+    first, g = group % V.share == 0, group // V.share
+    if side == 0:
+        first, g = group % K.share == 0, group // K.share
     before, coded, after, coded_after = ledger_row(entering.ledger, b)
     if append_tile < code_tiles:
         if CODE:  # noqa: SIM102
-            if coded + append_tile * _TOKENS < coded_after:
+            if first & (coded + append_tile * _TOKENS < coded_after):
                 slots = coded + append_tile * _TOKENS + tl.arange(0, _TOKENS)
                 live = slots < coded_after
                 if side == 0:
-                    x = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, G.WIDTH), G, True)
+                    x = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, K.WIDTH), G, True)
                     _code(x, store, b, g, slots, live, entering.coded_slots, segments, coder, coders, G, True, PRECISION)
                 else:
-                    x = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, G.WIDTH), G, False)
-                    _code(x, store, b, g, slots, live, entering.coded_slots, segments, coder, coders, G, False, PRECISION)
-    else:
-        if KEEP:
+                    y = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, V.WIDTH), G, False)
+                    _code(y, store, b, g, slots, live, entering.coded_slots, segments, coder, coders, G, False, PRECISION)
+    elif KEEP:  # noqa: SIM102  # the one is known at compile time
+        if first:
             if side == 0:
                 _keep(entering, b, g, append_tile - code_tiles, before, after, coded_after, n, G, True, ONE)
                 if ONE:
-                    c = tl.arange(0, G.WIDTH)
-                    head = g * G.heads + c // G.dim
-                    counts = c < tl.where(after > before, G.width, 0)
+                    c = tl.arange(0, K.WIDTH)
+                    head = g * K.heads + c // G.dim
+                    counts = c < tl.where(after > before, K.width, 0)
                     total = tl.load(store.moment + (b * G.kv_heads + head) * G.dim + c % G.dim, mask=counts, other=0.0)
                     squares = tl.zeros([WIDTH], tl.float32)
                     for i in tl.static_range(QUERY_HEADS):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from spectral_compile import codec
-from spectral_compile.codec.layout import Layout, Tiers
+from spectral_compile.codec.layout import Layout, Side, Tiers
 from spectral_compile.kernels import dense
 from spectral_compile.kernels.buffers import Buffers
 from spectral_compile.kernels.ledger import rows_of
@@ -21,7 +21,8 @@ def append(
 ) -> None:
     """Store one chunk: its first tokens and recent ones as they are, and code what falls out of the recent ones.
 
-    ``token_weight`` float32 [B, G, n] counts in the bases of a prompt (see ``codec.token_scale``), the first tokens of a store.
+    ``token_weight`` float32 [B, layout.groups, n] counts in the bases of a prompt (see ``codec.token_scale``), the first tokens
+    of a store.
     ``ledger`` has been advanced. With n = 0 only what is due is coded, out of the recent tokens; with n = 1 no basis is
     computed.
     """
@@ -93,30 +94,36 @@ def _code(
     """Code tokens [H, n, D] of one row, of weights [G, n], into the slots from ``start`` on."""
     if layout.lossless:
         span = slice(start, start + key.shape[1])
-        buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = dense.group(key, layout), dense.group(value, layout)
+        buffers.k_codes[row, :, span], buffers.v_codes[row, :, span] = dense.group(key, layout.k), dense.group(value, layout.v)
         return
-    k_weight = v_weight = buffers.moment.new_ones(layout.groups, layout.width)
-    token_scale = None
+    k_weight, v_weight = (buffers.moment.new_ones(side.groups, side.width) for side in (layout.k, layout.v))
+    k_scale = v_scale = None
     if layout.query_weighted:
-        k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(layout.groups, layout.width)
+        k_weight = codec.key_weight(buffers.moment[row], layout.rotary).reshape(k_weight.shape)
     if layout.token_weighted and token_weight is not None:
-        token_scale = codec.token_scale(token_weight)
+        k_scale, v_scale = (codec.token_scale(over_side(token_weight, side)) for side in (layout.k, layout.v))
     length = layout.segment or key.shape[1]
     for at in range(0, key.shape[1], length):
         part = slice(at, at + length)
         slots = slice(start + at, start + at + length)
         sides = (
-            _Side(dense.group(key[:, part], layout).float(), k_weight, *_coded("k", row, buffers), layout.key),
-            _Side(_normalised(row, slots, dense.group(value[:, part], layout).float(), buffers, layout), v_weight,
-                  *_coded("v", row, buffers), layout.value),
+            _Side(dense.group(key[:, part], layout.k).float(), k_weight, *_coded("k", row, buffers), layout.key,
+                  None if k_scale is None else k_scale[:, part]),
+            _Side(_normalised(row, slots, dense.group(value[:, part], layout.v).float(), buffers, layout), v_weight,
+                  *_coded("v", row, buffers), layout.value, None if v_scale is None else v_scale[:, part]),
         )  # fmt: skip
-        scale = None if token_scale is None else token_scale[:, part]
-        segment = _segment(row, start + at, sides, scale, buffers, layout, may_fit)
+        segment = _segment(row, start + at, sides, buffers, layout, may_fit)
         for side in sides:
             for tokens in torch.arange(side.x.shape[1]).split(_AT_ONCE):
                 here = slice(int(tokens[0]), int(tokens[-1]) + 1)
                 codes = codec.encode(side.x[:, here], side.basis[:, segment], side.affine[:, segment], side.tiers)
                 side.codes[:, slots.start + here.start : slots.start + here.stop] = codes
+
+
+def over_side(token_weight: torch.Tensor, side: Side) -> torch.Tensor:
+    """Token weights [..., G, n] of the groups that are attended to at a time as those of the groups of one side."""
+    of_groups = token_weight.unflatten(-2, (side.groups, -1))
+    return of_groups.mean(-2) if of_groups.shape[-2] > 1 else token_weight
 
 
 class _Side(NamedTuple):
@@ -128,6 +135,7 @@ class _Side(NamedTuple):
     basis: torch.Tensor
     affine: torch.Tensor
     tiers: Tiers
+    token_scale: torch.Tensor | None  # [G, n], for a basis
 
 
 def _coded(side: str, row: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,7 +156,6 @@ def _segment(
     row: int,
     start: int,
     sides: tuple[_Side, _Side],
-    token_scale: torch.Tensor | None,
     buffers: Buffers,
     layout: Layout,
     may_fit: bool,
@@ -161,7 +168,7 @@ def _segment(
     candidate = sides[0].x.shape[1] >= layout.warmup and room
     if not may_fit or (not fresh and not candidate):
         return current
-    fits = [codec.fit(side.x, side.weight, side.tiers, layout.margin, token_scale) for side in sides]
+    fits = [codec.fit(side.x, side.weight, side.tiers, layout.margin, side.token_scale) for side in sides]
     if not fresh and all(_serves(side, current, fit) for side, fit in zip(sides, fits, strict=True)):
         return current
     segment = current + 1

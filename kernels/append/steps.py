@@ -32,15 +32,15 @@ class Sampled(NamedTuple):
 
 
 @triton.jit
-def _analysed(x, basis, affine, rank, out, i, count, most, G: tl.constexpr, PRECISION: tl.constexpr):
+def _analysed(x, basis, affine, rank, out, i, count, most, S: tl.constexpr, PRECISION: tl.constexpr):
     """Coefficients of tokens [N, WIDTH] to rows ``i`` of ``out``: see ``codec.basis`` for the second analysis."""
-    WIDTH: tl.constexpr = G.WIDTH
+    WIDTH: tl.constexpr = S.WIDTH
     c = tl.arange(0, WIDTH)
-    y = x * tl.load(affine + 2 * rank + c, mask=c < G.width, other=0.0)[None, :]
+    y = x * tl.load(affine + 2 * rank + c, mask=c < S.width, other=0.0)[None, :]
     again = tl.zeros([_TILE, WIDTH], tl.float32)
     for start in range(0, rank, _COLUMNS):
         r = start + tl.arange(0, _COLUMNS)
-        part = tl.load(basis + r[None, :] * G.width + c[:, None], mask=(c < G.width)[:, None] & (r < rank)[None, :], other=0)
+        part = tl.load(basis + r[None, :] * S.width + c[:, None], mask=(c < S.width)[:, None] & (r < rank)[None, :], other=0)
         part = part.to(tl.float32)
         scale = tl.load(affine + rank + r, mask=r < rank, other=0.0)
         first = tl.dot(y, part, input_precision=PRECISION) * (scale * scale)[None, :]
@@ -48,7 +48,7 @@ def _analysed(x, basis, affine, rank, out, i, count, most, G: tl.constexpr, PREC
     z = 2 * y - again
     for start in range(0, rank, _COLUMNS):
         r = start + tl.arange(0, _COLUMNS)
-        part = tl.load(basis + r[None, :] * G.width + c[:, None], mask=(c < G.width)[:, None] & (r < rank)[None, :], other=0)
+        part = tl.load(basis + r[None, :] * S.width + c[:, None], mask=(c < S.width)[:, None] & (r < rank)[None, :], other=0)
         scale = tl.load(affine + rank + r, mask=r < rank, other=0.0)
         found = tl.dot(z, part.to(tl.float32), input_precision=PRECISION) * scale[None, :]
         tl.store(out + i[:, None] * most + r[None, :], found, mask=(i < count)[:, None] & (r < rank)[None, :])
@@ -66,7 +66,9 @@ def _analyse_kernel(
     tiles = tl.cdiv(count, _TILE)
     part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     row_group, side = tl.program_id(1), tl.program_id(2)
-    b, g = (row_group // G.groups).to(tl.int64), row_group % G.groups
+    K: tl.constexpr = G.k
+    V: tl.constexpr = G.v
+    b, group = (row_group // G.groups).to(tl.int64), row_group % G.groups
     before, coded, _after, coded_after = ledger_row(entering.ledger, b)
     if every == 0:
         every = tl.maximum((coded_after - coded) // _SAMPLE, 1)
@@ -74,24 +76,27 @@ def _analyse_kernel(
     begin = coded + (first + part) * length
     slots = begin + i * every
     live = (i < count) & (slots < tl.minimum(begin + length, coded_after))
-    matrix = ((side * rows + b) * G.groups + g) * parts + part
-    at = (b * G.groups + g) * fitted.segments + part
+    matrix = ((side * rows + b) * G.groups + group) * parts + part
     out, live_rows = out + matrix * count * most, live_rows + matrix * count
-    c = tl.arange(0, G.WIDTH)
     if side == 0:
-        RANK_K: tl.constexpr = G.k.rank
-        x = tokens_in(entering, b, g, slots, live, before, n, c, G, True).to(tl.float32)
-        basis, affine = fitted.k_basis + at * (RANK_K * G.width), fitted.k_affine + at * (2 * RANK_K + G.width)
-        _analysed(x, basis, affine, RANK_K, out, i, count, most, G, PRECISION)
+        if group % K.share == 0:
+            g = group // K.share
+            at = (b * K.groups + g) * fitted.segments + part
+            x = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, K.WIDTH), G, True).to(tl.float32)
+            basis, affine = fitted.k_basis + at * (K.rank * K.width), fitted.k_affine + at * (2 * K.rank + K.width)
+            _analysed(x, basis, affine, K.rank, out, i, count, most, K, PRECISION)
+            tl.store(live_rows + i, (tl.max(tl.abs(x), 1) > 0).to(tl.uint8), mask=i < count)
     else:
-        RANK_V: tl.constexpr = G.v.rank
-        x = tokens_in(entering, b, g, slots, live, before, n, c, G, False).to(tl.float32)
-        if G.normalised:
-            _, size = norm_of(tl.sum(x * x, 1), G)
-            x = x / size[:, None]
-        basis, affine = fitted.v_basis + at * (RANK_V * G.width), fitted.v_affine + at * (2 * RANK_V + G.width)
-        _analysed(x, basis, affine, RANK_V, out, i, count, most, G, PRECISION)
-    tl.store(live_rows + i, (tl.max(tl.abs(x), 1) > 0).to(tl.uint8), mask=i < count)
+        if group % V.share == 0:
+            g = group // V.share
+            at = (b * V.groups + g) * fitted.segments + part
+            y = tokens_in(entering, b, g, slots, live, before, n, tl.arange(0, V.WIDTH), G, False).to(tl.float32)
+            if G.normalised:
+                _, size = norm_of(tl.sum(y * y, 1), V)
+                y = y / size[:, None]
+            basis, affine = fitted.v_basis + at * (V.rank * V.width), fitted.v_affine + at * (2 * V.rank + V.width)
+            _analysed(y, basis, affine, V.rank, out, i, count, most, V, PRECISION)
+            tl.store(live_rows + i, (tl.max(tl.abs(y), 1) > 0).to(tl.uint8), mask=i < count)
 
 
 @triton.jit
@@ -133,23 +138,28 @@ def _search_kernel(
     G: tl.constexpr, FACTORS: tl.constexpr, LEAST: tl.constexpr, TRIALS: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """``margin`` times the steps of some channels of one part of one group, of one side."""
+    K: tl.constexpr = G.k
+    V: tl.constexpr = G.v
     matrix, side = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    at = matrix // sampled.parts * fitted.segments + matrix % sampled.parts
+    row_group, part = matrix // sampled.parts, matrix % sampled.parts
+    b, group = row_group // G.groups, row_group % G.groups
     matrix += side * tl.num_programs(1)
     c = tl.program_id(0) * C + tl.arange(0, C)
     coefficients, live = sampled.coefficients + matrix * n * most, sampled.live + matrix * n
     if side == 0:
-        RANK_K: tl.constexpr = G.k.rank
-        steps = _searched(
-            coefficients, live, n, most, RANK_K, G.k.tiers[0], G.k.tiers[1], c, FACTORS, LEAST, TRIALS, N, C
-        )  # fmt: skip
-        tl.store(fitted.k_affine + at * (2 * RANK_K + G.width) + c, steps * margin, mask=c < RANK_K)
+        if group % K.share == 0:
+            steps = _searched(
+                coefficients, live, n, most, K.rank, K.tiers[0], K.tiers[1], c, FACTORS, LEAST, TRIALS, N, C
+            )  # fmt: skip
+            at = (b * K.groups + group // K.share) * fitted.segments + part
+            tl.store(fitted.k_affine + at * (2 * K.rank + K.width) + c, steps * margin, mask=c < K.rank)
     else:
-        RANK_V: tl.constexpr = G.v.rank
-        steps = _searched(
-            coefficients, live, n, most, RANK_V, G.v.tiers[0], G.v.tiers[1], c, FACTORS, LEAST, TRIALS, N, C
-        )  # fmt: skip
-        tl.store(fitted.v_affine + at * (2 * RANK_V + G.width) + c, steps * margin, mask=c < RANK_V)
+        if group % V.share == 0:
+            steps = _searched(
+                coefficients, live, n, most, V.rank, V.tiers[0], V.tiers[1], c, FACTORS, LEAST, TRIALS, N, C
+            )  # fmt: skip
+            at = (b * V.groups + group // V.share) * fitted.segments + part
+            tl.store(fitted.v_affine + at * (2 * V.rank + V.width) + c, steps * margin, mask=c < V.rank)
 
 
 def analyse(writer: ChunkWriter, parts: Parts, counts: list[int], fitted: Fitted) -> Sampled:

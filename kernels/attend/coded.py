@@ -58,14 +58,17 @@ def unit_of(affine, SIDE: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
-def key_basis(store, at, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr):
+def key_basis(store, at, own, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr):
     """Matrices from digits to keys times their weights, in units of ``unit_of``: of each head, each part of its RoPE pairs and
-    what is not rotated, each row field."""
+    what is not rotated, each row field.
+
+    ``at`` is the segment of their group, in which their channels begin with ``own``.
+    """
     K: tl.constexpr = G.k
     SCALED: tl.constexpr = A.keys_scaled
     HEADS: tl.constexpr = G.heads
     PARTS: tl.constexpr = R.parts
-    basis, affine = store.k_basis + at * (G.width * G.k.rank), store.k_affine + at * (2 * G.k.rank + G.width)
+    basis, affine = store.k_basis + at * (K.width * K.rank), store.k_affine + at * (2 * K.rank + K.width)
     gain = 1.0 / unit_of(affine, K, A)
     out = ()
     for h in tl.static_range(HEADS):
@@ -73,10 +76,10 @@ def key_basis(store, at, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr):
             column = tl.arange(0, 2 * R.AT_ONCE)
             half, second = i * R.AT_ONCE + column % R.AT_ONCE, column // R.AT_ONCE
             channel = half * 2 + second if R.interleaved else half + second * R.pairs
-            out = out + matrix(basis, affine, h * G.dim + channel, half < R.pairs, gain, G.width, K, A.of_keys, SCALED)
+            out = out + matrix(basis, affine, own + h * G.dim + channel, half < R.pairs, gain, K, A.of_keys, SCALED)
         if R.REST > 0:
             rest = 2 * R.pairs + tl.arange(0, R.REST)
-            out = out + matrix(basis, affine, h * G.dim + rest, rest < G.dim, gain, G.width, K, A.of_keys, SCALED)
+            out = out + matrix(basis, affine, own + h * G.dim + rest, rest < G.dim, gain, K, A.of_keys, SCALED)
     return out
 
 
@@ -140,7 +143,9 @@ def attend_coded(
         step_sin, step_cos = step_sin + (s,), step_cos + (c,)
     if R.REST > 0:
         rest = 2 * R.pairs + tl.arange(0, R.REST)
-    begin, first_row = low, (b * G.groups + g).to(tl.int64) * coded_slots
+    begin, of_keys, of_values = low, b * K.groups + g // K.share, b * V.groups + g // V.share
+    own_keys, own_values = g % K.share * (G.heads * G.dim), g % V.share * (G.heads * G.dim)  # channels in their groups
+    first_key, first_value = of_keys.to(tl.int64) * coded_slots, of_values.to(tl.int64) * coded_slots
     reference, top = tl.zeros([M], tl.float32), tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([N, M], tl.float32)
     sums = ()
@@ -160,18 +165,18 @@ def attend_coded(
                 segment += tl.sum(begun.to(tl.int32), 0)
         while low < high:
             end = high
-            at = (b * G.groups + g) * segments + segment
+            at = of_keys * segments + segment
             if F.in_segments:
                 if segment + 1 < segments:
                     end = tl.minimum(high, tl.load(store.starts + b * segments + segment + 1))
-                held_basis = key_basis(store, at, G, R, A)
+                held_basis = key_basis(store, at, own_keys, G, R, A)
             else:
                 held_basis = basis
             latent = ()
             for i in tl.static_range(VN):
                 latent = latent + (tl.zeros([M, V.fields[i].padded * (16 // V.fields[i].bits)], tl.float32),)
-            affine_at = store.k_affine + at * (2 * G.k.rank + G.width)
-            weights_at = affine_at + 2 * G.k.rank + head * G.dim  # equal in the two channels of a pair
+            affine_at = store.k_affine + at * (2 * K.rank + K.width)
+            weights_at = affine_at + 2 * K.rank + own_keys + head * G.dim  # equal in the two channels of a pair
             unit = unit_of(affine_at, K, A)
             r1, r2 = (), ()
             for i in tl.static_range(PARTS):
@@ -190,12 +195,12 @@ def attend_coded(
                 even = inverse(tl.load(weights_at[:, None] + rest[None, :], mask=unturned, other=1.0)) * unit
                 r3 = (q3[0] * even).to(A.of_keys)
             # a step ahead: to hide latency, and as Triton lays out an operand for the narrowest type that a step makes it of
-            v_rows = load(store.v_codes + first_row * G.v.halfwords, low + t, low + t < end, V)
-            gone, size = _ahead(store.v_norms + first_row, visible_row, low + t, end, G)
+            v_rows = load(store.v_codes + first_value * V.halfwords, low + t, low + t < end, V)
+            gone, size = _ahead(store.v_norms + first_value, visible_row, low + t, end, G)
             for start in tl.range(low, end, N, num_stages=F.stages):
                 slots = start + t
                 ok = slots < end
-                codes = load(store.k_codes + first_row * G.k.halfwords, slots, ok, K)
+                codes = load(store.k_codes + first_key * K.halfwords, slots, ok, K)
                 codes = digits(codes, K, A.of_keys, UNPACK_KEYS)
                 if GAPS:
                     where = tl.load(row_positions + slots, mask=ok, other=0)[:, None]
@@ -232,12 +237,12 @@ def attend_coded(
                 total += weights
                 if G.normalised:
                     weights = weights * size[:, None]
-                gone, size = _ahead(store.v_norms + first_row, visible_row, slots + N, end, G)
+                gone, size = _ahead(store.v_norms + first_value, visible_row, slots + N, end, G)
                 mixing = tl.trans(weights.to(A.of_weights))
                 if A.of_weights != A.dtype:
                     lost = tl.trans((weights - weights.to(A.of_weights).to(tl.float32)).to(A.of_weights))
                 values = as_loaded(digits(v_rows, V, A.of_weights, UNPACK_VALUES))
-                v_rows = load(store.v_codes + first_row * G.v.halfwords, slots + N, slots + N < end, V)
+                v_rows = load(store.v_codes + first_value * V.halfwords, slots + N, slots + N < end, V)
                 grown = ()
                 for i in tl.static_range(VN):
                     x = tl.dot(mixing, values[i], latent[i], input_precision=A.precision)
@@ -248,9 +253,10 @@ def attend_coded(
             if F.latent_out:
                 sums = latent
             else:
-                side, affine = store.v_basis + at * (G.width * G.v.rank), store.v_affine + at * (2 * G.v.rank + G.width)
+                at = of_values * segments + segment
+                side, affine = store.v_basis + at * (V.width * V.rank), store.v_affine + at * (2 * V.rank + V.width)
                 for h in tl.static_range(HEADS):
-                    back = matrix(side, affine, h * G.dim + d, d < G.dim, 1.0, G.width, V, A.dtype, SCALED)
+                    back = matrix(side, affine, own_values + h * G.dim + d, d < G.dim, 1.0, V, A.dtype, SCALED)
                     x = tl.zeros([M, DIM], tl.float32)
                     for i in tl.static_range(VN):
                         y = of_head(latent[i], head, h, G)
@@ -258,7 +264,7 @@ def attend_coded(
                             x = tl.dot(y.to(A.dtype), back[i], x, input_precision=A.precision)
                         else:
                             x = tl.dot(y, back[i].to(tl.float32), x, input_precision="tf32")
-                    out += x / tl.load(affine + 2 * G.v.rank + h * G.dim + d, mask=d < G.dim, other=1.0)[None, :]
+                    out += x / tl.load(affine + 2 * V.rank + own_values + h * G.dim + d, mask=d < G.dim, other=1.0)[None, :]
                 sums = (out,)
             low = end
             segment += 1

@@ -54,8 +54,9 @@ def _address(
     at = exact + ((b * G.groups * G.heads + kv) * rows + kept) * G.dim
     at = tl.where(is_new, new + b * strides.row + kv * strides.head + column * strides.column, at)
     if G.lossless:
-        first_row = (b * G.groups + g).to(tl.int64) * coded_slots
-        at = tl.where(is_code, codes + (first_row + e) * G.width + h * G.dim, at)
+        S: tl.constexpr = G.k if KEYS else G.v
+        first_row = (b * S.groups + g // S.share).to(tl.int64) * coded_slots
+        at = tl.where(is_code, codes + (first_row + e) * S.width + (g % S.share * G.heads + h) * G.dim, at)
     return at
 
 

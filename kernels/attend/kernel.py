@@ -114,7 +114,9 @@ def attend_kernel(
             distances = distances_of(angles.table, R, F)
             basis = ()
             if not F.in_segments:
-                basis = key_basis(store, b * G.groups + g, G, R, A)
+                of_keys: tl.constexpr = G.k
+                own_keys = g % of_keys.share * (G.heads * G.dim)
+                basis = key_basis(store, b * of_keys.groups + g // of_keys.share, own_keys, G, R, A)
             distances = as_loaded(distances)
             if gaps == 0:
                 sums, highest, total = attend_coded(

@@ -43,14 +43,15 @@ def merge_kernel(
         m += first
         s, e = tl.arange(0, P.ALL), tl.arange(0, P.EXACT)
         d = tl.program_id(2) * P.channels + tl.arange(0, P.channels)
-        channel, back = m % ROWS // (ROWS // G.heads) * G.dim + d, ()
-        affine = v_affine + row_group * (2 * G.v.rank + G.width)
+        channel, back = (g % V.share * G.heads + m % ROWS // (ROWS // G.heads)) * G.dim + d, ()
+        which = row_group // G.groups * V.groups + g // V.share
+        affine = v_affine + which * (2 * V.rank + V.width)
         if F.latent_out:  # loaded beside what splits have left, not after it
             for i in tl.static_range(len(G.v.fields)):
-                basis = v_basis + row_group * (G.width * G.v.rank)
-                x, scale = digit_rows(basis, affine, channel, d < G.dim, G.width, V, i)
+                basis = v_basis + which * (V.width * V.rank)
+                x, scale = digit_rows(basis, affine, channel, d < G.dim, V, i)
                 back = back + ((x, scale),)
-            even = inverse(tl.load(affine + 2 * G.v.rank + channel, mask=d < G.dim, other=1.0))
+            even = inverse(tl.load(affine + 2 * V.rank + channel, mask=d < G.dim, other=1.0))
         every = s < splits + exact_splits
         highest = tl.load(left.maxima + at + s, mask=every, other=float("-inf"))
         total = tl.load(left.totals + at + s, mask=every, other=0.0)

@@ -132,7 +132,7 @@ class AttendPlan:
         cls, layout: Layout, batch: int, rows: int, coded: int, exact: int, device: torch.device, size: ProgramSize = USUAL
     ) -> AttendPlan:
         """For ``rows`` (query, head) pairs of a group, and room for ``coded`` and ``exact`` tokens."""
-        wide = layout.width > 192  # whose bases leave too little shared memory for more queries
+        wide = max(layout.k.width, layout.v.width) > 192  # whose bases leave too little shared memory for more queries
         tile = 16 if rows <= 16 else 32 if rows <= 32 or wide else 64
         others = batch * layout.groups * triton.cdiv(rows, tile)
         # of more than run at once the last ones would wait for the first to end

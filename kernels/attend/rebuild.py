@@ -20,10 +20,10 @@ _TILES = 8
 
 
 @triton.jit
-def _to_channels(basis, affine, channels, live, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr):
+def _to_channels(basis, affine, channels, live, S: tl.constexpr, A: tl.constexpr):
     """The matrix from digits to channels times their weights, in units of ``unit_of``."""
     SCALED: tl.constexpr = A.keys_scaled
-    return matrix(basis, affine, channels, live, 1.0 / unit_of(affine, S, A), G.width, S, A.of_keys, SCALED)
+    return matrix(basis, affine, channels, live, 1.0 / unit_of(affine, S, A), S, A.of_keys, SCALED)
 
 
 @triton.jit
@@ -50,12 +50,14 @@ def rebuild_kernel(
     V: tl.constexpr = G.v
     RESTS: tl.constexpr = (G.dim - 2 * R.pairs + CHANNELS - 1) // CHANNELS
     head, kind = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    group, own = (row * G.groups + head // G.heads).to(tl.int64), head % G.heads * G.dim
-    at, begin, end = group * segments + segment, low + tl.program_id(0) * TILES * N, high
-    end = tl.minimum(end, begin + TILES * N)
-    keys, values = store.k_codes + group * coded_slots * K.halfwords, store.v_codes + group * coded_slots * V.halfwords
-    k_affine, v_affine = store.k_affine + at * (2 * K.rank + G.width), store.v_affine + at * (2 * V.rank + G.width)
-    k_basis, v_basis = store.k_basis + at * (G.width * K.rank), store.v_basis + at * (G.width * V.rank)
+    of_keys, own = (row * K.groups + head // K.heads).to(tl.int64), head % K.heads * G.dim
+    of_values, own_value = (row * V.groups + head // V.heads).to(tl.int64), head % V.heads * G.dim
+    k_at, v_at = of_keys * segments + segment, of_values * segments + segment
+    begin = low + tl.program_id(0) * TILES * N
+    end = tl.minimum(high, begin + TILES * N)
+    keys, values = store.k_codes + of_keys * coded_slots * K.halfwords, store.v_codes + of_values * coded_slots * V.halfwords
+    k_affine, v_affine = store.k_affine + k_at * (2 * K.rank + K.width), store.v_affine + v_at * (2 * V.rank + V.width)
+    k_basis, v_basis = store.k_basis + k_at * (K.width * K.rank), store.v_basis + v_at * (V.width * V.rank)
     key, value = key + head * (high - low) * G.dim, value + head * (high - low) * G.dim
     if kind < R.parts:
         half, column = kind * R.AT_ONCE + tl.arange(0, R.AT_ONCE), tl.arange(0, 2 * R.AT_ONCE)
@@ -64,7 +66,7 @@ def rebuild_kernel(
         first = half * 2 if R.interleaved else half
         OTHER: tl.constexpr = 1 if R.interleaved else R.pairs
         turn = tl.load(turns + half, mask=half < R.pairs, other=0)[None, :]
-        to_channels = _to_channels(k_basis, k_affine, channel, pair < R.pairs, G, K, A)
+        to_channels = _to_channels(k_basis, k_affine, channel, pair < R.pairs, K, A)
         for slot in range(begin, end, N):
             slots = slot + tl.arange(0, N)
             ok = slots < end
@@ -77,7 +79,7 @@ def rebuild_kernel(
             tl.store(to + OTHER, ((b * c + a * s) * R.scaling).to(key.dtype.element_ty), mask=held)
     elif kind < R.parts + RESTS:
         rest = 2 * R.pairs + (kind - R.parts) * CHANNELS + tl.arange(0, CHANNELS)
-        to_rest = _to_channels(k_basis, k_affine, own + rest, rest < G.dim, G, K, A)
+        to_rest = _to_channels(k_basis, k_affine, own + rest, rest < G.dim, K, A)
         for slot in range(begin, end, N):
             slots = slot + tl.arange(0, N)
             y = _rebuilt(keys, to_rest, k_affine, slots, slots < end, own + rest, rest < G.dim, K, A)
@@ -85,12 +87,12 @@ def rebuild_kernel(
             tl.store(key + (slots - low)[:, None] * G.dim + rest[None, :], y.to(key.dtype.element_ty), mask=held)
     else:
         d = (kind - R.parts - RESTS) * CHANNELS + tl.arange(0, CHANNELS)
-        to_values = _to_channels(v_basis, v_affine, own + d, d < G.dim, G, V, A)
+        to_values = _to_channels(v_basis, v_affine, own_value + d, d < G.dim, V, A)
         for slot in range(begin, end, N):
             slots = slot + tl.arange(0, N)
-            z = _rebuilt(values, to_values, v_affine, slots, slots < end, own + d, d < G.dim, V, A)
+            z = _rebuilt(values, to_values, v_affine, slots, slots < end, own_value + d, d < G.dim, V, A)
             if G.normalised:
-                norm = tl.load(store.v_norms + group * coded_slots + slots, mask=slots < end, other=128).to(tl.float32)
+                norm = tl.load(store.v_norms + of_values * coded_slots + slots, mask=slots < end, other=128).to(tl.float32)
                 z = z * tl.exp2((norm - 128) * 0.125)[:, None]
             held = (slots < end)[:, None] & (d < G.dim)[None, :]
             tl.store(value + (slots - low)[:, None] * G.dim + d[None, :], z.to(value.dtype.element_ty), mask=held)

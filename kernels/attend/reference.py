@@ -95,12 +95,12 @@ def _not_masked(row: int, counts: LedgerRow, keep: torch.Tensor, hidden: Hidden,
 def _mix(p: torch.Tensor, row: int, segment: int, slots: slice, buffers: Buffers, layout: Layout) -> torch.Tensor:
     """``p`` [H, m, n] times coded values, without decoding them: summed in the latent, then one product with the basis."""
     if layout.lossless:
-        return p @ dense.ungroup(buffers.v_codes[row, :, slots], layout).float()
-    codes, basis, affine, tiers = dense.coded_side("v", buffers, layout)
-    latent = codec.latent(codes[row, :, slots], affine[row, :, segment], tiers)  # [G, n, R]
+        return p @ dense.ungroup(buffers.v_codes[row, :, slots], layout.v).float()
+    codes, basis, affine, side = dense.coded_side("v", buffers, layout)
+    latent = codec.latent(codes[row, :, slots], affine[row, :, segment], side.tiers)  # [G, n, R]
     synthesis = codec.synthesis(basis[row, :, segment], affine[row, :, segment])  # [G, R, W]
-    p = p.unflatten(0, (layout.groups, layout.head_group))
+    p = p.unflatten(0, (side.groups, side.heads))
     if layout.normalised:
         p = p * codec.norm_value(buffers.v_norms[row, :, slots])[:, None, None]
-    own = synthesis.unflatten(-1, (layout.head_group, layout.head_dim)).transpose(1, 2)  # [G, heads, R, D]
+    own = synthesis.unflatten(-1, (side.heads, layout.head_dim)).transpose(1, 2)  # [G, heads, R, D]
     return (p @ latent[:, None] @ own).flatten(0, 1)

@@ -177,7 +177,7 @@ class Weighed:
     def table(self, tokens: int, title: str) -> Table:
         """A row for each layer, and their sum."""
         shown = Table(title=f"{title}, {tokens} tokens cached", title_justify="left")
-        for column in ("layer", "mask", "RoPE"):
+        for column in ("layer", "mask", "RoPE", "joint heads"):
             shown.add_column(column)
         for column in ("dense", "compressed", "ratio"):
             shown.add_column(column, justify="right")
@@ -185,15 +185,17 @@ class Weighed:
         for site in self.sites:
             name = plain_name(site.where, self.config)
             if site.layout is None:
-                shown.add_row(name, *"-----", escape(site.refusal or ""))
+                shown.add_row(name, *"------", escape(site.refusal or ""))
             elif self.shares(site):
-                shown.add_row(name, site.mask, rope(site.layout), *"---", "it reads the cache of another layer")
+                shown.add_row(
+                    name, site.mask, rope(site.layout), joint(site.layout), *"---", "it reads the cache of another layer"
+                )
             else:
-                shown.add_row(name, site.mask, rope(site.layout), *cells(*self.sizes(site.layout, tokens)))
+                shown.add_row(name, site.mask, rope(site.layout), joint(site.layout), *cells(*self.sizes(site.layout, tokens)))
         shown.add_section()
         sizes = summed(self.layouts, tokens, self.dtype, self.headroom)
         matched, sites = (self.decode.matched, self.decode.sites) if self.decode else (0, 0)
-        shown.add_row(f"{matched} of {sites} layers", "", "", *cells(*sizes))
+        shown.add_row(f"{matched} of {sites} layers", "", "", "", *cells(*sizes))
         return shown
 
     def totals(self, tokens: int) -> Table:
@@ -214,6 +216,7 @@ class Weighed:
             row: dict[str, Any] = {"layer": plain_name(site.where, self.config), "module": site.where, "mask": site.mask}
             row |= {"compressed": site.layout is not None, "why_not": site.refusal}
             sizes = (None, None) if site.layout is None or self.shares(site) else self.sizes(site.layout, tokens)
+            row |= {name: getattr(site.layout, name, None) for name in ("key_group", "value_group")}
             row |= {"rope": rope(site.layout) if site.layout else None, "dense_bytes": sizes[0], "compressed_bytes": sizes[1]}
             layers.append(row)
         totals = []
@@ -244,6 +247,13 @@ def plain_name(where: str, config: PreTrainedConfig) -> str:
 def cells(dense: int, compressed: int) -> tuple[str, str, str]:
     """Bytes as text, and their ratio."""
     return decimal(dense), decimal(compressed), f"{dense / compressed:.2f}"
+
+
+def joint(layout: Layout) -> str:
+    """How many KV heads' keys, and values, are coded together."""
+    if layout.key_group == layout.value_group:
+        return f"{layout.key_group}"
+    return f"keys of {layout.key_group}, values of {layout.value_group}"
 
 
 def rope(layout: Layout) -> str:

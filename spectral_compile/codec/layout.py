@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Tiers:
     def row_bytes(self) -> int:
         """Bytes of one token's packed codes; each tier starts on a byte, and rows on a word of four, as a GPU copies them."""
         return -(-(self.bits8 + -(-self.bits4 // 2) + -(-self.bits2 // 4)) // 4) * 4
+
+
+class Side(NamedTuple):
+    """How keys, or values, are coded: ``heads`` KV heads jointly, in ``groups`` of ``width`` channels."""
+
+    heads: int
+    groups: int
+    width: int
+    tiers: Tiers
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ class Rotary:
 class Layout:
     """The static geometry of one layer's store.
 
-    A group is ``head_group`` KV heads coded jointly: ``width = head_group * head_dim`` channels. Tokens are held as
-    ``first_exact`` exact ones, then coded ones, then ``recent`` to ``recent + block - 1`` recent ones.
+    Keys of ``key_group`` KV heads are coded jointly, and values of ``value_group``, of which one divides the other. Tokens are
+    held as ``first_exact`` exact ones, then coded ones, then ``recent`` to ``recent + block - 1`` recent ones.
     Coding moves ``block`` tokens at a time, and starts when ``warmup`` tokens are there to compute a basis from. With
     ``segment`` > 0 every ``segment`` coded tokens get a basis of their own; with 0 a basis serves until it no longer captures
     new tokens.
@@ -58,7 +68,8 @@ class Layout:
 
     kv_heads: int
     head_dim: int
-    head_group: int
+    key_group: int
+    value_group: int
     key: Tiers
     value: Tiers
     lossless: bool = False
@@ -74,13 +85,28 @@ class Layout:
     recent_bits: int = 16
     rotary: Rotary | None = None
 
-    @property
-    def groups(self) -> int:
-        return self.kv_heads // self.head_group
+    @functools.cached_property
+    def k(self) -> Side:
+        """How keys are coded."""
+        return self._side(self.key_group, self.key)
+
+    @functools.cached_property
+    def v(self) -> Side:
+        """How values are coded."""
+        return self._side(self.value_group, self.value)
+
+    def _side(self, heads: int, tiers: Tiers) -> Side:
+        return Side(heads, self.kv_heads // heads, heads * self.head_dim, tiers)
 
     @property
-    def width(self) -> int:
-        return self.head_group * self.head_dim
+    def heads(self) -> int:
+        """KV heads that are attended to at a time: no group of keys or of values is smaller."""
+        return min(self.key_group, self.value_group)
+
+    @property
+    def groups(self) -> int:
+        """How often."""
+        return self.kv_heads // self.heads
 
     @property
     def first(self) -> int:

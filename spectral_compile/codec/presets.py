@@ -36,12 +36,13 @@ def largest_group(kv_heads: int, head_dim: int, channels: int) -> int:
 class Preset:
     """A codec without a model: tiers are channels at (8, 4, 2) bits in 32ths of the width; the rest is as in ``Layout``.
 
-    ``head_group`` None takes as many heads together as fit 192 channels and divide the KV heads evenly.
+    ``key_group`` and ``value_group`` None take as many heads together as fit 192 channels and divide the KV heads evenly.
     """
 
     key: tuple[int, int, int]
     value: tuple[int, int, int]
-    head_group: int | None = None
+    key_group: int | None = None
+    value_group: int | None = None
     lossless: bool = False
     query_weighted: bool = True
     token_weighted: bool = True
@@ -56,13 +57,17 @@ class Preset:
 
     def layout(self, kv_heads: int, head_dim: int, rotary: Rotary | None = None) -> Layout:
         """The layout of a layer with ``kv_heads`` heads of ``head_dim`` channels."""
-        head_group = self.head_group or largest_group(kv_heads, head_dim, _JOINT_WIDTH)
-        if kv_heads % head_group:
-            raise Mistake(f"head_group={head_group} does not divide the {kv_heads} KV heads")
-        width = head_group * head_dim
-        sides = {"key": tiers(self.key, width), "value": tiers(self.value, width)}
-        geometry = {"kv_heads": kv_heads, "head_dim": head_dim, "head_group": head_group, "rotary": rotary}
-        return Layout(**vars(self) | sides | geometry)
+        joint = largest_group(kv_heads, head_dim, _JOINT_WIDTH)
+        key_group, value_group = self.key_group or joint, self.value_group or joint
+        for name, heads in (("key_group", key_group), ("value_group", value_group)):
+            if kv_heads % heads:
+                name = "head_group" if key_group == value_group else name
+                raise Mistake(f"{name}={heads} does not divide the {kv_heads} KV heads")
+        if max(key_group, value_group) % min(key_group, value_group):
+            raise Mistake(f"of key_group={key_group} and value_group={value_group} one must divide the other")
+        sides = {"key": tiers(self.key, key_group * head_dim), "value": tiers(self.value, value_group * head_dim)}
+        groups = {"key_group": key_group, "value_group": value_group}
+        return Layout(**vars(self) | sides | groups, kv_heads=kv_heads, head_dim=head_dim, rotary=rotary)
 
 
 PRESETS: dict[str, Preset] = {
@@ -75,7 +80,8 @@ PRESETS: dict[str, Preset] = {
     "seed": Preset(
         key=(8, 0, 0),
         value=(16, 0, 0),
-        head_group=1,
+        key_group=1,
+        value_group=1,
         query_weighted=False,
         token_weighted=False,
         normalised=False,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_whole
-from .layout import Layout, Tiers
+from .layout import Layout, Side, Tiers
 from .presets import tiers
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class Profile:
         if self.loss[layer] is None:
             return layout
         place = len(_known(self.loss[:layer]))
-        grade = GRADES[_allot(self, layout.key, layout.value, layout.width)[place]]
-        return replace(layout, key=tiers(grade.key, layout.width), value=tiers(grade.value, layout.width))
+        grade = GRADES[_allot(self, layout.k, layout.v)[place]]
+        return replace(layout, key=tiers(grade.key, layout.k.width), value=tiers(grade.value, layout.v.width))
 
 
 def _known(losses: tuple[float | None, ...]) -> list[float]:
@@ -158,18 +158,19 @@ def _loss(fine: float, coarse: float, usual: float) -> float:
 
 
 @functools.lru_cache(maxsize=16)
-def _allot(profile: Profile, key: Tiers, value: Tiers, width: int) -> tuple[int, ...]:
-    """The grade of each layer with losses: least in sum, with no more bytes than tiers ``key`` and ``value`` in all of them.
+def _allot(profile: Profile, key: Side, value: Side) -> tuple[int, ...]:
+    """The grade of each layer with losses: least in sum, with no more bytes than ``key`` and ``value`` in all of them.
 
     Lagrangian relaxation over each choice of ``_MOST`` grades: of all that a price of a byte makes best, the last that fits.
     """
 
-    def rate(key: Tiers, value: Tiers) -> float:
-        return key.row_bytes + value.row_bytes + width * (key.rank + value.rank) / _TOKENS
+    def rate(of_keys: Tiers, of_values: Tiers) -> float:
+        sides = ((key, of_keys), (value, of_values))
+        return sum(side.groups * (chosen.row_bytes + side.width * chosen.rank / _TOKENS) for side, chosen in sides)
 
-    rates = [rate(tiers(grade.key, width), tiers(grade.value, width)) for grade in GRADES]
+    rates = [rate(tiers(grade.key, key.width), tiers(grade.value, value.width)) for grade in GRADES]
     losses = profile.losses()
-    budget = rate(key, value) * len(losses)
+    budget = rate(key.tiers, value.tiers) * len(losses)
     best, least = (0,) * len(losses), float("inf")
     for some in combinations(range(len(GRADES)), _MOST):
         low, high = 0.0, 1.0 + sum(map(max, losses))  # at the high price all layers have the cheapest grade

@@ -33,7 +33,7 @@ RIVALS = {  # the quantised caches of transformers: back end and bits
 }
 # what changes in a preset without one of its ingredients: ``balanced-token_weighted`` is balanced without token weights
 WITHOUT: dict[str, dict[str, Any]] = {
-    "joint": {"head_group": 1},
+    "joint": {"key_group": 1, "value_group": 1},
     "query_weighted": {"query_weighted": False},
     "token_weighted": {"token_weighted": False},
     "normalised": {"normalised": False},

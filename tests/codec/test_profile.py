@@ -32,7 +32,8 @@ def fresh() -> None:
 
 def held(layout: Layout) -> float:
     """Bytes a token and group, with a share of the bases."""
-    return layout.key.row_bytes + layout.value.row_bytes + layout.width * (layout.key.rank + layout.value.rank) / 4096
+    sides = (layout.k, layout.v)
+    return sum(side.groups * (side.tiers.row_bytes + side.width * side.tiers.rank / 4096) for side in sides)
 
 
 @settings(max_examples=30)

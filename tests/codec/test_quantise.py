@@ -249,7 +249,7 @@ def nominal_bytes(layout: Layout, tokens: int) -> int:
     """One group's bytes for a stretch of tokens under one basis: codes, token norms, int8 bases and their affine rows."""
     rows = layout.key.row_bytes + layout.value.row_bytes + layout.normalised
     ranks = layout.key.rank + layout.value.rank
-    return tokens * rows + layout.width * ranks + 4 * (2 * ranks + 2 * layout.width)
+    return tokens * rows + layout.k.width * ranks + 4 * (2 * ranks + 2 * layout.k.width)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def nominal_bytes(layout: Layout, tokens: int) -> int:
 )
 def test_presets_at_three_heads_of_64(name: str, key: Tiers, value: Tiers, row: int, ratio: float) -> None:
     layout = PRESETS[name].layout(kv_heads=3, head_dim=64)
-    assert (layout.head_group, layout.width, layout.groups) == (3, 192, 1)
+    assert layout.k[:3] == layout.v[:3] == (3, 1, 192)
     assert (layout.key, layout.value) == (key, value)
     assert layout.key.row_bytes + layout.value.row_bytes == row
     assert 4096 * 192 * 2 * 2 / nominal_bytes(layout, 4096) == pytest.approx(ratio, abs=0.1)
@@ -282,18 +282,19 @@ def test_seed_and_exact() -> None:
 @given(st.sampled_from(sorted(PRESETS)), st.integers(1, 16), st.integers(1, 300))
 def test_any_preset_fits_any_shape(name: str, kv_heads: int, head_dim: int) -> None:
     layout = PRESETS[name].layout(kv_heads, head_dim, Rotary((1.0,)))
-    assert kv_heads % layout.head_group == 0
-    assert layout.width <= max(192, head_dim)
-    for tiers in (layout.key, layout.value):
+    for heads, groups, width, tiers in (layout.k, layout.v):
+        assert (heads * groups, width) == (kv_heads, heads * head_dim)
+        assert width <= max(192, head_dim)
         assert min(vars(tiers).values()) >= 0
-        assert tiers.rank <= layout.width
+        assert tiers.rank <= width
     assert Layout.parse(layout.spec()) == layout
     assert copy.deepcopy(layout) is layout  # or guards of Dynamo, which keep copies, compare all of it at every step
 
 
 @pytest.mark.parametrize(("kv_heads", "head_dim", "group"), [(8, 128, 1), (3, 64, 3), (5, 64, 1), (4, 64, 2), (2, 320, 1)])
 def test_joint_heads_fill_192_channels(kv_heads: int, head_dim: int, group: int) -> None:
-    assert PRESETS["balanced"].layout(kv_heads, head_dim).head_group == group
+    layout = PRESETS["balanced"].layout(kv_heads, head_dim)
+    assert layout.key_group == layout.value_group == group
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-6, 0.01, 1.0, 300.0]))

@@ -260,7 +260,7 @@ def test_the_command_prints_a_table_and_writes_json(tiny_folder: Path, tmp_path:
 
 def test_a_preset_can_go_without_an_ingredient() -> None:
     whole, without = CODECS["balanced"], options_of("balanced-margin-joint")["preset"]
-    assert (without.margin, without.head_group) == (1.0, 1) and without.key == whole.key
+    assert (without.margin, without.key_group, without.value_group) == (1.0, 1, 1) and without.key == whole.key
     assert options_of("balanced")["preset"] == whole
     assert options_of('{"preset": "compact", "recent": 8}') == {"preset": "compact", "recent": 8}
     assert options_of("balanced-luck") is None and options_of("kivi-4") is None

@@ -37,13 +37,16 @@ class Step:
     dtype: torch.dtype
     hidden: str = ""
     segments: int = 1
-    head_group: int = 2
+    key_group: int = 2
+    value_group: int = 2
 
 
 STEPS = (
     *(Step(preset, 64, 64, 1, BF16) for preset in ("balanced", "compact", "seed", "exact")),
     Step("quality", 64, 0, 1, BF16),
-    Step("balanced", 128, 128, 1, BF16, head_group=1),
+    Step("balanced", 128, 128, 1, BF16, key_group=1, value_group=1),
+    Step("balanced", 128, 128, 1, BF16, key_group=1),
+    Step("compact", 64, 64, 40, BF16, key_group=2, value_group=1),
     Step("compact", 80, 32, 40, BF16),
     Step("balanced", 64, 64, 1, F16),
     Step("balanced", 64, 64, 1, F32, "mask"),
@@ -67,7 +70,8 @@ def launch(step: Step) -> None:
 
     count, turned = step.columns, step.turned
     rotary = Rotary(tuple(1e4 ** (-2 * i / turned) for i in range(turned // 2))) if turned else None
-    layout = replace(PRESETS[step.preset], head_group=step.head_group).layout(2, step.dim, rotary)
+    groups = {"key_group": step.key_group, "value_group": step.value_group}
+    layout = replace(PRESETS[step.preset], **groups).layout(2, step.dim, rotary)
     layout = replace(layout, recent=20, block=32, warmup=64)
     buffers = allocate(layout, 1, Capacity(512, 64, step.segments), step.dtype, "cpu")
     query, key = (torch.zeros(1, heads, count, step.dim, dtype=step.dtype) for heads in (8, 2))

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,19 @@ class Form:
     query_heads: int  # of a KV head
     turned: int
     theta: float
+    key_group: int | None = None
+    value_group: int | None = None
 
 
 FORMS = {
     "Llama-3-8B, balanced": Form("balanced", 128, 8, 4, 128, 5e5),
     "Llama-3-8B, compact": Form("compact", 128, 8, 4, 128, 5e5),
     "Llama-3-8B, quality": Form("quality", 128, 8, 4, 128, 5e5),
+    "Llama-3-8B, balanced, values of 2": Form("balanced", 128, 8, 4, 128, 5e5, 1, 2),
+    "Llama-3-8B, balanced, values of 4": Form("balanced", 128, 8, 4, 128, 5e5, 1, 4),
+    "Llama-3-8B, balanced, keys of 2": Form("balanced", 128, 8, 4, 128, 5e5, 2, 1),
+    "Llama-3-8B, compact, values of 2": Form("compact", 128, 8, 4, 128, 5e5, 1, 2),
+    "Llama-3-8B, quality, values of 2": Form("quality", 128, 8, 4, 128, 5e5, 1, 2),
     "Llama-3-8B, seed": Form("seed", 128, 8, 4, 128, 5e5),
     "SmolLM2, balanced": Form("balanced", 64, 3, 3, 64, 1e5),
     "Llama-2, balanced": Form("balanced", 128, 32, 1, 128, 1e4),
@@ -68,7 +75,8 @@ def launch(form: Form) -> None:
 
     pairs = form.turned // 2
     rotary = Rotary(tuple(form.theta ** (-i / pairs) for i in range(pairs))) if pairs else None
-    layout = PRESETS[form.preset].layout(form.kv_heads, form.dim, rotary)
+    groups = {"key_group": form.key_group, "value_group": form.value_group} if form.key_group else {}
+    layout = replace(PRESETS[form.preset], **groups).layout(form.kv_heads, form.dim, rotary)
     buffers = allocate(
         layout, 1, Capacity(1024, layout.recent + layout.block, 2 if layout.segment else 1), torch.bfloat16, "cpu"
     )

@@ -43,6 +43,18 @@ from spectral_compile.kernels.importance.weights import sample
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton was imported without its interpreter", allow_module_level=True)
 
+# KV heads, those whose keys and whose values are coded together, and channels
+HEADS = [
+    (1, (1, 1), 64),
+    (2, (1, 1), 16),
+    (2, (2, 2), 16),
+    (2, (1, 2), 16),
+    (2, (2, 1), 16),
+    (3, (3, 3), 16),
+    (2, (2, 2), 80),
+    (3, (3, 3), 64),
+    (4, (2, 4), 16),
+]
 BASES = ("quality", "balanced", "compact", "seed")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -63,11 +75,12 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, presets: tuple[str, ...] = tuple(PRESETS), most: int = 70) -> Case:
     name = draw(st.sampled_from(presets))
-    heads, joint, dim = draw(st.sampled_from([(1, 1, 64), (2, 1, 16), (2, 2, 16), (3, 3, 16), (2, 2, 80), (3, 3, 64)]))
+    heads, joint, dim = draw(st.sampled_from(HEADS))
     block = draw(st.sampled_from([7, 32, 40]))  # of one token alone, coefficients are whole numbers of steps
     layout = replace(
         PRESETS[name],
-        head_group=joint,
+        key_group=joint[0],
+        value_group=joint[1],
         first_exact=draw(st.integers(0, 4)),
         recent=draw(st.sampled_from([0, 5])),
         block=block,
@@ -227,7 +240,7 @@ def test_coded_store(case: Case) -> None:
 def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bases are computed for some segments at a time, and steps are searched on a sample."""
     monkeypatch.setattr(fit, "_AT_ONCE", 1000)
-    layout = replace(PRESETS[preset], head_group=1, warmup=500, recent=16).layout(1, 16)
+    layout = replace(PRESETS[preset], key_group=1, value_group=1, warmup=500, recent=16).layout(1, 16)
     case = Case(layout, torch.float32, 1, 1, [3000], preset == "balanced", False, False, 0)
     store, (step,) = Store(case), steps(case)
     advance_kernel.advance(store.ledger, store.positions, None, step.valid, step.key, layout)
@@ -244,11 +257,12 @@ def test_long_prefill_some_at_a_time(preset: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, True)])
 def test_a_kept_prompt_is_stored_as_each_layer_alone(batch: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers on one ledger, bases of two at once, among them one of another layout, of another dtype, and without codes."""
-    first = replace(PRESETS["balanced"], head_group=1, warmup=20, recent=5, block=7).layout(2, 16)
+    first = replace(PRESETS["balanced"], key_group=1, value_group=1, warmup=20, recent=5, block=7).layout(2, 16)
     case = Case(first, torch.float32, batch, 2, [60], padded, False, True, 1)
     (step,) = steps(case)
     lossless = replace(PRESETS["exact"], recent=5, block=7, first_exact=first.first_exact).layout(2, 16)
-    joint, half, exact = replace(first, head_group=2), replace(case, dtype=torch.float16), replace(case, layout=lossless)
+    joint, half = replace(first, key_group=2, value_group=2), replace(case, dtype=torch.float16)
+    exact = replace(case, layout=lossless)
     layers = [Store(x) for x in (case, replace(case, layout=joint), half, exact, case, case)]
     ledger = layers[0].ledger
     advance_kernel.advance(ledger, layers[0].positions, None, step.valid, step.key, first)
@@ -261,7 +275,7 @@ def test_a_kept_prompt_is_stored_as_each_layer_alone(batch: int, padded: bool, m
         by = weights = None
         if not store.layout.lossless:
             by = Judged(sample(chunk.query, 4 // store.layout.groups, step.valid), seen, 0.25)
-            weights = token_weights(*by.sampled, seen.clone(), step.valid, 0.25, store.layout.head_group)
+            weights = token_weights(*by.sampled, seen.clone(), step.valid, 0.25, store.layout.heads)
         writer = ChunkWriter(Chunk(*given, step.valid), ledger, buffers, store.layout)
         writer.add_moment(True)
         moment = store.buffers.moment.clone()  # a compiler may hand copies to operations, and write back what they become
@@ -293,7 +307,7 @@ def test_real_keys_and_values_lose_what_they_lose_with_eigh(smollm2: Real, numbe
     step = Step(*(x.to(DEVICE) for x in (seen.query, seen.key, seen.value)), None, None)
     advance_kernel.advance(store.ledger, store.positions, None, None, step.key, layout)
     expected, asking = copied(store), sample(step.query, step.query.shape[1] // layout.groups, None)
-    weights = token_weights(*asking, step.key, None, 0.125, layout.head_group)
+    weights = token_weights(*asking, step.key, None, 0.125, layout.heads)
     device.append(chunk_of(step), store.ledger, store.buffers, layout, weights)
     appending.append(chunk_of(step), store.ledger, expected, layout, weights)
     for coded in code(step, store.ledger, copied(store), layout):
@@ -330,7 +344,7 @@ def test_a_layer_of_a_prompt_is_at_most_ten_launches(padded: bool, monkeypatch: 
     with padding.unpadded(not padded), Operations() as operations:
         valid = padding.asked(step.valid)
         asking = sample(step.query, step.query.shape[1] // layout.groups, valid)
-        weights = token_weights(*asking, step.key, valid, 0.1, layout.head_group)
+        weights = token_weights(*asking, step.key, valid, 0.1, layout.heads)
         device.append(chunk_of(step)._replace(valid=valid), store.ledger, store.buffers, layout, weights)
     launched = kernels + [name for name in operations.names if name != "_local_scalar_dense"]
     assert len(kernels) == 8, kernels
@@ -346,7 +360,7 @@ def test_a_layer_of_a_prompt_is_at_most_ten_launches(padded: bool, monkeypatch: 
 
 def test_other_tokens_begin_a_segment() -> None:
     """Only where the old basis no longer serves, row by row."""
-    layout = replace(PRESETS["compact"], head_group=1, first_exact=1, recent=3, block=4, warmup=40).layout(1, 16)
+    layout = replace(PRESETS["compact"], key_group=1, value_group=1, first_exact=1, recent=3, block=4, warmup=40).layout(1, 16)
     case = Case(layout, torch.float32, 2, 1, [200, 200], False, False, False, 0)
     store, both = Store(case), steps(case)
     both[1].key[1] = both[1].key[1].flip(-1)
@@ -378,7 +392,7 @@ def code(step: Step, ledger: Tensor, buffers: Buffers, layout: Layout) -> list[C
         starts = [s for s in buffers.starts[row].tolist() if s < coded_after]
         for segment, (a, b) in enumerate(pairwise([*starts, coded_after])):
             slots = torch.arange(max(a, coded), max(b, coded), device=ledger.device)
-            for side, new, tiers in (("k", step.key[row], layout.key), ("v", step.value[row], layout.value)):
+            for side, new, how in (("k", step.key[row], layout.k), ("v", step.value[row], layout.v)):
                 if not len(slots):
                     continue
                 if step.valid is not None:
@@ -389,12 +403,12 @@ def code(step: Step, ledger: Tensor, buffers: Buffers, layout: Layout) -> list[C
                 held, fresh = slots[slots < first], slots[slots >= first]
                 kept = dense.recent(row, side, held, buffers, layout)
                 x = torch.cat((kept, new[:, fresh + layout.first_exact - before]), 1)
-                x = dense.group(x, layout).float()
+                x = dense.group(x, how).float()
                 if side == "v" and layout.normalised:
                     buffers.v_norms[row, :, slots] = codec.norm_code(x)
                     x = x / codec.norm_value(codec.norm_code(x))[..., None]
-                codes[:, slots] = codec.encode(x, basis[:, segment], affine[:, segment], tiers)
-                result.append(Coded(row, side, segment, slots, x, tiers))
+                codes[:, slots] = codec.encode(x, basis[:, segment], affine[:, segment], how.tiers)
+                result.append(Coded(row, side, segment, slots, x, how.tiers))
     return result
 
 
@@ -413,7 +427,7 @@ def test_steps_are_those_of_the_codec(count: int, bits: tuple[int, int, int], se
     tiers, generator = Tiers(*bits), torch.Generator().manual_seed(seed)
     x = torch.randn(2, 2, count, tiers.rank, generator=generator) * torch.logspace(1, -3, tiers.rank)
     x[0, :, count // 2 :] = 0
-    layout = replace(PRESETS["balanced"].layout(2, tiers.rank), key=tiers, value=tiers, head_group=1)
+    layout = replace(PRESETS["balanced"].layout(2, tiers.rank), key=tiers, value=tiers, key_group=1, value_group=1)
     fitted = Fitted.blank(allocate(layout, 1, Capacity(1, 1, 1), torch.float32, DEVICE), 1, 1)
     sampled = Sampled(x.to(DEVICE), (x != 0).any(-1).to(DEVICE, torch.uint8), 1)
     search(sampled, fitted, Geometry.of(layout, 2), 1.5)

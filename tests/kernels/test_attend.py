@@ -369,7 +369,7 @@ def real_store(
     """A store of SmolLM2's keys and values, and a step that follows."""
     step = smollm2_tokens(smollm2, past + count, number)
     frequencies = tuple(smollm2[0].config.rope_parameters["rope_theta"] ** (-2 * i / 64) for i in range(32))
-    chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], head_group=head_group)
+    chosen = PRESETS[preset] if head_group is None else replace(PRESETS[preset], key_group=head_group, value_group=head_group)
     layout = replace(chosen.layout(3, 64, Rotary(frequencies)), warmup=256, segment=0)
     store = PlainStore.blank(layout, 1, past + count)
     first, second = (

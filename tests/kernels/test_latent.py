@@ -79,6 +79,9 @@ def assert_no_worse(rebuilt: Tensor, scored: Tensor, dtype: torch.dtype) -> None
 STORES = {
     "one basis": ("balanced", 64, 1, {"head_group": 1}),
     "joint heads": ("compact", 64, 1, {"head_group": 2}),
+    "joint values": ("compact", 64, 1, {"head_group": 1, "value_group": 2}),
+    "joint keys": ("balanced", 64, 1, {"head_group": 2, "value_group": 1}),
+    "joint values, a basis a segment": ("seed", 64, 1, {"head_group": 1, "value_group": 2}),
     "a basis a segment": ("seed", 64, 1, {}),
     "few queries": ("quality", 64, 3, {"head_group": 1}),
     "no RoPE": ("balanced", 64, 1, {"turned": 0}),

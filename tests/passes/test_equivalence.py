@@ -19,6 +19,7 @@ import spectral_compile
 from spectral_compile import SpectralConfig, SpectralTensor, backend, reports
 from spectral_compile.report import SpectralWarning
 from tests.budget import FULL, examples
+from tests.tiny import joint_heads
 
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
@@ -190,7 +191,7 @@ def windows(draw: st.DrawFn, shape: Shape) -> dict[str, int]:
         "recent": draw(st.integers(0, 6)),
         "block": draw(st.integers(1, 6)),
         "warmup": draw(st.integers(1, 12)),
-        "head_group": draw(st.sampled_from([n for n in range(1, shape.kv_heads + 1) if shape.kv_heads % n == 0])),
+        **draw(joint_heads(shape.kv_heads)),
     }
 
 

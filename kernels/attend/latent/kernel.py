@@ -121,7 +121,7 @@ def _absorbed(medium, over_run, room, lane, steps, shift_at, medium_at, L: tl.co
 def _fetch(queue, lane, token, most, keys, values, norms, L: tl.constexpr, G: tl.constexpr):
     """Begin to copy the codes of 32 tokens to shared memory: those from ``token`` on, or from ``most`` if that is less.
 
-    ``keys``, ``values`` and ``norms`` are where each lane's share of the store's first 32 tokens begins. All that is ahead is
+    ``keys``, ``values`` and ``norms`` are where each lane's share of the row's first 32 tokens begins. All that is ahead is
     copied, also where a run has ended, so that no copy waits for a predicate but those of which only some lanes have a share.
     """
     KEY_BYTES: tl.constexpr = 2 * G.k.halfwords
@@ -145,6 +145,8 @@ def attend_latent(
     G: tl.constexpr, R: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Attention of a quartet of queries to coded tokens from ``low`` to ``high``, left for the merge."""
+    K: tl.constexpr = G.k
+    V: tl.constexpr = G.v
     MEDIUM: tl.constexpr = L.medium
     FAST: tl.constexpr = L.fast
     REGISTERS: tl.constexpr = L.registers
@@ -166,19 +168,21 @@ def attend_latent(
     h, e = r // 2, r % 2
     # what depends on nothing is on its way before the ledger is waited for
     first_position = tl.load(row_positions - G.first_exact) + G.first_exact
+    of_keys, of_values = b * K.groups + g // K.share, b * V.groups + g // V.share
+    own_key, own_value = (g % K.share * G.heads + head) * G.dim, (g % V.share * G.heads + head) * G.dim
     if not F.in_segments:
-        prefetch(store.k_basis + row_group * (G.width * G.k.rank), G.width * G.k.rank, 0, 1)
-        prefetch(store.k_affine + row_group * (2 * G.k.rank + G.width), 4 * (2 * G.k.rank + G.width), 0, 1)
+        prefetch(store.k_basis + of_keys * (K.width * K.rank), K.width * K.rank, 0, 1)
+        prefetch(store.k_affine + of_keys * (2 * K.rank + K.width), 4 * (2 * K.rank + K.width), 0, 1)
     steps = steps_of(tables, room, x, L)
     rows_to_shared(room, x, tables, G, L)
     queries_room = room + (L.room.queries + own_warp * (16 * PAIRS))
     queue = room + (L.room.queues + own_warp * L.room.queue)
     pairwise, alone = c * 0x11 + (4 + c) * 0x1100, c * 0x1111
-    keys = store.k_codes.to(tl.pointer_type(tl.uint8)) + 16 * lane
-    values = store.v_codes.to(tl.pointer_type(tl.uint8)) + 16 * lane
-    norms = store.v_norms + 4 * lane
-    # of all rows and groups, a multiple of 32
-    first_slot, last_slots = row_group * coded_slots, tl.num_programs(2) * coded_slots - _STRETCH
+    first_key, first_value = of_keys.to(tl.int64) * coded_slots, of_values.to(tl.int64) * coded_slots
+    keys = store.k_codes.to(tl.pointer_type(tl.uint8)) + first_key * KEY_BYTES + 16 * lane
+    values = store.v_codes.to(tl.pointer_type(tl.uint8)) + first_value * VALUE_BYTES + 16 * lane
+    norms = store.v_norms + first_value + 4 * lane
+    last_slots = coded_slots - _STRETCH  # they are a multiple of 32
     zero = (x * 0).to(tl.float32)
     pointers, lives = (), ()
     for i in tl.static_range(4):
@@ -196,8 +200,8 @@ def attend_latent(
     total, mass = zero, zero
     sums = repeated(zero, 4 * TILES)
     if not F.in_segments:
-        affine = store.k_affine + row_group * (2 * G.k.rank + G.width)
-        basis = store.k_basis + row_group * (G.width * G.k.rank) + head * G.dim
+        affine = store.k_affine + of_keys * (2 * K.rank + K.width)
+        basis = store.k_basis + of_keys * (K.width * K.rank) + own_key
     # what the first run has copied ahead is on its way while the basis is made ready
     ready, gain = low < low, zero
     if not F.latent_out:
@@ -218,9 +222,9 @@ def attend_latent(
             if F.in_segments:
                 if segment + 1 < segments:
                     end = tl.minimum(end, tl.load(store.starts + b * segments + segment + 1))
-                where = row_group * segments + segment
-                affine = store.k_affine + where * (2 * G.k.rank + G.width)
-                basis = store.k_basis + where * (G.width * G.k.rank) + head * G.dim
+                where = of_keys * segments + segment
+                affine = store.k_affine + where * (2 * K.rank + K.width)
+                basis = store.k_basis + where * (K.width * K.rank) + own_key
                 ready = low < low
             position = (first_position + low).to(tl.int32)
             if R.pairs > 0:  # noqa: SIM102  # the one is known at compile time
@@ -234,12 +238,12 @@ def attend_latent(
             stretches = all_stretches * (own_warp + 1) // WARPS - first_stretch
             token = start + _STRETCH * first_stretch
             last = tl.minimum(end, token + stretches * _STRETCH)
-            fetched = first_slot + token
+            fetched = token
             for i in tl.static_range(STAGES - 1):
                 _fetch(queue + i * L.stage, lane, fetched, last_slots, keys, values, norms, L, G)
                 fetched += _STRETCH
             position += (token - low).to(tl.int32)  # where positions run on, also before ``low``
-            numbers = numbers_of_queries(lane, pointers, lives, affine + 2 * G.k.rank + head * G.dim, tables, L)
+            numbers = numbers_of_queries(lane, pointers, lives, affine + 2 * K.rank + own_key, tables, L)
             if not ready:
                 if F.in_segments:
                     tl.debug_barrier()  # the last segment's basis is still read
@@ -314,7 +318,8 @@ def attend_latent(
             warp.wait_for_copies(x, warp.ALL)  # what was copied ahead of the run's last
             if not F.latent_out:
                 of_lanes = for_lanes(over_lanes(mass, WARPS), WARPS)
-                out = values_of(sums, of_lanes, out, store, where, head, tables, queue, room, x, G, L)
+                values_at = of_values * segments + segment
+                out = values_of(sums, of_lanes, out, store, values_at, own_value, tables, queue, room, x, G, L)
                 mass = zero
                 sums = repeated(zero, 4 * TILES)
             low = end

@@ -79,8 +79,11 @@ def leave_digits(sums, mass, to, live, queue, room, lane, own_warp, L: tl.conste
 
 
 @warp.function
-def values_of(sums, mass, out, store, where, head, tables, queue, room, x, G: tl.constexpr, L: tl.constexpr):
-    """``out`` plus what the values of one segment came to, by its basis: in each lane some channels of all four queries."""
+def values_of(sums, mass, out, store, where, channel, tables, queue, room, x, G: tl.constexpr, L: tl.constexpr):
+    """``out`` plus what the values of one segment came to, by its basis: in each lane some channels of all four queries.
+
+    ``where`` is the segment of the values' group, in which the head's channels begin with ``channel``.
+    """
     WARPS: tl.constexpr = L.warps
     T: tl.constexpr = 32 * L.warps
     LEFT: tl.constexpr = len(L.left)
@@ -88,8 +91,8 @@ def values_of(sums, mass, out, store, where, head, tables, queue, room, x, G: tl
     ROWS: tl.constexpr = 128 * len(L.left)  # where the rows of digits begin, after what these came to
     lane, own_warp = x % 32, x // 32
     r, c = lane // 4, lane % 4
-    basis = store.v_basis + where * (G.width * RANK) + head * G.dim
-    affine = store.v_affine + where * (2 * RANK + G.width)
+    basis = store.v_basis + where * (G.v.width * RANK) + channel
+    affine = store.v_affine + where * (2 * RANK + G.v.width)
     mixed = room + L.room.queries  # where queries were: they are written anew for the next run
     _digits_to_queue(sums, queue, lane, L)
     for first in tl.static_range(0, LEFT, WARPS):
@@ -106,12 +109,12 @@ def values_of(sums, mass, out, store, where, head, tables, queue, room, x, G: tl
         size = size * warp.float_of(tables.of_values.places + 8 * register + r, real)
         y = (_over_warps(room, lane, own_warp, first, L) - mass * middle) * size
         warp.to_shared(mixed + 16 * digit + 4 * c, y.to(tl.int32, bitcast=True), live)
-        warp.to_shared(mixed + ROWS + 4 * digit, tl.maximum(code, 0) * G.width, live)
+        warp.to_shared(mixed + ROWS + 4 * digit, tl.maximum(code, 0) * G.v.width, live)
     tl.debug_barrier()
     grown = ()
     for part in tl.static_range((G.dim + T - 1) // T):
         d = tl.minimum(T * part + x, G.dim - 1)
-        even = inverse(warp.float_of(affine + (2 * RANK + head * G.dim) + d, d >= 0))
+        even = inverse(warp.float_of(affine + (2 * RANK + channel) + d, d >= 0))
         came_to = (lane * 0.0, lane * 0.0, lane * 0.0, lane * 0.0)
         for eight in range(LEFT):
             rows = warp.shared_words(mixed + ROWS + 32 * eight) + warp.shared_words(mixed + ROWS + 32 * eight + 16)

@@ -30,7 +30,7 @@ def rows_to_shared(room, x, tables, G: tl.constexpr, L: tl.constexpr):
         slot = i * T + x
         code, _, middle, _ = warp.words_of(tables.of_keys + 4 * tl.minimum(slot, SLOTS - 1))
         at = room + (L.room.digits + 16 * slot)
-        warp.to_shared(at, tl.maximum(code, 0) * G.width, slot < SLOTS)
+        warp.to_shared(at, tl.maximum(code, 0) * G.k.width, slot < SLOTS)
         warp.to_shared(at + 8, middle, slot < SLOTS)
     tl.debug_barrier()
 

@@ -1,9 +1,10 @@
 // Attention of few queries to a store and to the chunk that follows it, on a CPU.
 //
-// A task is some tokens of one row and one group of KV heads, TILE at a time: coded ones, or all that are not. The codes of a
-// tile become numbers, whose product with the basis gives the keys of all heads of the group; these are turned, scored and put
-// through a running softmax (Milakov and Gimelshein, arXiv 1805.02867). Values are summed in the latent and become channels
-// once, when a segment ends. What is held of a tile stays in a core's own cache: 64 keys of 192 channels are 48 KiB.
+// A task is some tokens of one row and one group of KV heads, TILE at a time: coded ones, or all that are not. Keys, or values,
+// may be coded together with those of more heads: a task then takes what its own heads need of them. The codes of a tile become
+// numbers, whose product with the basis gives the keys of all heads of the group; these are turned, scored and put through a
+// running softmax (Milakov and Gimelshein, arXiv 1805.02867). Values are summed in the latent and become channels once, when a
+// segment ends. What is held of a tile stays in a core's own cache: 64 keys of 192 channels are 48 KiB.
 //
 // Codes of 4 and 2 bits lie in planes here: all low halves of bytes, then all high ones. The rows of the basis are put in that
 // order instead of the codes, and a place that no code fills has a row of zeros.
@@ -25,10 +26,10 @@
 typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
 typedef struct {
-    int64_t bits8, bits4, bits2, row_bytes;
-    const uint8_t *codes;   // [rows, groups, slots, row_bytes]
-    const int8_t *basis;    // [rows, groups, segments, rank, width]
-    const float *affine;    // [rows, groups, segments, 2 rank + width]: steps, scales of the basis, channel weights
+    int64_t bits8, bits4, bits2, row_bytes, heads;  // heads: those that are coded jointly, a multiple of a task's
+    const uint8_t *codes;   // [rows, KV heads / heads, slots, row_bytes]
+    const int8_t *basis;    // [rows, KV heads / heads, segments, rank, width], of the channels of `heads` heads
+    const float *affine;    // [rows, KV heads / heads, segments, 2 rank + width]: steps, scales of the basis, channel weights
     const void *exact;      // [rows, KV heads, exact_places, dim]
     const int8_t *recent;   // [rows, KV heads, ring, dim], or NULL: recent tokens follow the first ones in `exact`
     const uint8_t *sizes;   // [rows, KV heads, ring], of recent tokens
@@ -45,7 +46,7 @@ typedef struct {
     int64_t position_stride, allowed_row, allowed_column;  // strides
     double scaling, softcap;
     Side key, value;
-    const uint8_t *norms;       // [rows, groups, slots], or NULL
+    const uint8_t *norms;       // [rows, KV heads / value.heads, slots], or NULL
     const int32_t *starts;      // [rows, segments]
     const Row *counts;          // [rows]
     const int32_t *positions;   // [rows, position_stride], of tokens
@@ -103,13 +104,17 @@ static void numbers(const Side *side, const uint8_t *codes, int64_t n, uint8_t *
     }
 }
 
-// The basis of a segment times steps and scales and over channel weights, in the order of `numbers`, as strips [width / STRIP,
-// places, STRIP]. The channels of a head come in `order`, or as they are.
-static void prepare(const Step *all, const Side *side, int64_t segment, const int32_t *order, float *restrict out) {
-    const int64_t rank = side->bits8 + side->bits4 + side->bits2, width = all->heads * all->dim, rows = places(side);
-    const int64_t n4 = (side->bits4 + 1) / 2, n2 = (side->bits2 + 3) / 4;
-    const int8_t *basis = side->basis + segment * rank * width;
-    const float *step = side->affine + segment * (2 * rank + width), *scale = step + rank, *weight = scale + rank;
+// The group of one side, over all rows, in which the heads of a task's group are.
+static int64_t group_of(const Step *all, const Side *side, int64_t at) { return at * all->heads / side->heads; }
+
+// What a segment's basis gives of a task's channels, times steps and scales and over channel weights, in the order of `numbers`,
+// as strips [width / STRIP, places, STRIP]. The channels of a head come in `order`, or as they are.
+static void prepare(const Step *all, const Side *side, int64_t at, int64_t segment, const int32_t *order, float *restrict out) {
+    const int64_t rank = side->bits8 + side->bits4 + side->bits2, joint = side->heads * all->dim, rows = places(side);
+    const int64_t n4 = (side->bits4 + 1) / 2, n2 = (side->bits2 + 3) / 4, width = all->heads * all->dim;
+    const int64_t which = group_of(all, side, at) * all->segments + segment, own = at * all->heads % side->heads * all->dim;
+    const int8_t *basis = side->basis + which * rank * joint + own;
+    const float *step = side->affine + which * (2 * rank + joint), *scale = step + rank, *weight = scale + rank + own;
     memset(out, 0, sizeof(float) * rows * padded(width, STRIP));
     for (int64_t r = 0; r < rank; r++) {
         int64_t place = r;
@@ -121,7 +126,7 @@ static void prepare(const Step *all, const Side *side, int64_t segment, const in
         }
         for (int64_t w = 0; w < width; w++) {
             const int64_t from = order ? w - w % all->dim + order[w % all->dim] : w;
-            out[(w / STRIP * rows + place) * STRIP + w % STRIP] = step[r] * scale[r] * basis[r * width + from] / weight[from];
+            out[(w / STRIP * rows + place) * STRIP + w % STRIP] = step[r] * scale[r] * basis[r * joint + from] / weight[from];
         }
     }
 }
@@ -289,16 +294,18 @@ static void attend_coded(const Step *all, const Task *s, int64_t at, int64_t fir
     while (segment + 1 < all->segments && starts[segment + 1] <= first) segment++;
     for (int64_t slot = first, fresh = 1; slot < last; slot += n) {
         if (fresh) {
-            prepare(all, &all->key, at * all->segments + segment, all->order, s->key_basis);
-            prepare(all, &all->value, at * all->segments + segment, NULL, s->value_basis);
+            prepare(all, &all->key, at, segment, all->order, s->key_basis);
+            prepare(all, &all->value, at, segment, NULL, s->value_basis);
         }
-        const int64_t end = segment + 1 < all->segments ? least(starts[segment + 1], last) : last, code = at * all->slots + slot;
+        const int64_t end = segment + 1 < all->segments ? least(starts[segment + 1], last) : last;
+        const int64_t key = group_of(all, &all->key, at) * all->slots + slot;
+        const int64_t value = group_of(all, &all->value, at) * all->slots + slot;
         n = least(end - slot, TILE);
-        numbers(&all->key, all->key.codes + code * all->key.row_bytes, n, s->row, s->latent);
+        numbers(&all->key, all->key.codes + key * all->key.row_bytes, n, s->row, s->latent);
         product(s->latent, padded(n, ROWS), s->key_places, s->key_basis, s->width, s->keys);
-        numbers(&all->value, all->value.codes + code * all->value.row_bytes, n, s->row, s->latent);
+        numbers(&all->value, all->value.codes + value * all->value.row_bytes, n, s->row, s->latent);
         for (int64_t t = 0; all->norms && t < n; t++) {
-            const float norm = exp2f((all->norms[code + t] - 128) / 8.0f);
+            const float norm = exp2f((all->norms[value + t] - 128) / 8.0f);
             for (int64_t r = 0; r < s->value_places; r++) s->latent[t * s->value_places + r] *= norm;
         }
         attend_tile(all, s, at, all->first + slot, n, (Mixed){s->latent, s->mixed, s->value_places, s->value_places, 0});

@@ -57,7 +57,7 @@ def _tokens(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 class _Side(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("bits8", "bits4", "bits2", "row_bytes")),
+        *((name, ctypes.c_int64) for name in ("bits8", "bits4", "bits2", "row_bytes", "heads")),
         *((name, ctypes.c_void_p) for name in ("codes", "basis", "affine", "exact", "recent", "sizes", "chunk")),
     ]
 
@@ -99,16 +99,16 @@ def _run(
     positions, held = alive[0], type(buffers)(*alive[1:])
 
     def side(name: str, chunk: torch.Tensor) -> _Side:
-        tiers = layout.key if name == "k" else layout.value
+        heads, _, _, tiers = layout.k if name == "k" else layout.v
         parts = {what: getattr(held, f"{name}_{what}").data_ptr() for what in ("codes", "basis", "affine", "exact", "sizes")}
         recent = getattr(held, f"{name}_recent").data_ptr() if layout.recent_bits == 8 else None
         sizes = {"bits8": tiers.bits8, "bits4": tiers.bits4, "bits2": tiers.bits2, "row_bytes": tiers.row_bytes}
-        return _Side(**sizes, **parts, recent=recent, chunk=chunk.data_ptr())
+        return _Side(**sizes, heads=heads, **parts, recent=recent, chunk=chunk.data_ptr())
 
     step = _Step(
         rows=batch,
         groups=layout.groups,
-        heads=layout.head_group,
+        heads=layout.heads,
         dim=dim,
         queries=queries,
         columns=columns,
