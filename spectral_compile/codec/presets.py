@@ -12,14 +12,17 @@ from .layout import Layout, Rotary, Tiers
 _JOINT_WIDTH = 192
 
 
-def tiers(in_32ths: tuple[int, int, int], width: int) -> Tiers:
-    """Channels at 8, 4 and 2 bits in a group of ``width`` channels, given in 32ths of it."""
+def tiers(in_32ths: tuple[int, int, int], width: int, most: bool = False) -> Tiers:
+    """Channels at 8, 4 and 2 bits in a group of ``width`` channels, given in 32ths of it.
+
+    Rows of codes are whole words of four bytes: the nearest number of them, or where ``most`` the next larger one.
+    """
     # The running sums are rounded down, and not each tier by itself, so that the total is at most the width.
     ends = [width * sum(in_32ths[:count]) // 32 for count in range(4)]
     bits8, bits4, bits2 = (end - start for start, end in pairwise(ends))
     if bits2:  # a GPU copies words of four bytes: the 2-bit tier is rounded to whole words, if there are channels for it
         fixed = bits8 + -(-bits4 // 2)
-        row, begin = max(fixed // 4 + 1, (fixed + -(-bits2 // 4) + 2) // 4), (fixed + 2) // 4
+        row, begin = max(fixed // 4 + 1, (fixed + -(-bits2 // 4) + (3 if most else 2)) // 4), (fixed + 2) // 4
         if bits8 < 4 * begin < 4 * row:
             bits4, fixed = 2 * (4 * begin - bits8), 4 * begin
         bits2 = min(4 * (4 * row - fixed), width - bits8 - bits4)
@@ -65,7 +68,7 @@ class Preset:
                 raise Mistake(f"{name}={heads} does not divide the {kv_heads} KV heads")
         if max(key_group, value_group) % min(key_group, value_group):
             raise Mistake(f"of key_group={key_group} and value_group={value_group} one must divide the other")
-        sides = {"key": tiers(self.key, key_group * head_dim), "value": tiers(self.value, value_group * head_dim)}
+        sides = {"key": tiers(self.key, key_group * head_dim, most=True), "value": tiers(self.value, value_group * head_dim)}
         groups = {"key_group": key_group, "value_group": value_group}
         return Layout(**vars(self) | sides | groups, kv_heads=kv_heads, head_dim=head_dim, rotary=rotary)
 

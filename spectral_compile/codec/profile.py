@@ -37,6 +37,10 @@ class Grade:
     value: tuple[int, int, int]
     loss: float
 
+    def tiers(self, key: Side, value: Side) -> tuple[Tiers, Tiers]:
+        """Of layers whose keys and values are grouped like these."""
+        return tiers(self.key, key.width, most=True), tiers(self.value, value.width)
+
 
 USUAL = Grade((1, 5, 12), (0, 2, 20), 1.0)
 GRADES = (
@@ -46,7 +50,7 @@ GRADES = (
     Grade((1, 4, 9), (0, 2, 17), 1.24),
     USUAL,
     Grade((2, 6, 14), (0, 4, 22), 0.675),
-    Grade((2, 8, 14), (0, 7, 22), 0.51),
+    Grade((2, 8, 13), (0, 7, 22), 0.51),
     Grade((3, 10, 16), (0, 12, 20), 0.3),
     Grade((4, 14, 14), (1, 18, 13), 0.16),
 )
@@ -121,7 +125,8 @@ class Profile:
             return layout
         place = len(_known(self.loss[:layer]))
         grade = GRADES[_allot(self, layout.k, layout.v)[place]]
-        return replace(layout, key=tiers(grade.key, layout.k.width), value=tiers(grade.value, layout.v.width))
+        of_keys, of_values = grade.tiers(layout.k, layout.v)
+        return replace(layout, key=of_keys, value=of_values)
 
 
 def _known(losses: tuple[float | None, ...]) -> list[float]:
@@ -168,7 +173,7 @@ def _allot(profile: Profile, key: Side, value: Side) -> tuple[int, ...]:
         sides = ((key, of_keys), (value, of_values))
         return sum(side.groups * (chosen.row_bytes + side.width * chosen.rank / _TOKENS) for side, chosen in sides)
 
-    rates = [rate(tiers(grade.key, key.width), tiers(grade.value, value.width)) for grade in GRADES]
+    rates = [rate(*grade.tiers(key, value)) for grade in GRADES]
     losses = profile.losses()
     budget = rate(key.tiers, value.tiers) * len(losses)
     best, least = (0,) * len(losses), float("inf")

@@ -23,6 +23,7 @@ from spectral_compile.codec import (
     norm_code,
     norm_value,
     pack,
+    presets,
     quantise,
     recent_code,
     recent_value,
@@ -266,6 +267,24 @@ def test_presets_at_three_heads_of_64(name: str, key: Tiers, value: Tiers, row: 
     assert (layout.key, layout.value) == (key, value)
     assert layout.key.row_bytes + layout.value.row_bytes == row
     assert 4096 * 192 * 2 * 2 / nominal_bytes(layout, 4096) == pytest.approx(ratio, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["quality", "balanced", "compact"])
+def test_heads_of_128_channels_have_the_bytes_of_three_of_64(name: str) -> None:
+    """Rows are whole words, and keys of 128 channels were rounded down: ``balanced`` lost twice as much as it does now."""
+
+    def bytes_a_channel(layout: Layout) -> float:
+        return sum(side.tiers.row_bytes / side.width for side in (layout.k, layout.v))
+
+    joint, single = PRESETS[name].layout(kv_heads=3, head_dim=64), PRESETS[name].layout(kv_heads=8, head_dim=128)
+    assert single.key_group == single.value_group == 1
+    assert bytes_a_channel(joint) <= bytes_a_channel(single) <= 1.05 * bytes_a_channel(joint)
+
+
+@given(st.tuples(*[st.integers(0, 10)] * 3), st.integers(16, 512))
+def test_most_is_the_nearest_number_of_words_or_one_more(in_32ths: tuple[int, int, int], width: int) -> None:
+    nearest, most = presets.tiers(in_32ths, width), presets.tiers(in_32ths, width, most=True)
+    assert nearest.row_bytes <= most.row_bytes <= nearest.row_bytes + 4
 
 
 def test_seed_and_exact() -> None:
