@@ -114,9 +114,9 @@ def attend_kernel(
             distances = distances_of(angles.table, R, F)
             basis = ()
             if not F.in_segments:
-                of_keys: tl.constexpr = G.k
-                own_keys = g % of_keys.share * (G.heads * G.dim)
-                basis = key_basis(store, b * of_keys.groups + g // of_keys.share, own_keys, G, R, A)
+                K: tl.constexpr = G.k
+                own_keys = g % K.share * (G.heads * G.dim)
+                basis = key_basis(store, b * K.groups + g // K.share, own_keys, G, R, A)
             distances = as_loaded(distances)
             if gaps == 0:
                 sums, highest, total = attend_coded(
