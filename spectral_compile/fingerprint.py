@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from spectral_compile.codec.profile import Profile, shipped
+from spectral_compile.errors import Mistake
 from spectral_compile.files import cache_folder, make_folder
 from spectral_compile.report import SpectralWarning
 
@@ -38,7 +39,8 @@ def path_of(found: str) -> Path:
 
 def keep(profile: Profile) -> Path:
     """Write a profile to where the backend finds it for its model; ``Mistake`` where that cannot be done."""
-    assert profile.fingerprint is not None, "the model has one"
+    if profile.fingerprint is None:
+        raise Mistake("its weights hold no vectors to know this model by: name a file, and give that as the option profile")
     path = path_of(profile.fingerprint)
     make_folder(path.parent)
     profile.save(path)

@@ -13,7 +13,6 @@ from typer import Argument, Option
 
 from spectral_compile import models
 from spectral_compile.cli.console import phases
-from spectral_compile.errors import Mistake
 from spectral_compile.evaluation.calibrate import calibrate, steps
 from spectral_compile.evaluation.texts import calibration
 from spectral_compile.files import check_writable, read_texts
@@ -49,7 +48,5 @@ def calibrate_model(
     if out is not None:
         profile.save(out)
         print(f"{out}: give it as options={{'profile': {str(out)!r}}}")
-    elif profile.fingerprint is None:
-        raise Mistake("its weights hold no vectors to know this model by: name a file, and give that as the option profile")
     else:
         print(f"{keep(profile)}: from now on this model is compiled with it")

@@ -23,16 +23,17 @@ from spectral_compile.codec import Profile
 from spectral_compile.config import SpectralConfig
 from spectral_compile.errors import Mistake, Refused
 from spectral_compile.evaluation import calibrate as calibration
-from spectral_compile.evaluation import contenders, simulated, tasks
+from spectral_compile.evaluation import contenders, once, simulated, tasks
 from spectral_compile.evaluation import texts as built_in
 from spectral_compile.evaluation.branches import Branch, branched
 from spectral_compile.evaluation.calibrate import calibrate
 from spectral_compile.evaluation.contenders import Contender, contender, options_of, require_matched, split
 from spectral_compile.evaluation.measure import Agreement, Result, Trial, compare, read
+from spectral_compile.evaluation.once import calibrate_once
 from spectral_compile.evaluation.size import weigh
 from spectral_compile.evaluation.trace import Step, show, trace
-from spectral_compile.fingerprint import fingerprint, known
-from spectral_compile.report import GraphReport, SpectralWarning
+from spectral_compile.fingerprint import fingerprint, keep, known
+from spectral_compile.report import GraphReport, SpectralWarning, reports
 from spectral_compile.stats import storage_bytes
 from tests.budget import FULL
 from tests.hybrids import HYBRIDS
@@ -370,6 +371,25 @@ def test_calibrate_writes_what_the_backend_takes(tiny_folder: Path, tmp_path: Pa
     trial = contender(model, "compact+profile", profile=profile)
     read(trial, tokens(1, PROMPT + 4) % model.config.vocab_size, PROMPT)
     require_matched({"prefill", "extend"})
+
+
+def test_a_model_is_measured_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))
+    model, tokenizer = models.load(str(tiny_folder), torch.float32)
+    profile = calibrate_once(model, tokenizer, tokens=1124, scored=16)
+    assert known(fingerprint(model.parameters())) == profile and len(profile.loss) == model.config.num_hidden_layers
+    monkeypatch.setattr(once, "calibrate", None)  # which is not called again, of another process either
+    again, _ = models.load(str(tiny_folder), torch.float32)
+    assert calibrate_once(again, tokenizer) == profile
+    again.compile(backend="spectral", options={"strict": True, "inner": "eager"})
+    with torch.no_grad():
+        again(tokens(1, PROMPT) % model.config.vocab_size, use_cache=True)
+    assert reports()[-1].matched == 2 and "by a profile" in str(reports()[-1])
+
+
+def test_a_model_without_vectors_has_no_profile_to_be_found() -> None:
+    with pytest.raises(Mistake, match="name a file"):
+        keep(Profile(2, 16, (0.1,), (0.2,)))
 
 
 def test_a_trace_marks_what_diverges_and_where(llama: PreTrainedModel) -> None:
