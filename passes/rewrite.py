@@ -118,6 +118,7 @@ def rewrite(trace: Trace) -> None:
         padding=arguments[padding] if padding is not None else None,
         batch=batch,
         count=count,
+        fingerprint=trace.fingerprint if trace.kind == "prefill" else None,
     )
     log.debug("%d stores of %d sites; results: %s", len(stores), len(trace.matched), [node.name for node in kept])
 

@@ -22,6 +22,7 @@ from spectral_compile.backend import reset  # noqa: E402
 from spectral_compile.config import SpectralConfig  # noqa: E402
 from spectral_compile.explain import explain  # noqa: E402
 from spectral_compile.report import GraphReport, SpectralWarning, reports  # noqa: E402
+from spectral_compile.saved import load_cache, save_cache  # noqa: E402
 from spectral_compile.stats import MemoryStats, memory_stats  # noqa: E402
 from spectral_compile.tensor import SpectralTensor  # noqa: E402
 
@@ -32,10 +33,12 @@ __all__ = [
     "SpectralTensor",
     "SpectralWarning",
     "explain",
+    "load_cache",
     "memory_stats",
     "reports",
     "reset",
     "run_ahead",
+    "save_cache",
     "spectral",
 ]
 __version__ = "0.1.0"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from spectral_compile.errors import Mistake
@@ -67,15 +68,28 @@ def write_whole(path: Path, content: bytes) -> None:
 
     ``Mistake`` where that cannot be done.
     """
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at ``path`` once all of it is on disk; ``Mistake`` where that cannot be done.
+
+    What was there stays if anything fails. A device or a pipe is written to itself.
+    """
     scratch = path if _is_special(path) else _beside(path)
     try:
-        scratch.write_bytes(content)
+        yield scratch
         if scratch != path:
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())  # else a machine that stops may have the name and not the content
             os.replace(scratch, path.resolve())
     except OSError as error:
+        raise Mistake(f"cannot write to {path}: {error.strerror}") from None
+    finally:
         if scratch != path:
             scratch.unlink(missing_ok=True)
-        raise Mistake(f"cannot write to {path}: {error.strerror}") from None
 
 
 def _is_special(path: Path) -> bool:

@@ -34,7 +34,7 @@ class Plan:
     ("visible",), ("buffer", site, field), and after clean-up ("dense", i), ("shape", i) or ("number", i). ``outputs`` names
     each output of the old one: ("result", i) or ("key" | "value", site). ``padding`` is the argument that holds the 2-D mask;
     ``masked`` says that some mask is none that the store could know by itself. ``batch`` and ``count``, the columns of a step,
-    are integers, or symbolic where they vary.
+    are integers, or symbolic where they vary. ``fingerprint`` is the model's.
     """
 
     kind: str
@@ -45,3 +45,4 @@ class Plan:
     masked: bool
     batch: int | torch.SymInt
     count: int | torch.SymInt
+    fingerprint: str | None = None

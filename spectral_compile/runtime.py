@@ -137,7 +137,7 @@ class BoundGraph:
         if valid is not None:
             tokens = int(valid.sum(1).min())
         timeline = Timeline(sites[0].layout, self.batch(arguments), count, tokens, sites[0].device, self.config.headroom)
-        timeline.padded, timeline.prefill = tokens < count, self
+        timeline.padded, timeline.prefill, timeline.model = tokens < count, self, self.plan.fingerprint
         log.debug("a prompt of %d rows and %d columns gets stores of %s", timeline.batch, count, timeline.capacity)
         return [SpectralStore(site.layout, timeline, site.dtype) for site in sites], valid
 

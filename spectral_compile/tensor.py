@@ -152,7 +152,7 @@ class SpectralTensor(torch.Tensor):
     def _refuse(self, *given: Any, **more: Any) -> Any:
         raise TypeError(
             "a compressed tensor has no memory of its own to share, save or hand to other libraries: call .dense() for the"
-            " tensor that it stands for; copy.deepcopy(cache) copies a cache"
+            " tensor that it stands for; copy.deepcopy(cache) copies a cache, and spectral_compile.save_cache saves it"
         )
 
     # PyTorch's own methods of these names would read memory that a wrapper tensor does not have

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {  # from the bottom up; patterns of module
     "cache": ("foreign", "cache", "cache.*", "tensor", "stats"),
     "runtime": ("plan", "replay", "runtime"),
     "passes": ("passes.*",),
-    "backend": ("ahead", "artefacts", "backend", "explain", "entry", "unsloth"),
+    "backend": ("ahead", "artefacts", "backend", "explain", "entry", "saved", "unsloth"),
     "package": ("",),
     "checkpoints": ("models", "packaged"),
     "evaluation": ("evaluation", "evaluation.*"),

@@ -21,6 +21,9 @@ from spectral_compile.kernels.ledger import LedgerRow, columns_of, rows_of
 HEADROOM = {"cpu": 64, "cuda": 1024}
 
 
+_NUMBERS = ("length", "spare", "waiting", "next_due", "offered", "padded", "model")
+
+
 class Timeline:
     """What is the same in every layer of a cache: columns, positions, and how many tokens are coded.
 
@@ -56,6 +59,7 @@ class Timeline:
         self.visible = torch.zeros(batch, 0, dtype=torch.uint8, device=device)
         self.flags = torch.zeros(batch, dtype=torch.int32, device=device)
         self._host_flags: torch.Tensor | None = None  # pinned; the flags of the last decode step, copied without waiting
+        self.model: str | None = None  # the fingerprint of the model whose cache this is
         self.prefill: Any = None  # the ``runtime.BoundGraph`` of the prompt; None where the cache was not begun by one
         self.derived = SharedResults()
         # Both are kept from an eager append to one layer until all layers have been appended to, one after the other:
@@ -72,11 +76,8 @@ class Timeline:
         """Make room for ``count`` more columns. True if a capacity changed: then every store must ``resize``."""
         layout, old = self.layout, self.capacity
         end = self.length + count
-        ready = end - layout.first_exact - layout.recent
-        coded = -(-max(0, ready) // layout.block) * layout.block
-        recent = old.recent
+        coded, recent = self._coded(end), old.recent
         if self.waiting:
-            coded = coded if ready >= layout.first else 0
             recent = min(end - layout.first_exact, layout.recent + layout.first)
         self.offered = old.segments > 0 and not layout.segment and count >= layout.warmup + layout.block
         if coded <= old.coded and recent <= old.recent and end <= self.columns.shape[1] and not self.offered:
@@ -92,6 +93,35 @@ class Timeline:
             segments = old.segments + -(-(coded - old.coded) // layout.segment) + 1
         self.widen(Capacity(coded, max(recent, old.recent), segments))
         return True
+
+    def _coded(self, columns: int) -> int:
+        """Slots that so many columns need."""
+        ready = columns - self.layout.first_exact - self.layout.recent
+        if self.waiting and ready < self.layout.first:
+            return 0
+        return -(-max(0, ready) // self.layout.block) * self.layout.block
+
+    def trimmed(self) -> Timeline:
+        """A copy without coded slots to spare."""
+        held = max(self._coded(self.length), int(columns_of(self.ledger).coded_after.max()))
+        new = self.map(torch.clone)
+        new.widen(self.capacity._replace(coded=min(self.capacity.coded, -(-held // SLOTS) * SLOTS)))
+        return new
+
+    def numbers(self) -> dict[str, Any]:
+        """All that ``restored`` takes beside tensors, as JSON has it."""
+        return {**{name: getattr(self, name) for name in _NUMBERS}, "layout": self.layout.spec(), "capacity": self.capacity}
+
+    @classmethod
+    def restored(cls, numbers: dict[str, Any], tensors: list[torch.Tensor]) -> Timeline:
+        """What ``numbers`` and ``tensors`` were of."""
+        ledger = tensors[0]
+        new = cls(Layout.parse(numbers["layout"]), ledger.shape[0], 0, 0, ledger.device)
+        for name in _NUMBERS:
+            setattr(new, name, numbers[name])
+        new.capacity = Capacity(*numbers["capacity"])
+        new.ledger, new.positions, new.columns, new.visible, new.flags = tensors
+        return new
 
     def widen(self, capacity: Capacity) -> None:
         """Take on a larger ``capacity``, and room for as many columns."""

@@ -26,6 +26,7 @@ def test_examples_run(
     page: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))  # where a profile is kept
+    monkeypatch.chdir(tmp_path)  # and where a cache is saved
     monkeypatch.setattr(backend, "compile_inner", lambda gm, *rest: gm.forward)  # a compiler takes a minute, and is torch's
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     unsloth = SimpleNamespace(FastLanguageModel=SimpleNamespace(from_pretrained=lambda name, **_: (model, None)))

@@ -100,7 +100,7 @@ def test_presets_lose_what_they_lose_on_the_cpu(options: dict[str, Any], dtype: 
         lost.append(((held - dense).norm() / dense.norm()).item())
         assert cache.layers[0].keys.device.type == device
     layouts = [layer.values.store.layout for layer in cache.layers]
-    dropped = 1 - min(layout.value.rank / layout.width for layout in layouts)  # of values without any spectrum
+    dropped = 1 - min(layout.value.rank / layout.v.width for layout in layouts)  # of values without any spectrum
     assert dropped**0.5 > lost[0] > 0.005
     assert lost[1] == pytest.approx(lost[0], rel=0.03)
 

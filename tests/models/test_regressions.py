@@ -96,8 +96,8 @@ def test_codes_are_packed_integers_that_are_really_held() -> None:
         store = layer.keys.store
         layout, buffers = store.layout, store.buffers
         assert buffers.k_codes.dtype == buffers.v_codes.dtype == torch.uint8
-        assert buffers.k_codes.shape[-1] == layout.key.row_bytes < layout.width * 3 // 10
-        assert buffers.v_codes.shape[-1] == layout.value.row_bytes < layout.width * 3 // 10
+        assert buffers.k_codes.shape[-1] == layout.key.row_bytes < layout.k.width * 3 // 10
+        assert buffers.v_codes.shape[-1] == layout.value.row_bytes < layout.v.width * 3 // 10
         floats = [b for b in buffers if b.is_floating_point() and b.shape[-2] >= 200]
         assert floats == []
 
