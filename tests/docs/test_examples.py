@@ -26,7 +26,6 @@ def test_examples_run(
     page: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECTRAL_CACHE", str(tmp_path))  # where a profile is kept
-    monkeypatch.chdir(tmp_path)  # and where a cache is saved
     monkeypatch.setattr(backend, "compile_inner", lambda gm, *rest: gm.forward)  # a compiler takes a minute, and is torch's
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     unsloth = SimpleNamespace(FastLanguageModel=SimpleNamespace(from_pretrained=lambda name, **_: (model, None)))
@@ -42,6 +41,7 @@ def test_examples_run(
             recompilable(names["model"])
             code = block.replace('from_pretrained("..."', f"from_pretrained({str(tiny_folder)!r}")
             code = code.replace(", max_new_tokens=2000", "")  # there are some in ``inputs``
+            code = code.replace('"contract.cache"', repr(str(tmp_path / "contract.cache")))
             code = code.replace("calibrate_once(model, tokenizer)", "calibrate_once(model, tokenizer, 1124, 16)")
             exec(compile(code, f"{name(page)}, Python block {number}", "exec"), names)
     shown = capsys.readouterr().out
