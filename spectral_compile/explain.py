@@ -13,6 +13,7 @@ from spectral_compile.backend import spectral
 from spectral_compile.outputs import cache_argument, cache_of
 from spectral_compile.report import GraphReport, SpectralWarning
 
+_ASKED = 16  # tokens, which a fingerprint does not depend on
 _ONCE = ("input_ids", "position_ids", "inputs_embeds", "cache", "past_key_values")  # inputs that no second call repeats
 
 
@@ -27,6 +28,12 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
         nothing = "Dynamo handed over no graph: the model's forward is disabled or breaks before its first operation"
         return report.why_no_graph() or nothing
     return "\n".join(str(graph) for graph in made)
+
+
+def fingerprint_of(model: torch.nn.Module) -> str | None:
+    """What the backend knows a language model by, from the weights in its graphs; None where it would compress nothing."""
+    ids = torch.ones(1, _ASKED, dtype=torch.int64, device=next(model.parameters()).device)
+    return next((graph.fingerprint for graph in examine(model, input_ids=ids) if graph.fingerprint), None)
 
 
 def examine(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None, **inputs: Any) -> list[GraphReport]:

@@ -22,7 +22,7 @@ from spectral_compile.cache.store import SpectralStore
 from spectral_compile.cache.timeline import Timeline
 from spectral_compile.codec.layout import Layout
 from spectral_compile.errors import Mistake
-from spectral_compile.explain import examine
+from spectral_compile.explain import fingerprint_of
 from spectral_compile.files import check_writable, replacing
 from spectral_compile.fingerprint import fingerprint
 from spectral_compile.kernels.buffers import Buffers
@@ -30,7 +30,6 @@ from spectral_compile.outputs import cache_of
 from spectral_compile.tensor import Kind, SpectralTensor, store_of
 
 FORMAT, VERSION = "spectral-compile cache", "1"
-_ASKED = 16  # tokens by which the backend says what it knows a model by
 _TIMELINE = ("ledger", "positions", "columns", "visible", "flags")  # the order of ``Timeline.tensors``
 _CODED = ("k_codes", "v_codes", "v_norms")  # buffers with a place for each coded slot
 
@@ -49,7 +48,7 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
     if not written.stores:
         raise Mistake("nothing in this cache is compressed: torch.save writes it")
     said |= {"stores": [written.store(i, store) for i, store in enumerate(written.stores)]}
-    said |= {"timelines": [written.timeline(i, timeline) for i, timeline in enumerate(written.timelines)]}
+    said |= {"timelines": [written.timeline(i, trimmed) for i, trimmed in enumerate(written.trimmed)]}
     tensors = {name: x.detach().to("cpu").contiguous() for name, x in written.tensors.items()}
     told = json.dumps({**said, "digests": _digests(tensors)})
     header = {"format": FORMAT, "version": VERSION, "cache": told, "digest": hashlib.sha256(told.encode()).hexdigest()}
@@ -88,11 +87,15 @@ def _layers_of(cache: Any) -> list[Any]:
 
 @dataclass
 class _Written:
-    """What a file is to hold: ``tensors`` by name, and stores and timelines in the order of their numbers."""
+    """What a file is to hold: ``tensors`` by name, and stores and timelines in the order of their numbers.
+
+    ``trimmed`` are the timelines without what they have to spare, each of which its stores ask how many slots to write.
+    """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     stores: list[SpectralStore] = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
+    trimmed: list[Timeline] = field(default_factory=list)
 
     def layer(self, number: int, layer: Any) -> dict[str, Any]:
         """What a layer's attributes are, by name."""
@@ -120,13 +123,14 @@ class _Written:
 
     def store(self, number: int, store: SpectralStore) -> dict[str, Any]:
         which = _number(self.timelines, store.timeline)
-        slots = store.timeline.trimmed().capacity.coded
+        if which == len(self.trimmed):
+            self.trimmed.append(store.timeline.trimmed())
+        slots = self.trimmed[which].capacity.coded
         for name, x in store.buffers._asdict().items():
             self.tensors[f"stores.{number}.{name}"] = x[:, :, :slots] if name in _CODED else x
         return {"layout": store.layout.spec(), "timeline": which, "dtype": str(store.dtype)}
 
-    def timeline(self, number: int, timeline: Timeline) -> dict[str, Any]:
-        trimmed = timeline.trimmed()
+    def timeline(self, number: int, trimmed: Timeline) -> dict[str, Any]:
         self.tensors |= {f"timelines.{number}.{name}": x for name, x in zip(_TIMELINE, trimmed.tensors(), strict=True)}
         return trimmed.numbers()
 
@@ -169,10 +173,7 @@ def _restored(said: dict[str, Any], tensors: dict[str, torch.Tensor], model: tor
 
 def _is_of(model: torch.nn.Module, known: str | None) -> bool:
     """Whether a fingerprint is the model's: of all its weights, or of those that graphs for text have."""
-    if fingerprint(model.parameters()) == known:
-        return True
-    ids = torch.ones(1, _ASKED, dtype=torch.int64, device=next(model.parameters()).device)
-    return known is not None and any(graph.fingerprint == known for graph in examine(model, input_ids=ids))
+    return fingerprint(model.parameters()) == known or (known is not None and fingerprint_of(model) == known)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

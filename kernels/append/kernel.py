@@ -149,11 +149,11 @@ def _code(
         at = ((b * S.groups + g) * coded_slots + slots) * S.width
         tl.store(codes + at[:, None] + c[None, :], x, mask=live[:, None] & (c < S.width)[None, :])
     else:
-        B8: tl.constexpr = G.k.tiers[0] if KEYS else G.v.tiers[0]
-        B4: tl.constexpr = G.k.tiers[1] if KEYS else G.v.tiers[1]
-        B2: tl.constexpr = G.k.tiers[2] if KEYS else G.v.tiers[2]
-        R: tl.constexpr = B8 + B4 + B2
-        ROW: tl.constexpr = (B8 + (B4 + 1) // 2 + (B2 + 3) // 4 + 3) // 4 * 4
+        B8: tl.constexpr = S.tiers[0]
+        B4: tl.constexpr = S.tiers[1]
+        B2: tl.constexpr = S.tiers[2]
+        R: tl.constexpr = S.rank
+        ROW: tl.constexpr = 2 * S.halfwords
         P8: tl.constexpr = (B8 + 15) // 16  # portions
         P4: tl.constexpr = (B4 + 31) // 32
         WIDTH: tl.constexpr = S.WIDTH

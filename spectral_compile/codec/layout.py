@@ -105,7 +105,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """How often."""
+        """How many times so many heads there are."""
         return self.kv_heads // self.heads
 
     @property

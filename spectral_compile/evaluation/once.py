@@ -8,10 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectral_compile.codec import Profile
 from spectral_compile.evaluation.calibrate import calibrate, steps
 from spectral_compile.evaluation.texts import calibration
-from spectral_compile.explain import examine
+from spectral_compile.explain import fingerprint_of
 from spectral_compile.fingerprint import keep, known
-
-_ASKED = 16  # tokens by which the backend says what it knows a model by
 
 
 def calibrate_once(
@@ -23,11 +21,9 @@ def calibrate_once(
     backend has compiled are forgotten, so it comes before ``model.compile``. ``Refused`` where no layer can be compressed, and
     ``Mistake`` where a model cannot have a profile: its layers differ in shape, or its weights hold no vectors to know it by.
     """
-    passages = list(calibration(tokenizer, tokens + scored + 1).values())
-    asked = examine(model, input_ids=passages[0][:, :_ASKED].to(model.device))
-    found = next((known(graph.fingerprint) for graph in asked if graph.fingerprint), None)
-    if found is not None:
+    if (found := known(fingerprint_of(model))) is not None:
         return found
+    passages = list(calibration(tokenizer, tokens + scored + 1).values())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as shown:
         task = shown.add_task("filling caches", total=steps(model.config.get_text_config().num_hidden_layers, len(passages)))
